@@ -1,0 +1,6 @@
+"""Grouped-query attention, the mixture of attention heads, and their KV cache."""
+
+from lightning_dsmoe.attention.attention import Attention as Attention
+from lightning_dsmoe.attention.grouped_query import GroupedQueryAttention as GroupedQueryAttention
+from lightning_dsmoe.attention.kv_cache import KVCache as KVCache
+from lightning_dsmoe.attention.mixture import MixtureOfAttentionHeads as MixtureOfAttentionHeads

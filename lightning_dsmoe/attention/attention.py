@@ -1,0 +1,75 @@
+"""What every attention layer offers, and who attends to whom.
+
+Shapes: B batch, T new tokens, S all tokens so far, D width.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
+
+
+class Attention(nn.Module, ABC):
+    """Base of the attention layers of a decoder block, with or without routing.
+
+    A subclass has `n_kv_heads` and `d_head`, the sizes of its KV cache.
+    """
+
+    n_kv_heads: int
+    d_head: int
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        selection: Selection = AllExperts(),
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> MixtureOutput:
+        """Causal self-attention over tokens `[B, T, D]`.
+
+        Args:
+            x: tokens; with a cache, those that follow what it holds.
+            selection: the experts that run; a layer without a router ignores it.
+            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+        """
+
+
+class Scope(NamedTuple):
+    """Who attends to whom.
+
+    Shape:
+        positions_BT: position of each new token, padding not counted; B may be 1.
+        attend_BTS: bool, true where a new token sees a token; None is the plain causal triangle.
+    """
+
+    positions_BT: Tensor
+    attend_BTS: Tensor | None
+
+
+def causal_scope(x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Scope:
+    """Positions and visibility of new tokens `[B, T, D]` after those in the cache.
+
+    Padding sees itself alone, so that its rows stay finite.
+    """
+    batch, length, _ = x.shape
+    steps = torch.arange(length, device=x.device)
+    if mask is None and cache is None:
+        return Scope(steps[None], None)
+    valid_BT = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
+    start = 0
+    valid_BS = valid_BT
+    if cache is not None:
+        start = cache.length
+        valid_BS = torch.cat([cache.valid[:, :start], valid_BT], dim=1)
+    positions_BT = (valid_BS.cumsum(1) - 1).clamp_min(0)[:, start:]
+    keys = torch.arange(start + length, device=x.device)
+    queries = (start + steps)[:, None]
+    attend_BTS = ((keys <= queries) & valid_BS[:, None, :]) | (keys == queries)
+    return Scope(positions_BT, attend_BTS)

@@ -1,0 +1,73 @@
+"""Plain grouped-query attention."""
+
+from torch import Tensor
+
+from lightning_dsmoe.attention.attention import Attention, causal_scope
+from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
+
+
+class GroupedQueryAttention(Attention):
+    """Causal self-attention in which groups of query heads share keys and values.
+
+    With n_kv_heads = n_heads it is multi-head attention, with 1 multi-query (arXiv 2305.13245).
+
+    Args:
+        d_model: width D of the tokens.
+        n_heads: query heads.
+        n_kv_heads: key and value heads; a divisor of `n_heads`.
+        d_head: head width.
+        rope_theta: base of the rotary frequencies; None for no rotary positions.
+        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        bias: whether the projections have biases.
+
+    Raises:
+        ValueError: if `n_kv_heads` does not divide `n_heads` or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        d_head: int,
+        *,
+        rope_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads, got n_heads={n_heads}, n_kv_heads={n_kv_heads}"
+            )
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.d_head = d_head
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        self.bias = bias
+        self.heads = HeadGroups(
+            d_model,
+            n_heads // n_kv_heads,
+            n_kv_heads,
+            d_head,
+            rope_theta=rope_theta,
+            qk_norm=qk_norm,
+            bias=bias,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        selection: Selection = AllExperts(),
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> MixtureOutput:
+        """Attend over tokens `[B, T, D]`; there is nothing to select (see `Attention.forward`)."""
+        scope = causal_scope(x, mask, cache)
+        keys, values = self.heads.keys_and_values(x, scope, cache, mask)
+        return MixtureOutput(self.heads(x, scope, keys, values), None)

@@ -1,0 +1,216 @@
+"""Groups of query heads over shared keys and values, each group under a gate.
+
+Shapes: B batch, T new tokens, S all tokens so far, X = B T, D width, E groups of query heads,
+H heads of one group = KV heads, C head width, M new tokens that use one group, P most of them in
+one sequence.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dsmoe.attention.attention import Scope
+from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.attention.rotary import rotate, rotation
+from lightning_dsmoe.stacked import StackedWeight, gated_projection, tokens_of_each_expert
+
+
+class HeadGroups(nn.Module):
+    """Grouped-query attention whose groups of query heads are summed under gates.
+
+    y = sum_e g_e sum_j softmax(Q_ej K_j^T / sqrt(C)) V_j W_o,ej + b   (arXiv 2404.05567, eqs. 7-8)
+
+    Keys and values never depend on the gates. The output bias is ungated.
+
+    Args:
+        d_model: width D of the tokens.
+        n_groups: groups E of query heads.
+        n_heads: heads H of one group, each with key and value heads of its own.
+        d_head: head width C.
+        rope_theta: base of the rotary frequencies; None for no rotary positions.
+        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        bias: whether the projections have biases.
+
+    Raises:
+        ValueError: if a size is below 1, or d_head is odd with rotary positions.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_groups: int,
+        n_heads: int,
+        d_head: int,
+        *,
+        rope_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(d_model, n_groups, n_heads, d_head) < 1:
+            raise ValueError(
+                "attention needs a width, numbers of heads and a head width of at least 1, "
+                f"got d_model={d_model}, {n_groups} groups of {n_heads} heads, d_head={d_head}"
+            )
+        if rope_theta is not None and (d_head % 2 or rope_theta <= 0):
+            raise ValueError(
+                "rotary positions need an even d_head and rope_theta > 0, "
+                f"got d_head={d_head}, rope_theta={rope_theta}"
+            )
+        self.n_groups = n_groups
+        self.n_heads = n_heads
+        self.d_head = d_head
+        self.rope_theta = rope_theta
+        rows = n_heads * d_head
+        self.w_q = StackedWeight(n_groups, rows, d_model, fan_in=d_model)
+        self.w_o = StackedWeight(n_groups, rows, d_model, fan_in=n_groups * rows)
+        self.kv = nn.Linear(d_model, 2 * rows, bias=bias)
+        self.b_q = nn.Parameter(torch.empty(n_groups, rows)) if bias else None
+        self.b_o = nn.Parameter(torch.empty(d_model)) if bias else None
+        self.q_norm = nn.RMSNorm(d_head) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(d_head) if qk_norm else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the query and output biases to zero; the rest draws itself."""
+        for bias in (self.b_q, self.b_o):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def keys_and_values(
+        self, x_BTD: Tensor, scope: Scope, cache: KVCache | None, mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far, `[B, H, S, C]`; new ones go into the cache."""
+        k_BHTC, v_BHTC = rearrange(
+            self.kv(x_BTD), "b t (two h c) -> two b h t c", two=2, h=self.n_heads
+        )
+        k_BHTC = self._place(self.k_norm(k_BHTC), scope.positions_BT[:, None])
+        if cache is None:
+            return k_BHTC, v_BHTC
+        valid_BT = x_BTD.new_ones(x_BTD.shape[:2]) if mask_BT is None else mask_BT
+        cache.append(k_BHTC, v_BHTC, valid_BT.bool())
+        return cache.keys[:, :, : cache.length], cache.values[:, :, : cache.length]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        scope: Scope,
+        keys_BHSC: Tensor,
+        values_BHSC: Tensor,
+        gates_BTE: Tensor | None = None,
+    ) -> Tensor:
+        """All groups for every token.
+
+        Args:
+            x_BTD: new tokens.
+            scope: who attends to whom.
+            keys_BHSC: keys of all tokens so far.
+            values_BHSC: their values.
+            gates_BTE: gate of each group; None leaves all at 1.
+        """
+        b_q = None if self.b_q is None else self.b_q.flatten()
+        q_BTR = F.linear(x_BTD, self.w_q().flatten(0, 1), b_q)
+        q_BGTC = rearrange(q_BTR, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
+        q_BGTC = self._place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
+        heads_BGTC = F.scaled_dot_product_attention(
+            q_BGTC,
+            keys_BHSC,
+            values_BHSC,
+            attn_mask=None if scope.attend_BTS is None else scope.attend_BTS[:, None],
+            is_causal=scope.attend_BTS is None,
+            enable_gqa=self.n_groups > 1,
+        )
+        heads_XER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
+        if gates_BTE is None:
+            y_XD = heads_XER.flatten(1) @ self.w_o().flatten(0, 1)
+        else:
+            y_XD = gated_projection(heads_XER, gates_BTE.flatten(0, 1), self.w_o())
+        y_BTD = y_XD.view_as(x_BTD)
+        return y_BTD if self.b_o is None else y_BTD + self.b_o
+
+    def sparse_forward(
+        self,
+        x_BTD: Tensor,
+        scope: Scope,
+        keys_BHSC: Tensor,
+        values_BHSC: Tensor,
+        gates_BTE: Tensor,
+        active_BTE: Tensor,
+    ) -> Tensor:
+        """Only the active groups of each token: their queries, heads and outputs.
+
+        Args:
+            x_BTD: new tokens.
+            scope: who attends to whom.
+            keys_BHSC: keys of all tokens so far.
+            values_BHSC: their values.
+            gates_BTE: gate of each group.
+            active_BTE: the groups that run, bool.
+        """
+        batch, length, _ = x_BTD.shape
+        x_XD, gates_XE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
+        positions_X = scope.positions_BT.expand(batch, length).flatten()
+        attend_XS = _attend_of_tokens(scope, batch, length)
+        y_XD = torch.zeros_like(x_XD)
+        running, tokens = tokens_of_each_expert(active_BTE.flatten(0, 1))
+        for e, w_q, w_o, at_M in zip(
+            running, self.w_q.of(running), self.w_o.of(running), tokens, strict=True
+        ):
+            q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
+            q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
+            q_HMC = self._place(self.q_norm(q_HMC), positions_X[at_M])
+            heads_MR = _attend_some(
+                q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M]
+            )
+            gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
+            y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
+        y_BTD = y_XD.view_as(x_BTD)
+        return y_BTD if self.b_o is None else y_BTD + self.b_o
+
+    def _place(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Turn queries or keys to their positions."""
+        if self.rope_theta is None:
+            return heads
+        return rotate(heads, rotation(positions, self.d_head, self.rope_theta))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print`."""
+        return (
+            f"n_groups={self.n_groups}, n_heads={self.n_heads}, d_head={self.d_head}, "
+            f"rope_theta={self.rope_theta}"
+        )
+
+
+def _attend_of_tokens(scope: Scope, batch: int, length: int) -> Tensor:
+    """Visibility of every key for each new token, bool `[X, S]`."""
+    if scope.attend_BTS is not None:
+        return scope.attend_BTS.flatten(0, 1)
+    steps = torch.arange(length, device=scope.positions_BT.device)
+    return (steps <= steps[:, None]).repeat(batch, 1)
+
+
+def _attend_some(
+    q_HMC: Tensor, keys_BHSC: Tensor, values_BHSC: Tensor, row_M: Tensor, attend_MS: Tensor
+) -> Tensor:
+    """Attention of some tokens, each over the keys of its own sequence: `[M, H C]`.
+
+    The queries are padded to the same number in every sequence; padding looks everywhere and its
+    result is dropped.
+    """
+    batch, n_heads, length, d_head = keys_BHSC.shape
+    counts_B = row_M.bincount(minlength=batch)
+    slot_M = torch.arange(len(row_M), device=row_M.device) - (counts_B.cumsum(0) - counts_B)[row_M]
+    most = int(counts_B.max())
+    q_BPHC = q_HMC.new_zeros(batch, most, n_heads, d_head).index_put(
+        (row_M, slot_M), rearrange(q_HMC, "h m c -> m h c")
+    )
+    attend_BPS = attend_MS.new_ones(batch, most, length)
+    attend_BPS[row_M, slot_M] = attend_MS
+    heads_BHPC = F.scaled_dot_product_attention(
+        rearrange(q_BPHC, "b p h c -> b h p c"),
+        keys_BHSC,
+        values_BHSC,
+        attn_mask=attend_BPS[:, None],
+    )
+    return rearrange(heads_BHPC, "b h p c -> b p (h c)")[row_M, slot_M]

@@ -1,0 +1,57 @@
+"""Keys and values of the tokens seen so far.
+
+Shapes: B batch, H KV heads, S capacity, T new tokens, C head width.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Room for the keys and values of one attention layer, filled from the left.
+
+    It does not depend on which experts run. A layer that is given a cache writes the new tokens
+    into it, in place.
+
+    Args:
+        batch_size: sequences B.
+        n_kv_heads: KV heads H.
+        capacity: tokens S per sequence.
+        d_head: head width C.
+        device: where the cache lies.
+        dtype: type of the keys and values.
+
+    Raises:
+        ValueError: on writing more tokens than fit.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        n_kv_heads: int,
+        capacity: int,
+        d_head: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (batch_size, n_kv_heads, capacity, d_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.valid = torch.zeros(batch_size, capacity, device=device, dtype=torch.bool)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.keys.shape[2]
+
+    def append(self, keys_BHTC: Tensor, values_BHTC: Tensor, valid_BT: Tensor) -> None:
+        """Add tokens; those not valid are padding that nobody attends to."""
+        end = self.length + keys_BHTC.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"{end} tokens do not fit a cache of {self.capacity}")
+        self.keys[:, :, self.length : end] = keys_BHTC
+        self.values[:, :, self.length : end] = values_BHTC
+        self.valid[:, self.length : end] = valid_BT
+        self.length = end

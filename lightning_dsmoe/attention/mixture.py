@@ -1,0 +1,93 @@
+"""The mixture of attention heads."""
+
+from torch import Tensor
+
+from lightning_dsmoe.attention.attention import Attention, causal_scope
+from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
+from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
+from lightning_dsmoe.routing.router import RouterFactory
+
+
+class MixtureOfAttentionHeads(Attention):
+    """Grouped-query attention whose groups of query heads are experts under gates.
+
+    y = c sum_i S_i(x) sum_j softmax(Q_ij K_j^T / sqrt(C)) V_j W_o,ij (arXiv 2404.05567, eqs. 7-8)
+
+    All experts share the keys and values, which never depend on routing.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: attention experts.
+        n_heads: query heads of one expert, and KV heads of the layer.
+        d_head: head width C.
+        router: class of the router, called as `router(d_model, n_experts)`.
+        gate_scale: "mean_one" takes c = n_experts, so that equal gates are plain grouped-query
+            attention; "sum_to_one" takes c = 1, as in the paper.
+        rope_theta: base of the rotary frequencies; None for no rotary positions.
+        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        bias: whether the projections have biases; the output's is ungated.
+
+    Raises:
+        ValueError: if a size or `gate_scale` is out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        n_heads: int,
+        d_head: int,
+        *,
+        router: RouterFactory = LinearRouter,
+        gate_scale: GateScale = "mean_one",
+        rope_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.n_experts = n_experts
+        self.n_heads = n_heads
+        self.n_kv_heads = n_heads
+        self.d_head = d_head
+        self.gate_scale = gate_scale
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        self.bias = bias
+        self.gate_factor = gate_factor(gate_scale, n_experts)
+        self.router = router(d_model, n_experts)
+        self.heads = HeadGroups(
+            d_model,
+            n_experts,
+            n_heads,
+            d_head,
+            rope_theta=rope_theta,
+            qk_norm=qk_norm,
+            bias=bias,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        selection: Selection = AllExperts(),
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> MixtureOutput:
+        """Attend over tokens `[B, T, D]` with the experts `selection` picks (`Attention.forward`)."""
+        routing = self.router(x)
+        gates, active = selection(routing.probs)
+        gates = self.gate_factor * gates
+        scope = causal_scope(x, mask, cache)
+        keys, values = self.heads.keys_and_values(x, scope, cache, mask)
+        if isinstance(selection, AllExperts):
+            y = self.heads(x, scope, keys, values, gates)
+        else:
+            y = self.heads.sparse_forward(x, scope, keys, values, gates, active)
+        return MixtureOutput(y, routing)
+
+    def extra_repr(self) -> str:
+        """Options, for `print`."""
+        return f"gate_scale={self.gate_scale!r}"

@@ -1,0 +1,38 @@
+"""Rotary positions (RoPE).
+
+Shapes: C head width; leading dimensions are free.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of channels, float32 `[..., C / 2]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(positions: Tensor, d_head: int, theta: float) -> Rotation:
+    """Angles position * theta^(-2 i / C) of the pairs i (arXiv 2104.09864, eq. 15).
+
+    Args:
+        positions: `[...]`, whole numbers.
+        d_head: head width C, even.
+        theta: base of the frequencies.
+    """
+    pairs = torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * theta ** (-pairs / d_head)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Turn each pair of channels (i, i + C/2) of `[..., C]` by its angle, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat(
+        [first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1
+    )
+    return turned.to(x.dtype)

@@ -1,0 +1,256 @@
+"""A decoder-only transformer made of pluggable layers.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_dsmoe.attention import Attention, KVCache
+from lightning_dsmoe.attention.attention import causal_scope
+from lightning_dsmoe.experts import FeedForwardLayer
+from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+
+
+class Routings(NamedTuple):
+    """The routing of every layer, None for a layer without a router."""
+
+    experts: tuple[Routing | None, ...]
+    attention: tuple[Routing | None, ...]
+
+
+class DecoderOutput(NamedTuple):
+    """Logits `[B, T, V]` and the routing they came by."""
+
+    logits: Tensor
+    routings: Routings
+
+
+class BlockOutput(NamedTuple):
+    """Tokens `[B, T, D]` after a block, and the routing of its two layers."""
+
+    x: Tensor
+    experts: Routing | None
+    attention: Routing | None
+
+
+class AttentionFactory(Protocol):
+    """Makes the attention of one block."""
+
+    def __call__(self, d_model: int) -> Attention:
+        """Make a layer for tokens of width `d_model`."""
+        ...
+
+
+class FeedForwardFactory(Protocol):
+    """Makes the feed-forward layer of one block."""
+
+    def __call__(self, d_model: int) -> FeedForwardLayer:
+        """Make a layer for tokens of width `d_model`."""
+        ...
+
+
+class NormFactory(Protocol):
+    """Makes a normalisation."""
+
+    def __call__(self, normalized_shape: int) -> nn.Module:
+        """Make a normalisation over the last dimension, of that size."""
+        ...
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, each on a normalised residual stream.
+
+    Args:
+        d_model: width D of the tokens.
+        attention: makes the attention layer.
+        feed_forward: makes the feed-forward layer.
+        norm: makes the two normalisations.
+        dropout: probability of dropping an output of either layer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        attention: AttentionFactory,
+        feed_forward: FeedForwardFactory,
+        norm: NormFactory = nn.RMSNorm,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = norm(d_model)
+        self.attention = attention(d_model)
+        self.feed_forward_norm = norm(d_model)
+        self.feed_forward = feed_forward(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        experts: Selection = AllExperts(),
+        attention: Selection = AllExperts(),
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> BlockOutput:
+        """Transform tokens `[B, T, D]` with the selected experts of both layers."""
+        attended = self.attention(self.attention_norm(x), attention, mask=mask, cache=cache)
+        x = x + self.dropout(attended.output)
+        fed = self.feed_forward(self.feed_forward_norm(x), experts)
+        return BlockOutput(x + self.dropout(fed.output), fed.routing, attended.routing)
+
+
+class TokenEmbedding(nn.Embedding):
+    """An embedding that starts at standard deviation 0.02, fit to share its weights with a head."""
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: embeddings, a stack of blocks, a norm and a head.
+
+    Args:
+        vocab_size: number of tokens V of the vocabulary.
+        d_model: width D.
+        n_layers: number of blocks.
+        attention: makes the attention of a block, called as `attention(d_model)`.
+        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`.
+        norm: makes a normalisation, called as `norm(d_model)`.
+        max_positions: size of a learned table of positions added to the embeddings, and thus the
+            longest context; None for no such table, as with rotary positions.
+        tie_embeddings: whether the head shares the weights of the embeddings.
+        dropout: probability of dropping embeddings and layer outputs in training.
+        checkpoint_activations: recompute each block in the backward pass to save memory.
+
+    Raises:
+        ValueError: if a size is below 1 or dropout is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        n_layers: int,
+        *,
+        attention: AttentionFactory,
+        feed_forward: FeedForwardFactory,
+        norm: NormFactory = nn.RMSNorm,
+        max_positions: int | None = None,
+        tie_embeddings: bool = True,
+        dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = [vocab_size, d_model, n_layers, 1 if max_positions is None else max_positions]
+        if min(sizes) < 1:
+            raise ValueError(
+                "vocab_size, d_model, n_layers and max_positions must be at least 1, "
+                f"got {vocab_size}, {d_model}, {n_layers} and {max_positions}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.vocab_size = vocab_size
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.max_positions = max_positions
+        self.tie_embeddings = tie_embeddings
+        self.checkpoint_activations = checkpoint_activations
+        self.embedding = TokenEmbedding(vocab_size, d_model)
+        self.positions = None if max_positions is None else TokenEmbedding(max_positions, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                d_model,
+                attention=attention,
+                feed_forward=feed_forward,
+                norm=norm,
+                dropout=dropout,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = norm(d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    @property
+    def plan_sizes(self) -> tuple[list[int | None], list[int | None]]:
+        """Number of feed-forward and of attention experts of each layer, None without a router."""
+        return (
+            [getattr(block.feed_forward, "n_experts", None) for block in self.blocks],
+            [getattr(block.attention, "n_experts", None) for block in self.blocks],
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        plan: SelectionPlan | None = None,
+        *,
+        mask: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> DecoderOutput:
+        """Logits of the token after each token.
+
+        Args:
+            tokens: `[B, T]`, whole numbers below V; with caches, those that follow what they hold.
+            plan: the experts that run in each layer; None runs all.
+            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+            caches: one KV cache per layer, to which the new tokens are added.
+
+        Raises:
+            ValueError: if the plan has another number of layers or the context is too long.
+        """
+        if plan is None:
+            plan = SelectionPlan.uniform(self.n_layers)
+        elif plan.n_layers != self.n_layers:
+            raise ValueError(f"a plan of {plan.n_layers} layers, a model of {self.n_layers}")
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(self._positions(x, mask, caches))
+        x = self.dropout(x)
+        experts, attention = [], []
+        for layer, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[layer]
+            arguments = (x, plan.experts[layer], plan.attention[layer])
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                out = checkpoint(block, *arguments, mask=mask, cache=cache, use_reentrant=False)
+            else:
+                out = block(*arguments, mask=mask, cache=cache)
+            x = out.x
+            experts.append(out.experts)
+            attention.append(out.attention)
+        return DecoderOutput(
+            self.head(self.norm(x)), Routings(tuple(experts), tuple(attention))
+        )
+
+    def _positions(
+        self, x: Tensor, mask: Tensor | None, caches: Sequence[KVCache] | None
+    ) -> Tensor:
+        seen = x.shape[1] + (caches[0].length if caches else 0)
+        if self.max_positions is not None and seen > self.max_positions:
+            raise ValueError(
+                f"{seen} tokens, but this model has {self.max_positions} learned positions"
+            )
+        return causal_scope(x, mask, caches[0] if caches else None).positions_BT
+
+    def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
+        """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""
+        weight = self.embedding.weight
+        return [
+            KVCache(
+                batch_size,
+                block.attention.n_kv_heads,
+                capacity,
+                block.attention.d_head,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            for block in self.blocks
+        ]

@@ -1,0 +1,171 @@
+"""Expert networks: every expert under its gate, densely or only where it is active.
+
+Shapes: X tokens, E experts, F hidden units of one expert, D width, M tokens of one expert.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dsmoe.stacked import StackedWeight, gated_projection, tokens_of_each_expert
+
+
+class Experts(nn.Module, ABC):
+    """Two-layer networks of equal size whose outputs are summed under gates.
+
+    y = sum_i g_i W_out,i a(W_in,i x + b_in,i) + b_out
+
+    The output bias is shared and ungated, so the dense and the sparse path agree. A subclass
+    gives `hidden`, the function a, and the number of input projections of each hidden unit.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts E.
+        d_expert: hidden units F of one expert.
+        activation: name of a function in `torch.nn.functional`, such as gelu, silu or relu.
+        bias: whether the projections have biases.
+
+    Raises:
+        ValueError: if a size is below 1 or the activation does not exist.
+    """
+
+    projections_per_unit = 1
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        d_expert: int,
+        *,
+        activation: str = "gelu",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(d_model, n_experts, d_expert) < 1:
+            raise ValueError(
+                "experts need d_model, n_experts and d_expert of at least 1, "
+                f"got {d_model}, {n_experts} and {d_expert}"
+            )
+        if not callable(getattr(F, activation, None)):
+            raise ValueError(
+                f"activation {activation!r} is not a function of torch.nn.functional, "
+                "such as gelu, silu or relu"
+            )
+        self.d_model = d_model
+        self.n_experts = n_experts
+        self.d_expert = d_expert
+        self.activation = activation
+        self.bias = bias
+        rows = self.projections_per_unit * d_expert
+        self.w_in = StackedWeight(n_experts, rows, d_model, fan_in=d_model)
+        self.w_out = StackedWeight(n_experts, d_expert, d_model, fan_in=n_experts * d_expert)
+        self.b_in = nn.Parameter(torch.empty(n_experts, rows)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the biases to zero; weights draw themselves."""
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    @abstractmethod
+    def hidden(self, projected: Tensor) -> Tensor:
+        """Hidden units a from their projections: `[..., projections_per_unit * F]` to `[..., F]`."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation function by its name."""
+        activated: Tensor = getattr(F, self.activation)(x)
+        return activated
+
+    def forward(self, x_XD: Tensor, gates_XE: Tensor | None = None) -> Tensor:
+        """Every expert on every token: two wide matrix products.
+
+        Args:
+            x_XD: tokens.
+            gates_XE: gate of each expert; None leaves all at 1.
+        """
+        b_in = None if self.b_in is None else self.b_in.flatten()
+        projected_XH = F.linear(x_XD, self.w_in().flatten(0, 1), b_in)
+        hidden_XEF = self.hidden(projected_XH.unflatten(1, (self.n_experts, -1)))
+        if gates_XE is None:
+            y_XD = hidden_XEF.flatten(1) @ self.w_out().flatten(0, 1)
+        else:
+            y_XD = gated_projection(hidden_XEF, gates_XE, self.w_out())
+        return y_XD if self.b_out is None else y_XD + self.b_out
+
+    def sparse_forward(self, x_XD: Tensor, gates_XE: Tensor, active_XE: Tensor) -> Tensor:
+        """Only the active experts of each token: one small matrix product per expert and layer.
+
+        Args:
+            x_XD: tokens.
+            gates_XE: gate of each expert.
+            active_XE: the experts that run, bool.
+        """
+        y_XD = torch.zeros_like(x_XD)
+        running, tokens = tokens_of_each_expert(active_XE)
+        for e, w_in, w_out, at_M in zip(
+            running, self.w_in.of(running), self.w_out.of(running), tokens, strict=True
+        ):
+            b_in = None if self.b_in is None else self.b_in[e]
+            hidden_MF = self.hidden(F.linear(x_XD[at_M], w_in, b_in))
+            gated_MF = hidden_MF * gates_XE[at_M, e, None].to(hidden_MF.dtype)
+            y_XD = y_XD.index_add(0, at_M, (gated_MF @ w_out).to(y_XD.dtype))
+        return y_XD if self.b_out is None else y_XD + self.b_out
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print`."""
+        return (
+            f"d_model={self.d_model}, n_experts={self.n_experts}, d_expert={self.d_expert}, "
+            f"activation={self.activation!r}, bias={self.bias}"
+        )
+
+
+class MLPExperts(Experts):
+    """Plain two-layer experts: a(z) = act(z), as in arXiv 2404.05567.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts E.
+        d_expert: hidden units F of one expert.
+        activation: name of a function in `torch.nn.functional`, such as gelu, silu or relu.
+        bias: whether the projections have biases.
+    """
+
+    def hidden(self, projected: Tensor) -> Tensor:
+        """act(z)."""
+        return self.activate(projected)
+
+
+class GLUExperts(Experts):
+    """Gated linear units: a(z_gate, z_up) = act(z_gate) z_up; SwiGLU, GEGLU (arXiv 2002.05202).
+
+    The rows of each expert hold its gate projection first, then its up projection.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts E.
+        d_expert: hidden units F of one expert.
+        activation: silu gives SwiGLU, gelu GEGLU.
+        bias: whether the projections have biases.
+    """
+
+    projections_per_unit = 2
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        d_expert: int,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+    ) -> None:
+        super().__init__(d_model, n_experts, d_expert, activation=activation, bias=bias)
+
+    def hidden(self, projected: Tensor) -> Tensor:
+        """act(z_gate) z_up."""
+        gate, up = projected.chunk(2, dim=-1)
+        return self.activate(gate) * up

@@ -1,0 +1,76 @@
+"""The mixture of feed-forward experts.
+
+Shapes: B batch, T sequence, X = B T tokens, D width, E experts.
+"""
+
+from torch import Tensor
+
+from lightning_dsmoe.experts.experts import MLPExperts
+from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward
+from lightning_dsmoe.experts.layer import FeedForwardLayer
+from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
+from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
+from lightning_dsmoe.routing.router import RouterFactory
+
+
+class MixtureOfExperts(FeedForwardLayer):
+    """Experts of which each learns from every token, and any number of which run afterwards.
+
+    y = c sum_i S_i(x) e_i(x), with S the router's probabilities (arXiv 2404.05567, eq. 3)
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts E.
+        d_expert: hidden units of one expert.
+        router: class of the router, called as `router(d_model, n_experts)`.
+        experts: class of the experts, called as `experts(d_model, n_experts, d_expert)`.
+        d_shared: hidden units of one more expert that always runs at gate 1; 0 for none.
+        gate_scale: "mean_one" takes c = E, so that equal gates are the dense layer of the same
+            width; "sum_to_one" takes c = 1, as in the paper.
+
+    Raises:
+        ValueError: if a size or `gate_scale` is out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        d_expert: int,
+        *,
+        router: RouterFactory = LinearRouter,
+        experts: ExpertsFactory = MLPExperts,
+        d_shared: int = 0,
+        gate_scale: GateScale = "mean_one",
+    ) -> None:
+        super().__init__()
+        if d_shared < 0:
+            raise ValueError(f"d_shared must be 0 or more, got {d_shared}")
+        self.d_model = d_model
+        self.n_experts = n_experts
+        self.d_expert = d_expert
+        self.d_shared = d_shared
+        self.gate_scale = gate_scale
+        self.gate_factor = gate_factor(gate_scale, n_experts)
+        self.router = router(d_model, n_experts)
+        self.experts = experts(d_model, n_experts, d_expert)
+        self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
+
+    def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
+        """Transform tokens `[B, T, D]`, running the experts that `selection` picks."""
+        routing = self.router(x)
+        gates, active = selection(routing.probs)
+        gates_XE = (self.gate_factor * gates).flatten(0, -2)
+        if isinstance(selection, AllExperts):
+            y = self.experts(x.flatten(0, -2), gates_XE).view_as(x)
+        else:
+            y = self.experts.sparse_forward(
+                x.flatten(0, -2), gates_XE, active.flatten(0, -2)
+            ).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x).output
+        return MixtureOutput(y, routing)
+
+    def extra_repr(self) -> str:
+        """Options, for `print`."""
+        return f"gate_scale={self.gate_scale!r}"

@@ -1,0 +1,8 @@
+"""Losses of routers: mutual information, load balance and the router z-loss."""
+
+from lightning_dsmoe.losses.entropy import entropy as entropy
+from lightning_dsmoe.losses.load_balancing import load_balancing_loss as load_balancing_loss
+from lightning_dsmoe.losses.mutual_information import (
+    mutual_information_loss as mutual_information_loss,
+)
+from lightning_dsmoe.losses.router_z import router_z_loss as router_z_loss

@@ -1,0 +1,27 @@
+"""Tokens that count and tokens that do not."""
+
+import torch
+from torch import Tensor
+
+
+def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Put tokens in one dimension, at least float32, with a weight of 0 or 1 for each.
+
+    Args:
+        values: `[..., N]`.
+        mask: `[...]`, bool or 0/1; None counts all.
+
+    Returns:
+        Values `[X, N]` and weights `[X]`.
+
+    Raises:
+        ValueError: if the mask does not cover the tokens.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if mask is None:
+        mask = values.new_ones(values.shape[:-1])
+    elif mask.shape != values.shape[:-1]:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} for tokens of shape {tuple(values.shape[:-1])}"
+        )
+    return values.reshape(-1, values.shape[-1]), mask.reshape(-1).to(values)

@@ -1,0 +1,24 @@
+"""The loss that keeps router logits small.
+
+Shapes: N experts; leading dimensions (tokens) are free.
+"""
+
+from torch import Tensor
+
+from lightning_dsmoe.losses.masking import flatten_tokens
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-partition of a router: mean_x (ln sum_i exp h_i(x))^2.
+
+    Source: ST-MoE, arXiv 2202.08906, eq. 5.
+
+    Args:
+        logits: router logits, `[..., N]`.
+        mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
+
+    Returns:
+        A scalar of at least float32.
+    """
+    logits, weight = flatten_tokens(logits, mask)
+    return weight @ logits.logsumexp(-1).square() / weight.sum().clamp_min(1)

@@ -1,0 +1,143 @@
+"""A selection for every layer: the unit of sparse inference."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lightning_dsmoe.files import write_text
+from lightning_dsmoe.routing.selection import AllExperts, Selection
+
+FORMAT_VERSION = 1
+_FIELDS = {"format_version", "experts", "attention"}
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """Which experts run in every layer, for the feed-forward and for the attention experts.
+
+    Args:
+        experts: one selection per layer for the feed-forward experts.
+        attention: one selection per layer for the attention experts.
+
+    Raises:
+        ValueError: if the two do not cover the same number of layers.
+    """
+
+    experts: tuple[Selection, ...]
+    attention: tuple[Selection, ...]
+
+    def __post_init__(self) -> None:
+        if not self.experts or len(self.experts) != len(self.attention):
+            raise ValueError(
+                "a plan needs one selection per layer for experts and for attention, "
+                f"got {len(self.experts)} and {len(self.attention)}"
+            )
+
+    @classmethod
+    def uniform(
+        cls,
+        n_layers: int,
+        *,
+        experts: Selection = AllExperts(),
+        attention: Selection = AllExperts(),
+    ) -> Self:
+        """The same selections in each of `n_layers` layers; by default the dense model."""
+        return cls((experts,) * n_layers, (attention,) * n_layers)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.experts)
+
+    def check(
+        self, n_experts: Sequence[int | None], n_attention_experts: Sequence[int | None]
+    ) -> None:
+        """Raise a ValueError if this plan does not fit a model.
+
+        Args:
+            n_experts: feed-forward experts of each layer, None for a layer without a router.
+            n_attention_experts: the same for the attention experts.
+        """
+        if len(n_experts) != self.n_layers:
+            raise ValueError(f"a plan of {self.n_layers} layers, a model of {len(n_experts)}")
+        for kind, selections, counts in (
+            ("experts", self.experts, n_experts),
+            ("attention", self.attention, n_attention_experts),
+        ):
+            for layer, (selection, count) in enumerate(zip(selections, counts, strict=True)):
+                if count is None:
+                    continue
+                try:
+                    selection.check(count)
+                except ValueError as error:
+                    raise ValueError(f"plan, layer {layer}, {kind}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "experts": [_selection_to_dict(s) for s in self.experts],
+            "attention": [_selection_to_dict(s) for s in self.attention],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Read what `to_dict` wrote; only selections already defined are looked up.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(data, dict) or set(data) != _FIELDS:
+            raise ValueError(f"a plan is an object with the fields {sorted(_FIELDS)}")
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"plan format {data['format_version']!r}, this version reads {FORMAT_VERSION}"
+            )
+        for kind in ("experts", "attention"):
+            if not isinstance(data[kind], list) or len(data[kind]) > 1024:
+                raise ValueError(f"plan field {kind!r} must be a list of at most 1024 selections")
+        return cls(
+            tuple(_selection_from_dict(s) for s in data["experts"]),
+            tuple(_selection_from_dict(s) for s in data["attention"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan from JSON.
+
+        Raises:
+            ValueError: if the file is not a plan.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _known_selections(base: type[Selection] = Selection) -> dict[str, type[Selection]]:
+    found = {}
+    for subclass in base.__subclasses__():
+        found[subclass.__name__] = subclass
+        found |= _known_selections(subclass)
+    return found
+
+
+def _selection_to_dict(selection: Selection) -> dict[str, Any]:
+    return {"selection": type(selection).__name__, **asdict(selection)}
+
+
+def _selection_from_dict(data: Any) -> Selection:
+    known = _known_selections()
+    if not isinstance(data, dict) or data.get("selection") not in known:
+        raise ValueError(f"{data!r} is not a selection; known are {', '.join(sorted(known))}")
+    options = {key: value for key, value in data.items() if key != "selection"}
+    try:
+        return known[data["selection"]](**options)
+    except TypeError as error:
+        raise ValueError(f"{data!r} is not a selection: {error}") from None

@@ -1,0 +1,157 @@
+"""Routers score experts: S = softmax(h(x)).
+
+Shapes: D width, N experts, R hidden width of a router; leading dimensions are free.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dsmoe.routing.routing import Routing
+
+
+class Router(nn.Module, ABC):
+    """Scores every expert for every token, S = softmax(h(x)), in float32 under any autocast.
+
+    A subclass gives `score`, the function h.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts N.
+
+    Raises:
+        ValueError: if a size is below 1.
+    """
+
+    def __init__(self, d_model: int, n_experts: int) -> None:
+        super().__init__()
+        if d_model < 1 or n_experts < 1:
+            raise ValueError(
+                f"a router needs d_model >= 1 and n_experts >= 1, got {d_model} and {n_experts}"
+            )
+        self.d_model = d_model
+        self.n_experts = n_experts
+
+    @abstractmethod
+    def score(self, x: Tensor) -> Tensor:
+        """Logits h(x): float32 `[..., D]` to float32 `[..., N]`."""
+
+    def forward(self, x: Tensor) -> Routing:
+        """Score tokens `[..., D]` of any float type; logits and probabilities are float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.score(x.float())
+            return Routing(logits, logits.softmax(-1))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print`."""
+        return f"d_model={self.d_model}, n_experts={self.n_experts}"
+
+
+class RouterFactory(Protocol):
+    """Makes the router of one layer."""
+
+    def __call__(self, d_model: int, n_experts: int) -> Router:
+        """Make a router that scores `n_experts` experts."""
+        ...
+
+
+class LinearRouter(Router):
+    """One linear layer without bias: h(x) = W x.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts N.
+        init_std: standard deviation of the initial weights; 0 starts with equal gates.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, *, init_std: float = 0.02) -> None:
+        super().__init__(d_model, n_experts)
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def score(self, x: Tensor) -> Tensor:
+        """h(x) = W x."""
+        return F.linear(x, self.weight.float())
+
+
+class MLPRouter(Router):
+    """Two linear layers with a GELU between them: h(x) = W2 gelu(W1 x + b).
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts N.
+        d_hidden: hidden width R; 512 reproduces the parameter counts of arXiv 2404.05567, Table 1.
+        init_std: standard deviation of the last layer's initial weights; 0 starts with equal gates.
+    """
+
+    def __init__(
+        self, d_model: int, n_experts: int, *, d_hidden: int = 512, init_std: float = 0.02
+    ) -> None:
+        super().__init__(d_model, n_experts)
+        if d_hidden < 1:
+            raise ValueError(f"d_hidden must be at least 1, got {d_hidden}")
+        self.d_hidden = d_hidden
+        self.init_std = init_std
+        self.hidden = nn.Linear(d_model, d_hidden)
+        self.out = nn.Linear(d_hidden, n_experts, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        self.hidden.reset_parameters()
+        nn.init.normal_(self.out.weight, std=self.init_std)
+
+    def score(self, x: Tensor) -> Tensor:
+        """h(x) = W2 gelu(W1 x + b)."""
+        hidden = F.gelu(F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()))
+        return F.linear(hidden, self.out.weight.float())
+
+
+class CosineRouter(Router):
+    """Cosine similarity of a projected token to one centroid per expert, over a temperature.
+
+    h(x)_i = exp(s) cos(P x, c_i), with a learned log-scale s, kept below ln 100.
+
+    Args:
+        d_model: width D of the tokens.
+        n_experts: number of experts N.
+        d_hidden: width R of the projection.
+        init_scale: initial exp(s).
+    """
+
+    def __init__(
+        self, d_model: int, n_experts: int, *, d_hidden: int = 512, init_scale: float = 1.0
+    ) -> None:
+        super().__init__(d_model, n_experts)
+        if d_hidden < 1 or init_scale <= 0:
+            raise ValueError(
+                f"d_hidden must be at least 1 and init_scale positive, got {d_hidden}, {init_scale}"
+            )
+        self.d_hidden = d_hidden
+        self.init_scale = init_scale
+        self.projection = nn.Parameter(torch.empty(d_hidden, d_model))
+        self.centroids = nn.Parameter(torch.empty(n_experts, d_hidden))
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        nn.init.normal_(self.projection, std=1 / math.sqrt(self.d_model))
+        nn.init.normal_(self.centroids)
+        nn.init.constant_(self.log_scale, math.log(self.init_scale))
+
+    def score(self, x: Tensor) -> Tensor:
+        """h(x)_i = exp(s) cos(P x, c_i)."""
+        directions = F.normalize(F.linear(x, self.projection.float()), dim=-1)
+        centroids = F.normalize(self.centroids.float(), dim=-1)
+        scale = self.log_scale.float().clamp(max=math.log(100)).exp()
+        return scale * F.linear(directions, centroids)

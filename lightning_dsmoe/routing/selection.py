@@ -1,0 +1,178 @@
+"""Selections decide which experts run; routers only score them.
+
+Shapes: N experts; leading dimensions are free. At least one expert of every token always runs;
+ties go to the expert with the lower number.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gates(NamedTuple):
+    """What a selection makes of probabilities.
+
+    Shape:
+        weight: `[..., N]`, the gate of each expert, zero where it does not run.
+        active: bool `[..., N]`, the experts that run.
+    """
+
+    weight: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class Selection(ABC):
+    """Decides from a token's probabilities S which experts run.
+
+    Args:
+        renormalize: divide the kept gates by their sum; off, they stay raw as in arXiv 2404.05567.
+    """
+
+    renormalize: bool = field(default=False, kw_only=True)
+
+    @abstractmethod
+    def mask(self, probs: Tensor) -> Tensor:
+        """The experts that run: float `[..., N]` to bool `[..., N]`, one or more in each row."""
+
+    def check(self, n_experts: int) -> None:
+        """Raise a ValueError if this selection is impossible for `n_experts` experts."""
+        del n_experts
+
+    def __call__(self, probs: Tensor) -> Gates:
+        """Gates of the experts that run, from probabilities `[..., N]`."""
+        active = self.mask(probs)
+        weight = probs.masked_fill(~active, 0.0)
+        if self.renormalize:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return Gates(weight, active)
+
+
+@dataclass(frozen=True)
+class AllExperts(Selection):
+    """Runs every expert: the dense model (arXiv 2404.05567, eq. 3)."""
+
+    def mask(self, probs: Tensor) -> Tensor:
+        """All true."""
+        return torch.ones_like(probs, dtype=torch.bool)
+
+    def __call__(self, probs: Tensor) -> Gates:
+        """The probabilities themselves."""
+        return Gates(probs, self.mask(probs))
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """Runs the k most probable experts of every token.
+
+    Args:
+        k: number of experts, from 1 to N.
+        renormalize: divide the kept gates by their sum.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"TopK needs a whole number k >= 1, got k={self.k!r}")
+
+    def check(self, n_experts: int) -> None:
+        """Raise a ValueError if k exceeds `n_experts`."""
+        if self.k > n_experts:
+            raise ValueError(f"TopK(k={self.k}) needs k <= {n_experts}, the number of experts")
+
+    def mask(self, probs: Tensor) -> Tensor:
+        """The k largest of each row."""
+        self.check(probs.shape[-1])
+        return _rank(probs) < self.k
+
+
+@dataclass(frozen=True)
+class Threshold(Selection):
+    """Runs the experts whose share is above a threshold, N S_i > eps, and always the best one.
+
+    Args:
+        eps: threshold on N S_i, whose mean is 1 (arXiv 2404.05567, section 3.3); from 0 to below N.
+        renormalize: divide the kept gates by their sum.
+    """
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"{type(self).__name__} needs 0 <= eps < N, got eps={self.eps}")
+
+    def check(self, n_experts: int) -> None:
+        """Raise a ValueError if no gate of `n_experts` experts could pass."""
+        if self.eps >= max(n_experts, 1):
+            raise ValueError(
+                f"{type(self).__name__}(eps={self.eps}) compares with N*S, "
+                f"so eps must be below N={n_experts}"
+            )
+
+    def mask(self, probs: Tensor) -> Tensor:
+        """N S_i > eps, and the arg-max."""
+        self.check(probs.shape[-1])
+        return _above(probs, self.eps)
+
+
+@dataclass(frozen=True)
+class ThresholdTopK(Threshold):
+    """Runs the top k of every token, k being the mean count above a threshold over the batch.
+
+    k is rounded to the nearest whole number, at least 1, for each layer and call by itself
+    (arXiv 2404.05567, section 3.3). Every position of the batch counts, padding too.
+
+    Args:
+        eps: threshold on N S_i, whose mean is 1; from 0 to below N.
+        renormalize: divide the kept gates by their sum.
+    """
+
+    def mask(self, probs: Tensor) -> Tensor:
+        """The top k of each row with k from the whole batch."""
+        self.check(probs.shape[-1])
+        if probs.numel() == 0:
+            return torch.ones_like(probs, dtype=torch.bool)
+        k = _above(probs, self.eps).sum(-1).double().mean().round()
+        return _rank(probs) < k
+
+
+@dataclass(frozen=True)
+class TopP(Selection):
+    """Runs the fewest most probable experts whose probabilities reach a total of p.
+
+    Args:
+        p: probability mass to keep, above 0 and at most 1.
+        renormalize: divide the kept gates by their sum.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"TopP needs 0 < p <= 1, got p={self.p}")
+
+    def mask(self, probs: Tensor) -> Tensor:
+        """The shortest prefix of the sorted row that holds p."""
+        if self.p == 1:
+            return torch.ones_like(probs, dtype=torch.bool)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = before < self.p
+        kept[..., :1] = True
+        return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def _rank(probs: Tensor) -> Tensor:
+    """Rank of each expert in its row, 0 for the most probable; lower numbers win ties."""
+    order = probs.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(probs.shape[-1], device=probs.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _above(probs: Tensor, eps: float) -> Tensor:
+    """Experts with N S_i > eps, and the arg-max of each row."""
+    return (probs * probs.shape[-1] > eps) | (_rank(probs) == 0)
