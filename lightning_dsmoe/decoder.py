@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,14 @@ class TokenEmbedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
+class TokenHead(nn.Linear):
+    """The last projection, which starts as the embedding does since it may share its weights."""
+
+    def reset_parameters(self) -> None:
+        """Draw new weights."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer: embeddings, a stack of blocks, a norm and a head.
 
@@ -127,7 +135,8 @@ class Decoder(nn.Module):
             longest context; None for no such table, as with rotary positions.
         tie_embeddings: whether the head shares the weights of the embeddings.
         dropout: probability of dropping embeddings and layer outputs in training.
-        checkpoint_activations: recompute each block in the backward pass to save memory.
+        checkpoint_activations: recompute each block in the backward pass to save memory; without
+            effect with caches.
 
     Raises:
         ValueError: if a size is below 1 or dropout is not in [0, 1).
@@ -176,9 +185,17 @@ class Decoder(nn.Module):
             for _ in range(n_layers)
         )
         self.norm = norm(d_model)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
-        if tie_embeddings:
+        self.head = TokenHead(d_model, vocab_size, bias=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()  # leaving the meta device makes two parameters of one
+        return self
 
     @property
     def plan_sizes(self) -> tuple[list[int | None], list[int | None]]:
@@ -219,16 +236,14 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
             arguments = (x, plan.experts[layer], plan.attention[layer])
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 out = checkpoint(block, *arguments, mask=mask, cache=cache, use_reentrant=False)
             else:
                 out = block(*arguments, mask=mask, cache=cache)
             x = out.x
             experts.append(out.experts)
             attention.append(out.attention)
-        return DecoderOutput(
-            self.head(self.norm(x)), Routings(tuple(experts), tuple(attention))
-        )
+        return DecoderOutput(self.head(self.norm(x)), Routings(tuple(experts), tuple(attention)))
 
     def _positions(
         self, x: Tensor, mask: Tensor | None, caches: Sequence[KVCache] | None
@@ -243,6 +258,7 @@ class Decoder(nn.Module):
     def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""
         weight = self.embedding.weight
+        blocks = cast(Iterable[Block], self.blocks)
         return [
             KVCache(
                 batch_size,
@@ -252,5 +268,5 @@ class Decoder(nn.Module):
                 device=weight.device,
                 dtype=weight.dtype,
             )
-            for block in self.blocks
+            for block in blocks
         ]

@@ -123,7 +123,7 @@ class HeadGroups(nn.Module):
         )
         heads_XER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
         if gates_BTE is None:
-            y_XD = heads_XER.flatten(1) @ self.w_o().flatten(0, 1)
+            y_XD: Tensor = heads_XER.flatten(1) @ self.w_o().flatten(0, 1)
         else:
             y_XD = gated_projection(heads_XER, gates_BTE.flatten(0, 1), self.w_o())
         y_BTD = y_XD.view_as(x_BTD)
@@ -160,9 +160,7 @@ class HeadGroups(nn.Module):
             q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
             q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
             q_HMC = self._place(self.q_norm(q_HMC), positions_X[at_M])
-            heads_MR = _attend_some(
-                q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M]
-            )
+            heads_MR = _attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
             gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
             y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
         y_BTD = y_XD.view_as(x_BTD)

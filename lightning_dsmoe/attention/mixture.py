@@ -76,7 +76,7 @@ class MixtureOfAttentionHeads(Attention):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> MixtureOutput:
-        """Attend over tokens `[B, T, D]` with the experts `selection` picks (`Attention.forward`)."""
+        """Attend over tokens `[B, T, D]` with the selected experts (see `Attention.forward`)."""
         routing = self.router(x)
         gates, active = selection(routing.probs)
         gates = self.gate_factor * gates

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.precision import at_least_float32
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of the angle of each pair of channels, float32 `[..., C / 2]`."""
@@ -30,9 +32,7 @@ def rotation(positions: Tensor, d_head: int, theta: float) -> Rotation:
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Turn each pair of channels (i, i + C/2) of `[..., C]` by its angle, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat(
-        [first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1
-    )
+    """Turn each pair of channels (i, i + C/2) of `[..., C]` by its angle, in at least float32."""
+    first, second = at_least_float32(x).chunk(2, dim=-1)
+    turned = torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1)
     return turned.to(x.dtype)

@@ -73,7 +73,7 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def hidden(self, projected: Tensor) -> Tensor:
-        """Hidden units a from their projections: `[..., projections_per_unit * F]` to `[..., F]`."""
+        """Hidden units a `[..., F]` from their projections `[..., projections_per_unit * F]`."""
 
     def activate(self, x: Tensor) -> Tensor:
         """The activation function by its name."""
@@ -91,7 +91,7 @@ class Experts(nn.Module, ABC):
         projected_XH = F.linear(x_XD, self.w_in().flatten(0, 1), b_in)
         hidden_XEF = self.hidden(projected_XH.unflatten(1, (self.n_experts, -1)))
         if gates_XE is None:
-            y_XD = hidden_XEF.flatten(1) @ self.w_out().flatten(0, 1)
+            y_XD: Tensor = hidden_XEF.flatten(1) @ self.w_out().flatten(0, 1)
         else:
             y_XD = gated_projection(hidden_XEF, gates_XE, self.w_out())
         return y_XD if self.b_out is None else y_XD + self.b_out
@@ -153,17 +153,6 @@ class GLUExperts(Experts):
     """
 
     projections_per_unit = 2
-
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        d_expert: int,
-        *,
-        activation: str = "silu",
-        bias: bool = False,
-    ) -> None:
-        super().__init__(d_model, n_experts, d_expert, activation=activation, bias=bias)
 
     def hidden(self, projected: Tensor) -> Tensor:
         """act(z_gate) z_up."""

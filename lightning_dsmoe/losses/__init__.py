@@ -5,4 +5,5 @@ from lightning_dsmoe.losses.load_balancing import load_balancing_loss as load_ba
 from lightning_dsmoe.losses.mutual_information import (
     mutual_information_loss as mutual_information_loss,
 )
+from lightning_dsmoe.losses.mutual_information import routing_entropies as routing_entropies
 from lightning_dsmoe.losses.router_z import router_z_loss as router_z_loss

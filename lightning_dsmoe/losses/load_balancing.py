@@ -6,6 +6,7 @@ Shapes: N experts; leading dimensions (tokens) are free.
 from torch import Tensor
 
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.precision import without_autocast
 
 
 def load_balancing_loss(probs: Tensor, active: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -23,6 +24,7 @@ def load_balancing_loss(probs: Tensor, active: Tensor, mask: Tensor | None = Non
         A scalar of at least float32.
     """
     probs, weight = flatten_tokens(probs, mask)
-    assignments = weight @ active.reshape(probs.shape).to(probs)
-    share = assignments / assignments.sum().clamp_min(1)
-    return probs.shape[-1] * share @ (weight @ probs) / weight.sum().clamp_min(1)
+    with without_autocast(probs.device.type):
+        assignments = weight @ active.reshape(probs.shape).to(probs)
+        share = assignments / assignments.sum().clamp_min(1)
+        return probs.shape[-1] * share @ (weight @ probs) / weight.sum().clamp_min(1)

@@ -1,7 +1,8 @@
 """Tokens that count and tokens that do not."""
 
-import torch
 from torch import Tensor
+
+from lightning_dsmoe.precision import at_least_float32
 
 
 def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -17,7 +18,7 @@ def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: if the mask does not cover the tokens.
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = at_least_float32(values)
     if mask is None:
         mask = values.new_ones(values.shape[:-1])
     elif mask.shape != values.shape[:-1]:

@@ -1,7 +1,9 @@
 """The loss that keeps experts specialised and balanced.
 
-Shapes: N experts; leading dimensions (tokens X) are free.
+Shapes: R routers, X tokens, N experts, J = R N; leading dimensions of public arguments are free.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,21 @@ from torch import Tensor
 
 from lightning_dsmoe.losses.entropy import entropy
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.precision import without_autocast
+
+
+class RoutingEntropies(NamedTuple):
+    """How sharp and how even routing is, in nats.
+
+    Their difference, `conditional - marginal`, is the mutual-information loss.
+
+    Shape:
+        conditional: mean_x H(e|x), 0 if every token is sure of its expert.
+        marginal: H(e), ln N if all experts are used alike.
+    """
+
+    conditional: Tensor
+    marginal: Tensor
 
 
 def mutual_information_loss(
@@ -34,14 +51,36 @@ def mutual_information_loss(
     Raises:
         ValueError: if the mask does not cover the tokens.
     """
-    probs, weight = flatten_tokens(probs, mask)
-    totals = torch.cat(
-        [weight @ probs, (weight @ entropy(probs))[None], weight.sum()[None]]
-    )
+    conditional, marginal = routing_entropies(probs[None], mask, group=group)
+    return (conditional - marginal).squeeze(0)
+
+
+def routing_entropies(
+    probs: Tensor, mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None
+) -> RoutingEntropies:
+    """The two entropies of the mutual-information loss for several routers at once.
+
+    Args:
+        probs: router probabilities S of R routers over the same tokens, `[R, ..., N]`.
+        mask: tokens that count, `[...]`, as in `mutual_information_loss`.
+        group: process group whose ranks share p(e), as in `mutual_information_loss`.
+
+    Returns:
+        Two tensors `[R]`.
+
+    Raises:
+        ValueError: if the mask does not cover the tokens.
+    """
+    n_routers, n_experts = probs.shape[0], probs.shape[-1]
+    probs_XJ, weight_X = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
+    entropy_XR = entropy(probs_XJ.unflatten(-1, (n_routers, n_experts)))
+    with without_autocast(probs.device.type):
+        totals = torch.cat([weight_X @ probs_XJ, weight_X @ entropy_XR, weight_X.sum()[None]])
     if group is not None:
         totals = _sum_over_ranks(totals, group)
-    count = totals[-1].clamp_min(1)
-    return (totals[-2] - count * entropy(totals[:-2] / count)) / count
+    means = totals[:-1] / totals[-1].clamp_min(1)
+    share_RN, conditional_R = means.split([n_routers * n_experts, n_routers])
+    return RoutingEntropies(conditional_R, entropy(share_RN.view(n_routers, n_experts)))
 
 
 def _sum_over_ranks(totals: Tensor, group: dist.ProcessGroup) -> Tensor:

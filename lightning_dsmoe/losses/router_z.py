@@ -6,6 +6,7 @@ Shapes: N experts; leading dimensions (tokens) are free.
 from torch import Tensor
 
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.precision import without_autocast
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -21,4 +22,5 @@ def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         A scalar of at least float32.
     """
     logits, weight = flatten_tokens(logits, mask)
-    return weight @ logits.logsumexp(-1).square() / weight.sum().clamp_min(1)
+    with without_autocast(logits.device.type):
+        return weight @ logits.logsumexp(-1).square() / weight.sum().clamp_min(1)

@@ -12,7 +12,5 @@ def gate_factor(gate_scale: GateScale, n_experts: int) -> float:
         ValueError: for any other name.
     """
     if gate_scale not in get_args(GateScale):
-        raise ValueError(
-            f"gate_scale must be one of {get_args(GateScale)}, got {gate_scale!r}"
-        )
+        raise ValueError(f"gate_scale must be one of {get_args(GateScale)}, got {gate_scale!r}")
     return float(n_experts) if gate_scale == "mean_one" else 1.0

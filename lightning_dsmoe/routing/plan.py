@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Self
 
 from lightning_dsmoe.files import write_text
@@ -116,7 +117,7 @@ class SelectionPlan:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -134,10 +135,13 @@ def _selection_to_dict(selection: Selection) -> dict[str, Any]:
 
 def _selection_from_dict(data: Any) -> Selection:
     known = _known_selections()
-    if not isinstance(data, dict) or data.get("selection") not in known:
-        raise ValueError(f"{data!r} is not a selection; known are {', '.join(sorted(known))}")
+    name = data.get("selection") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}"
+        )
     options = {key: value for key, value in data.items() if key != "selection"}
     try:
-        return known[data["selection"]](**options)
+        return known[name](**options)
     except TypeError as error:
-        raise ValueError(f"{data!r} is not a selection: {error}") from None
+        raise ValueError(f"{short_repr(data)} is not a selection: {error}") from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dsmoe.precision import at_least_float32, without_autocast
 from lightning_dsmoe.routing.routing import Routing
 
 
@@ -38,12 +39,12 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:
-        """Logits h(x): float32 `[..., D]` to float32 `[..., N]`."""
+        """Logits h(x): `[..., D]` to `[..., N]`, both of the same type, at least float32."""
 
     def forward(self, x: Tensor) -> Routing:
-        """Score tokens `[..., D]` of any float type; logits and probabilities are float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.score(x.float())
+        """Score tokens `[..., D]` in float32, or in float64 if that is their type."""
+        with without_autocast(x.device.type):
+            logits = self.score(at_least_float32(x))
             return Routing(logits, logits.softmax(-1))
 
     def extra_repr(self) -> str:
@@ -80,7 +81,7 @@ class LinearRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """h(x) = W x."""
-        return F.linear(x, self.weight.float())
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class MLPRouter(Router):
@@ -102,18 +103,18 @@ class MLPRouter(Router):
         self.d_hidden = d_hidden
         self.init_std = init_std
         self.hidden = nn.Linear(d_model, d_hidden)
-        self.out = nn.Linear(d_hidden, n_experts, bias=False)
+        self.out = nn.Parameter(torch.empty(n_experts, d_hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
         self.hidden.reset_parameters()
-        nn.init.normal_(self.out.weight, std=self.init_std)
+        nn.init.normal_(self.out, std=self.init_std)
 
     def score(self, x: Tensor) -> Tensor:
         """h(x) = W2 gelu(W1 x + b)."""
-        hidden = F.gelu(F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()))
-        return F.linear(hidden, self.out.weight.float())
+        hidden = F.gelu(F.linear(x, self.hidden.weight.to(x.dtype), self.hidden.bias.to(x.dtype)))
+        return F.linear(hidden, self.out.to(x.dtype))
 
 
 class CosineRouter(Router):
@@ -151,7 +152,7 @@ class CosineRouter(Router):
 
     def score(self, x: Tensor) -> Tensor:
         """h(x)_i = exp(s) cos(P x, c_i)."""
-        directions = F.normalize(F.linear(x, self.projection.float()), dim=-1)
-        centroids = F.normalize(self.centroids.float(), dim=-1)
-        scale = self.log_scale.float().clamp(max=math.log(100)).exp()
+        directions = F.normalize(F.linear(x, self.projection.to(x.dtype)), dim=-1)
+        centroids = F.normalize(self.centroids.to(x.dtype), dim=-1)
+        scale = self.log_scale.to(x.dtype).clamp(max=math.log(100)).exp()
         return scale * F.linear(directions, centroids)

@@ -22,12 +22,12 @@ def gated_projection(hidden_XEF: Tensor, gates_XE: Tensor, weight_EFD: Tensor) -
         hidden_XEF: hidden units a; gates_XE: gates g; weight_EFD: W; result: `[X, D]`.
     """
     device = hidden_XEF.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_XEF, weight_EFD = hidden_XEF.to(dtype), weight_EFD.to(dtype)
     if gates_XE.dtype != hidden_XEF.dtype:
         gates_XE = gates_XE.to(hidden_XEF.dtype)
-    projected: Tensor = _GatedProjection.apply(hidden_XEF, gates_XE, weight_EFD)
+    projected: Tensor = _GatedProjection.apply(hidden_XEF, gates_XE, weight_EFD)  # type: ignore[no-untyped-call]
     return projected
 
 
@@ -46,7 +46,7 @@ class _GatedProjection(torch.autograd.Function):
         hidden_XEF, gates_XE, weight_EFD = ctx.saved_tensors
         d_gated_XEF = (grad_XD @ weight_EFD.flatten(0, 1).T).view_as(hidden_XEF)
         d_gates_XE = (d_gated_XEF * hidden_XEF).sum(-1)
-        d_hidden_XEF = d_gated_XEF * gates_XE[..., None]
+        d_hidden_XEF = d_gated_XEF.mul_(gates_XE[..., None])
         gated_XH = (hidden_XEF * gates_XE[..., None]).flatten(1)
         d_weight_EFD = (gated_XH.T @ grad_XD).view_as(weight_EFD)
         return d_hidden_XEF, d_gates_XE, d_weight_EFD

@@ -1,0 +1,61 @@
+"""A training loader that knows how far it has come."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dsmoe.data.windows import TrainingSampler
+
+Batch = dict[str, Tensor]
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """Counts epochs and batches as they are handed out, and starts anywhere.
+
+    Each iteration is an epoch of its own. Epochs are counted here rather than taken from the
+    Trainer, which counts a run that `max_steps` stopped inside an epoch as a finished epoch.
+    """
+
+    epoch = 0
+    batches = 0
+    started = False
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Let the next iteration begin inside an epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            batches: Batches of that epoch to leave out.
+        """
+        self.epoch, self.batches, self.started = epoch, batches, False
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # counts what it passes on
+        # Nothing runs before the first `next`, so iterators that are made and dropped cost nothing.
+        if self.started:
+            self.epoch, self.batches = self.epoch + 1, 0
+        self.started = True
+        if isinstance(self.sampler, TrainingSampler) and self.batch_size is not None:
+            self.sampler.set_epoch(self.epoch)
+            self.sampler.start = self.batches * self.batch_size
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the data module keeps the position; this marks the loader resumable."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing, for the same reason."""
+
+
+def batch_size(batch: Batch) -> int:
+    """Count the windows of a batch, for Lightning's ThroughputMonitor."""
+    return batch["input_ids"].shape[0]
+
+
+def batch_tokens(batch: Batch) -> int:
+    """Count the tokens of a batch, for Lightning's ThroughputMonitor."""
+    return batch["input_ids"].numel()

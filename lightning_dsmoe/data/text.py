@@ -1,0 +1,265 @@
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_dsmoe.data.corpus import find_corpus
+from lightning_dsmoe.data.loader import Batch, ResumableLoader
+from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile, open_token_file
+from lightning_dsmoe.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from lightning_dsmoe.data.windows import (
+    EvaluationSampler,
+    EvaluationWindows,
+    TrainingSampler,
+    TrainingWindows,
+)
+
+
+class TextDataModule(LightningDataModule):
+    """Any text files as batches of next-token windows, resumable in the middle of an epoch.
+
+    Batches are dicts of `input_ids` and `labels`, both int64 [B, T]; label -100 is ignored.
+    Training windows start at a new random token every epoch; evaluation predicts every token but
+    a split's first exactly once. The text is split by position: train first, then val, then test.
+
+    Args:
+        files: A path, a glob, or a list of them; without it the Python sources of the running
+            interpreter's standard library.
+        tokenizer: "byte", "char", or the path of a Hugging Face tokenizer JSON (or of one that
+            `Tokenizer.to_dict` wrote).
+        context: Tokens in a window, T.
+        batch_size: Windows in a batch, B, on each rank.
+        val_fraction: Share of the text in the validation split.
+        test_fraction: Share of the text in the test split; with 0, the test and predict loaders
+            read the validation split.
+        seed: Seed of the order of the training windows.
+        num_workers: Processes that read batches; 0 reads them in the training process.
+        cache_dir: Where token files are kept; by default a folder in the user's cache.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        files: str | list[str] | None = None,
+        *,
+        tokenizer: str = "byte",
+        context: int = 128,
+        batch_size: int = 16,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        seed: int = 1234,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("context", context, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        if not 0 <= test_fraction < 1 - val_fraction:
+            raise ValueError(
+                f"test_fraction must be at least 0 and leave text for training beside "
+                f"val_fraction={val_fraction}, got {test_fraction}"
+            )
+        self.files = files
+        self.context = context
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = cache_dir
+        self._given_tokenizer = _named_tokenizer(tokenizer)
+        self._token_file: TokenFile | None = None
+        self._train_loader: ResumableLoader | None = None
+        self._position: tuple[int, int] | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; asking for a character tokenizer reads the corpus."""
+        return self._given_tokenizer or self._tokens().tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token numbers a model needs, known before `setup`."""
+        return self.tokenizer.vocab_size
+
+    def bytes_per_token(self, split: Split) -> float:
+        """Return how many UTF-8 bytes a token of a split stands for on average.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        size = self._size(split)
+        return size.bytes / size.tokens
+
+    def chars_per_token(self, split: Split) -> float:
+        """Return how many characters a token of a split stands for on average.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        size = self._size(split)
+        return size.characters / size.tokens
+
+    def prepare_data(self) -> None:
+        self._tokens()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokens and check them.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None for all.
+
+        Raises:
+            ValueError: If the corpus is missing, empty or not text, a split that the stage needs
+                is too short for one window, or the model's vocabulary is too small.
+        """
+        sizes = self._tokens().sizes
+        needed: dict[str | None, tuple[Split, ...]] = {
+            None: ("train", "val", self._test_split),
+            "fit": ("train", "val"),
+            "validate": ("val",),
+        }
+        for split in needed.get(stage, (self._test_split,)):
+            if sizes[split].tokens <= self.context:
+                raise ValueError(
+                    f"the {split} split has {sizes[split].tokens} tokens, but context="
+                    f"{self.context} needs at least {self.context + 1}: use more text or a "
+                    "smaller context"
+                )
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        vocab_size = getattr(module, "vocab_size", None)
+        if isinstance(vocab_size, int) and vocab_size < self.vocab_size:
+            raise ValueError(
+                f"the model's vocab_size is {vocab_size}, but the tokenizer has "
+                f"{self.vocab_size} tokens"
+            )
+
+    def train_dataloader(self) -> ResumableLoader:
+        windows = TrainingWindows(self._tokens().span("train"), self.context)
+        sampler = TrainingSampler(windows, seed=self.seed, **self._ranks())
+        loader = ResumableLoader(
+            windows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # Batches of one shape, unless there is not even one full batch.
+            drop_last=len(sampler) >= self.batch_size,
+        )
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        loader.resume(*(self._position or (epoch, 0)))
+        self._position = None
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader(self._test_split)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader(self._test_split)
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch, batches = self._position or (0, 0)
+        if (loader := self._train_loader) is not None:
+            epoch, batches = loader.epoch, loader.batches
+            limit: float = (
+                self.trainer.num_training_batches if self.trainer is not None else len(loader)
+            )
+            if batches >= limit:
+                epoch, batches = epoch + 1, 0
+        return {**self._identity(), "epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the batch after the last one that the checkpoint has seen.
+
+        Outside of `fit` only the tokenizer has to agree.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the data differ from those of the checkpoint, naming every difference.
+        """
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        identity = self._identity()
+        differences = [
+            f"{name} was {_shown(state_dict.get(name))}, is {_shown(value)}"
+            for name, value in identity.items()
+            if (fitting or name == "tokenizer") and state_dict.get(name) != value
+        ]
+        if differences:
+            raise ValueError(
+                f"the checkpoint was made with other data settings: {'; '.join(differences)}"
+            )
+        if fitting:
+            self._position = int(state_dict["epoch"]), int(state_dict["batches"])
+            self._train_loader = None
+
+    @property
+    def _test_split(self) -> Split:
+        return "test" if self.test_fraction else "val"
+
+    def _tokens(self) -> TokenFile:
+        if self._token_file is None:
+            self._token_file = open_token_file(
+                find_corpus(self.files),
+                self._given_tokenizer,
+                val_fraction=self.val_fraction,
+                test_fraction=self.test_fraction,
+                cache_dir=self.cache_dir,
+            )
+        return self._token_file
+
+    def _size(self, split: Split) -> SplitSize:
+        return self._tokens().sizes[self._test_split if split == "test" else split]
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Batch]:
+        windows = EvaluationWindows(self._tokens().span(split), self.context)
+        return DataLoader(
+            windows,
+            batch_size=self.batch_size,
+            sampler=EvaluationSampler(windows, **self._ranks()),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return kwargs or {"num_replicas": 1, "rank": 0}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "tokenizer": self.tokenizer.to_dict(),
+            "context": self.context,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "train_tokens": self._tokens().sizes["train"].tokens,
+            "ranks": self._ranks()["num_replicas"],
+        }
+
+
+def _named_tokenizer(name: str) -> Tokenizer | None:
+    """Return the tokenizer, or None for "char", whose alphabet is that of the corpus."""
+    if name == "char":
+        return None
+    return ByteTokenizer() if name == "byte" else load_tokenizer(name)
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    vocabulary = f" of {len(value['alphabet'])} characters" if "alphabet" in value else ""
+    return f"{value.get('kind')}{vocabulary}"

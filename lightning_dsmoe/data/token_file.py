@@ -1,0 +1,171 @@
+"""A corpus as token numbers in one flat file, made once and then memory-mapped."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_dsmoe.data.corpus import Corpus
+from lightning_dsmoe.data.tokenizers import CharTokenizer, Tokenizer
+from lightning_dsmoe.files import atomic_path, write_text
+
+FORMAT_VERSION = 1
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class TokenSpan:
+    """A stretch of a token file; it travels to worker processes as a path, not as data.
+
+    Args:
+        path: The flat file of token numbers.
+        dtype: Its element type: "uint8", "uint16" or "uint32".
+        start: First token.
+        stop: One past the last token.
+    """
+
+    def __init__(self, path: Path, dtype: str, start: int, stop: int) -> None:
+        self.path, self.dtype, self.start, self.stop = path, dtype, start, stop
+        self._tokens: NDArray[np.unsignedinteger] = np.memmap(path, dtype=dtype, mode="r")
+
+    def __reduce__(self) -> tuple[type["TokenSpan"], tuple[Path, str, int, int]]:
+        return TokenSpan, (self.path, self.dtype, self.start, self.stop)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the tokens [stop - start] at offsets into this span, fewer at its end."""
+        first, last = self.start + start, min(self.start + stop, self.stop)
+        return self._tokens[first:last].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """How much text a split holds, counted in three ways."""
+
+    tokens: int
+    bytes: int
+    characters: int
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenized corpus: its tokenizer, the size of each split, and where the tokens lie."""
+
+    path: Path
+    dtype: str
+    tokenizer: Tokenizer
+    sizes: dict[Split, SplitSize]
+
+    def span(self, split: Split) -> TokenSpan:
+        """Return the tokens of one split."""
+        before = SPLITS[: SPLITS.index(split)]
+        start = sum(self.sizes[name].tokens for name in before)
+        return TokenSpan(self.path, self.dtype, start, start + self.sizes[split].tokens)
+
+
+def open_token_file(
+    corpus: Corpus,
+    tokenizer: Tokenizer | None,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    cache_dir: str | Path | None = None,
+) -> TokenFile:
+    """Open the tokens of a corpus, making them first unless a complete file is there.
+
+    The corpus is cut at character boundaries by position, train first, then val, then test, so
+    that every split's bytes and characters are counted exactly.
+
+    Args:
+        corpus: The text.
+        tokenizer: Its tokenizer; None for one token per character of the corpus.
+        val_fraction: Share of the bytes in the validation split.
+        test_fraction: Share of the bytes in the test split.
+        cache_dir: Where token files are kept; default `$XDG_CACHE_HOME/lightning_dsmoe`, or
+            `~/.cache/lightning_dsmoe`.
+
+    Raises:
+        ValueError: If a file of the corpus is not text.
+    """
+    directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    identity = {
+        "format": FORMAT_VERSION,
+        "files": [
+            (str(file), size, file.stat().st_mtime_ns)
+            for file, size in zip(corpus.files, corpus.sizes, strict=True)
+        ],
+        "tokenizer": "char" if tokenizer is None else tokenizer.fingerprint(),
+        "fractions": [val_fraction, test_fraction],
+    }
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    path = directory / f"{key}.bin"
+    if (found := _read(path)) is not None:
+        return found
+    cuts = [
+        0,
+        corpus.boundary(int(corpus.size * (1 - val_fraction - test_fraction))),
+        corpus.boundary(int(corpus.size * (1 - test_fraction))),
+        corpus.size,
+    ]
+    return _write(path, corpus, tokenizer or _char_tokenizer(corpus), cuts)
+
+
+def default_cache_dir() -> Path:
+    """Return `$XDG_CACHE_HOME/lightning_dsmoe`, or `~/.cache/lightning_dsmoe` if it is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dsmoe"
+
+
+def _char_tokenizer(corpus: Corpus) -> CharTokenizer:
+    alphabet: set[str] = set()
+    for text in corpus.read(0, corpus.size):
+        alphabet.update(text)
+    return CharTokenizer("".join(alphabet))
+
+
+def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) -> TokenFile:
+    dtype = next(
+        name
+        for name in ("uint8", "uint16", "uint32")
+        if tokenizer.vocab_size - 1 <= np.iinfo(name).max
+    )
+    sizes: dict[Split, SplitSize] = {}
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
+            n_tokens = n_characters = 0
+            for text in corpus.read(start, stop):
+                tokens = tokenizer.encode(text).astype(dtype)
+                stream.write(tokens.tobytes())
+                n_tokens += len(tokens)
+                n_characters += len(text)
+            sizes[split] = SplitSize(n_tokens, stop - start, n_characters)
+    record = {
+        "dtype": dtype,
+        "tokenizer": tokenizer.to_dict(),
+        "splits": {
+            split: [size.tokens, size.bytes, size.characters] for split, size in sizes.items()
+        },
+    }
+    write_text(path.with_suffix(".json"), json.dumps(record))
+    return TokenFile(path, dtype, tokenizer, sizes)
+
+
+def _read(path: Path) -> TokenFile | None:
+    """Return the token file, or None where it is missing, incomplete or damaged."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        dtype = record["dtype"]
+        sizes = {split: SplitSize(*record["splits"][split]) for split in SPLITS}
+        tokenizer = Tokenizer.from_dict(record["tokenizer"])
+        n_bytes = sum(size.tokens for size in sizes.values()) * np.dtype(dtype).itemsize
+        complete = dtype in ("uint8", "uint16", "uint32") and path.stat().st_size == n_bytes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return TokenFile(path, dtype, tokenizer, sizes) if complete else None

@@ -1,0 +1,121 @@
+"""Windows of tokens, and the samplers that say which window comes when."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightning_dsmoe.data.token_file import TokenSpan
+
+IGNORED = -100
+
+
+class TrainingWindows(Dataset[dict[str, Tensor]]):
+    """Windows for training: item i starts at token i, and its labels are shifted by one.
+
+    Args:
+        tokens: The training split, longer than `context`.
+        context: Tokens in a window, T.
+
+    Items are `input_ids` [T] and `labels` [T], int64.
+    """
+
+    def __init__(self, tokens: TokenSpan, context: int) -> None:
+        self.tokens, self.context = tokens, context
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.context
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = torch.from_numpy(self.tokens.read(index, index + self.context + 1))
+        return {"input_ids": window[:-1], "labels": window[1:]}
+
+
+class EvaluationWindows(Dataset[dict[str, Tensor]]):
+    """Windows side by side, so that every token but the first is predicted exactly once.
+
+    The last window is padded: inputs with 0, labels with -100. Any item past it is padding alone.
+
+    Args:
+        tokens: The split, longer than `context`.
+        context: Tokens in a window, T.
+
+    Items are `input_ids` [T] and `labels` [T], int64.
+    """
+
+    def __init__(self, tokens: TokenSpan, context: int) -> None:
+        self.tokens, self.context = tokens, context
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.context)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        input_ids = torch.zeros(self.context, dtype=torch.int64)
+        labels = torch.full((self.context,), IGNORED)
+        first = index * self.context
+        if first < len(self.tokens):
+            window = torch.from_numpy(self.tokens.read(first, first + self.context + 1))
+            input_ids[: len(window) - 1] = window[:-1]
+            labels[: len(window) - 1] = window[1:]
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class TrainingSampler(DistributedSampler[int]):
+    """Gives each rank equally many windows, in an order drawn anew for every epoch.
+
+    An epoch lays windows side by side from a random first token, so that their edges move from
+    epoch to epoch, and shuffles them. Order depends on seed and epoch alone.
+
+    Args:
+        windows: The training windows.
+        seed: Seed of every epoch's order.
+        num_replicas: Number of ranks.
+        rank: This rank.
+
+    `start` is the number of this rank's windows that the next iteration leaves out.
+    """
+
+    def __init__(
+        self, windows: TrainingWindows, *, seed: int, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(windows, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.context = windows.context
+        # As many windows as fit wherever the first one starts, but at least one.
+        self.n_windows = max(1, len(windows) // self.context)
+        self.slack = min(self.context - 1, len(windows) - 1 - (self.n_windows - 1) * self.context)
+        self.num_samples = max(1, self.n_windows // num_replicas)
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        phase = generator.integers(self.slack + 1)
+        order = generator.permutation(self.n_windows)
+        # Repeated only where there are fewer windows than ranks.
+        shared = np.resize(order, self.num_samples * self.num_replicas)
+        positions = phase + self.context * shared[self.rank :: self.num_replicas]
+        return iter(positions[self.start :].tolist())
+
+
+class EvaluationSampler(DistributedSampler[int]):
+    """Deals windows to the ranks in turn, each exactly once, and evens out with padding items.
+
+    Args:
+        windows: The evaluation windows.
+        num_replicas: Number of ranks.
+        rank: This rank.
+    """
+
+    def __init__(self, windows: EvaluationWindows, *, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(windows, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.num_samples = -(-len(windows) // num_replicas)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.num_samples * self.num_replicas, self.num_replicas))

@@ -1,0 +1,154 @@
+"""Sampling text from a decoder, token by token, with a KV cache.
+
+Shapes: B batch, T tokens of the prompt, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.routing import SelectionPlan
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    plan: SelectionPlan | None = None,
+    mask: Tensor | None = None,
+    context: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue prompts.
+
+    A full context forgets its older half, so texts may be of any length. A sequence that has met a
+    stop token repeats it until all have ended.
+
+    Args:
+        decoder: the model, in evaluation mode.
+        tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths.
+        max_new_tokens: tokens to add at the most.
+        plan: the experts that run; None runs all.
+        mask: bool `[B, T]`, false for padding; None for no padding.
+        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the fewest most probable tokens that hold this much probability only.
+        stop: tokens that end a sequence.
+        generator: source of randomness, for repeatable samples.
+        on_tokens: called with each new column of tokens `[B]`.
+
+    Returns:
+        Prompts and continuations, `[B, T + new tokens]`.
+
+    Raises:
+        ValueError: if the prompt is empty or longer than the context, or an option is out of range.
+    """
+    context = decoder.max_positions if context is None else context
+    _check(decoder, tokens, max_new_tokens, context, stop, temperature, top_k, top_p)
+    if plan is not None:
+        plan.check(*decoder.plan_sizes)
+    batch, length = tokens.shape
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    if not mask[:, -1].all():
+        raise ValueError("padding must be on the left: a prompt's last token is masked")
+    stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
+    ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    capacity = min(length + max_new_tokens, context or length + max_new_tokens)
+    caches = decoder.new_caches(batch, capacity)
+    new, new_mask = tokens, mask
+    for _ in range(max_new_tokens):
+        if caches[0].length + new.shape[1] > capacity:
+            caches = decoder.new_caches(batch, capacity)
+            keep = max(1, capacity // 2)
+            new, new_mask = tokens[:, -keep:], mask[:, -keep:]
+        logits_BV = decoder(new, plan, mask=new_mask, caches=caches).logits[:, -1]
+        chosen = sample(
+            logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+        new = torch.where(ended, tokens[:, -1], chosen)[:, None]
+        new_mask = torch.ones_like(new, dtype=torch.bool)
+        tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, new_mask], 1)
+        if on_tokens is not None:
+            on_tokens(new[:, 0])
+        ended |= torch.isin(new[:, 0], stops)
+        if len(stops) and bool(ended.all()):
+            break
+    return tokens
+
+
+def sample(
+    logits_BV: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits, order = (logits_BV.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        dropped = probs.cumsum(-1) - probs >= top_p
+        dropped[:, 0] = False
+        probs = probs.masked_fill(dropped, 0.0)
+    drawn = torch.multinomial(probs, 1, generator=generator)
+    return order.gather(-1, drawn).squeeze(-1)
+
+
+def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left to one length.
+
+    Returns:
+        Tokens `[B, T]` and the mask `[B, T]`, false for padding.
+    """
+    longest = max(map(len, sequences), default=0)
+    tokens = torch.full((len(sequences), longest), pad)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        if sequence:
+            tokens[row, -len(sequence) :] = torch.tensor(sequence)
+            mask[row, -len(sequence) :] = True
+    return tokens, mask
+
+
+def _check(
+    decoder: Decoder,
+    tokens: Tensor,
+    max_new_tokens: int,
+    context: int | None,
+    stop: Collection[int],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if tokens.ndim != 2 or not tokens.shape[0] or not tokens.shape[1]:
+        raise ValueError(f"prompts must be [B, T] with a token or more, got {tuple(tokens.shape)}")
+    vocabulary = range(decoder.vocab_size)
+    outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
+    if outside:
+        raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
+    if context is not None and tokens.shape[1] > context:
+        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, the context holds {context}")
+    if max_new_tokens < 0 or temperature < 0:
+        raise ValueError(
+            "max_new_tokens and temperature must be 0 or more, "
+            f"got {max_new_tokens} and {temperature}"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

@@ -1,0 +1,156 @@
+"""A trained decoder that runs only the experts of a plan.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
+from lightning_dsmoe.inference.generation import generate
+from lightning_dsmoe.inference.model_card import model_card
+from lightning_dsmoe.inference.quantization import quantize_experts
+from lightning_dsmoe.routing import SelectionPlan
+
+Quantization = Literal["int8"]
+
+
+class SparseModel(nn.Module):
+    """A decoder for inference under a selection plan; made by `compile_sparse` or `load_sparse`.
+
+    Args:
+        decoder: the decoder, which this model takes over.
+        plan: the experts that run unless a call says otherwise.
+        architecture: what `describe_decoder` said of the decoder before quantisation.
+        quantization: "int8" if the routed experts are quantised.
+        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        tokenizer: description of the tokenizer, kept with the model.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: SelectionPlan,
+        *,
+        architecture: dict[str, Any],
+        quantization: Quantization | None = None,
+        context: int | None = None,
+        tokenizer: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        plan.check(*decoder.plan_sizes)
+        self.decoder = decoder
+        self.plan = plan
+        self.architecture = architecture
+        self.quantization = quantization
+        self.context = decoder.max_positions if context is None else context
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read an artifact directory.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if a file was changed or is not what it should be.
+        """
+        decoder, plan, config = read_artifact(Path(path))
+        options = {key: config[key] for key in _CONFIG_OPTIONS}
+        return cls(decoder, plan, **options)
+
+    @torch.inference_mode()
+    def logits(
+        self, tokens: Tensor, *, mask: Tensor | None = None, plan: SelectionPlan | None = None
+    ) -> Tensor:
+        """Logits `[B, T, V]` of the token after each of `[B, T]`; `mask` is false for padding."""
+        logits: Tensor = self.decoder(tokens, self.plan if plan is None else plan, mask=mask).logits
+        return logits
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        plan: SelectionPlan | None = None,
+        **options: Any,  # noqa: ANN401 - passed on
+    ) -> Tensor:
+        """Continue prompts `[B, T]`; for the options see `lightning_dsmoe.inference.generate`."""
+        plan = self.plan if plan is None else plan
+        options.setdefault("context", self.context)
+        return generate(self.decoder, tokens, max_new_tokens, plan=plan, **options)
+
+    def save(self, path: str | Path, *, certificate: dict[str, Any] | None = None) -> None:
+        """Write an artifact directory, whole or not at all; an earlier artifact is replaced.
+
+        Args:
+            path: the directory.
+            certificate: what was measured of this model; plain data.
+
+        Raises:
+            FileExistsError: if something else than an artifact is in the way.
+        """
+        config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
+        card = model_card(self.decoder, self.plan, self.quantization, certificate or {})
+        write_artifact(
+            Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
+        )
+
+
+_CONFIG_OPTIONS = ("architecture", "quantization", "context", "tokenizer")
+
+
+def compile_sparse(
+    model: nn.Module,
+    plan: SelectionPlan,
+    *,
+    quantization: Quantization | None = None,
+    context: int | None = None,
+    tokenizer: dict[str, Any] | None = None,
+) -> SparseModel:
+    """Make a model for sparse inference out of a trained one, which stays as it is.
+
+    Args:
+        model: a `Decoder`, or a module with one as `decoder`, such as `DSMoELanguageModel`.
+        plan: the experts that run in each layer.
+        quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
+        context: tokens the model can look back on; None takes the decoder's learned positions.
+        tokenizer: description of the tokenizer, kept with the model.
+
+    Raises:
+        ValueError: if the plan does not fit the model or an option is unknown.
+        ImportError: if int8 is wanted and bitsandbytes is not installed.
+    """
+    decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"compile_sparse needs a Decoder, got {type(model).__name__} without one")
+    if quantization not in (None, "int8"):
+        raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
+    plan.check(*decoder.plan_sizes)
+    architecture = describe_decoder(decoder)
+    decoder = copy.deepcopy(decoder).eval().requires_grad_(False)
+    if quantization == "int8":
+        quantize_experts(decoder)
+    return SparseModel(
+        decoder,
+        plan,
+        architecture=architecture,
+        quantization=quantization,
+        context=context,
+        tokenizer=tokenizer,
+    )
+
+
+def load_sparse(path: str | Path) -> SparseModel:
+    """Read a sparse model from its artifact directory, checking all of it first.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file was changed or is not what it should be.
+    """
+    return SparseModel.load(path)

@@ -1,0 +1,309 @@
+"""The language model as a LightningModule.
+
+Shapes: B batch, T tokens, V vocabulary, R routers, E experts.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from lightning_dsmoe.decoder import (
+    AttentionFactory,
+    Decoder,
+    DecoderOutput,
+    FeedForwardFactory,
+    NormFactory,
+    Routings,
+)
+from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference.checkpoint import check_state
+from lightning_dsmoe.losses import load_balancing_loss, router_z_loss, routing_entropies
+from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+
+IGNORED = -100
+"""Label of a position that does not count."""
+
+
+class DSMoELanguageModel(LightningModule):
+    """Trains a decoder with every expert on every token, held in balance by mutual information.
+
+    L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
+    (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
+
+    Args:
+        vocab_size: number of tokens of the vocabulary.
+        d_model: width of the model.
+        n_layers: number of blocks.
+        attention: makes the attention of a block, called as `attention(d_model)`.
+        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`.
+        norm: makes a normalisation, called as `norm(d_model)`.
+        max_positions: size of a learned table of positions; None for none.
+        tie_embeddings: whether the head shares the weights of the embeddings.
+        dropout: probability of dropping embeddings and layer outputs in training.
+        checkpoint_activations: recompute each block in the backward pass to save memory.
+        compile_blocks: compile each block with `torch.compile`.
+        expert_mi_weight: alpha of each feed-forward router.
+        attention_mi_weight: alpha of each attention router.
+        load_balancing_weight: beta, for mixtures trained sparsely.
+        router_z_weight: gamma.
+        expert_selection: feed-forward experts that run in training, and in evaluation without a
+            plan; all of them unless a sparsely trained baseline is wanted.
+        attention_selection: the same for attention experts.
+        optimizer: makes the optimizer from parameter groups.
+        lr_scheduler: makes a learning-rate schedule, stepped after every optimizer step.
+
+    Raises:
+        ValueError: if a loss weight is negative.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        n_layers: int,
+        *,
+        attention: AttentionFactory,
+        feed_forward: FeedForwardFactory,
+        norm: NormFactory = nn.RMSNorm,
+        max_positions: int | None = None,
+        tie_embeddings: bool = True,
+        dropout: float = 0.0,
+        checkpoint_activations: bool = False,
+        compile_blocks: bool = False,
+        expert_mi_weight: float = 0.02,
+        attention_mi_weight: float = 0.02,
+        load_balancing_weight: float = 0.0,
+        router_z_weight: float = 0.0,
+        expert_selection: Selection = AllExperts(),
+        attention_selection: Selection = AllExperts(),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        weights = (expert_mi_weight, attention_mi_weight, load_balancing_weight, router_z_weight)
+        if min(weights) < 0:
+            raise ValueError(f"loss weights must be 0 or more, got {weights}")
+        self.save_hyperparameters()
+        self._keep_plain_hyperparameters()
+        self.vocab_size = vocab_size
+        self.d_model = d_model
+        self.n_layers = n_layers
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.norm = norm
+        self.max_positions = max_positions
+        self.tie_embeddings = tie_embeddings
+        self.dropout = dropout
+        self.checkpoint_activations = checkpoint_activations
+        self.compile_blocks = compile_blocks
+        self.expert_mi_weight = expert_mi_weight
+        self.attention_mi_weight = attention_mi_weight
+        self.load_balancing_weight = load_balancing_weight
+        self.router_z_weight = router_z_weight
+        self.plan = SelectionPlan.uniform(
+            n_layers, experts=expert_selection, attention=attention_selection
+        )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Build the decoder, once."""
+        if hasattr(self, "decoder"):
+            return
+        self.decoder = Decoder(
+            self.vocab_size,
+            self.d_model,
+            self.n_layers,
+            attention=self.attention,
+            feed_forward=self.feed_forward,
+            norm=self.norm,
+            max_positions=self.max_positions,
+            tie_embeddings=self.tie_embeddings,
+            dropout=self.dropout,
+            checkpoint_activations=self.checkpoint_activations,
+        )
+        self.plan.check(*self.decoder.plan_sizes)
+        if self.compile_blocks:
+            for block in self.decoder.blocks:
+                block.compile()
+
+    def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
+        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
+
+        Args:
+            tokens: whole numbers below V.
+            plan: the experts that run; None runs those of training, by default all.
+        """
+        self.configure_model()
+        output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
+        return output
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Total loss of a batch; logs its terms."""
+        step = self._step(batch)
+        total, terms = self._routing_terms(step, group=self._data_parallel_group())
+        total = step.loss + total
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total.item()} at step {self.global_step}, batch {batch_idx} "
+                f"(language model {step.loss.item()}, {_format(terms)}); no step was taken"
+            )
+        self.log("train/loss", step.loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        return {"loss": total, **step.results()}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Language-model loss of a validation batch."""
+        return self._evaluate(batch, self.val_loss, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Language-model loss of a test batch."""
+        return self._evaluate(batch, self.test_loss, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Negative log-likelihood of each token in nats, `[B, T]`, 0 where labels are ignored."""
+        logits_BTV = self(batch["input_ids"]).logits
+        return F.cross_entropy(logits_BTV.mT.float(), batch["labels"], reduction="none")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss over the whole split."""
+        self._log_epoch(self.val_loss, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the loss over the whole split."""
+        self._log_epoch(self.test_loss, "test")
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - one of several shapes Lightning takes
+        """Optimizer over decayed matrices and undecayed rest, and the schedule, per step."""
+        decayed, rest = [], []
+        for name, parameter in self.named_parameters():
+            is_bias = name.rpartition(".")[2].startswith("b")
+            (rest if parameter.ndim < 2 or is_bias else decayed).append(parameter)
+        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to rebuild the decoder and to read its tokens without this class."""
+        checkpoint["architecture"] = describe_decoder(self.decoder)
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            checkpoint["tokenizer"] = tokenizer.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another shape with one message that lists all differences."""
+        check_state(self.state_dict(), checkpoint["state_dict"])
+
+    def _step(self, batch: dict[str, Tensor]) -> "_Step":
+        logits_BTV, routings = self(batch["input_ids"])
+        mask_BT = batch["labels"] != IGNORED
+        nll = F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum"
+        )
+        return _Step(nll / mask_BT.sum().clamp_min(1), routings, mask_BT)
+
+    def _evaluate(
+        self, batch: dict[str, Tensor], metric: MeanMetric, split: str
+    ) -> dict[str, Any]:
+        step = self._step(batch)
+        count = step.mask_BT.sum()
+        metric.update(step.loss, count)
+        _, terms = self._routing_terms(step)
+        self.log_dict(
+            {f"{split}/{name}": value for name, value in terms.items()},
+            batch_size=max(1, int(count)),
+            sync_dist=True,
+        )
+        return {"loss": step.loss, **step.results()}
+
+    def _log_epoch(self, metric: MeanMetric, split: str) -> None:
+        loss = metric.compute()
+        metric.reset()
+        bits = loss / math.log(2)
+        self.log(f"{split}/loss", loss, prog_bar=True)
+        self.log(f"{split}/perplexity", loss.exp())
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "bytes_per_token"):
+            self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
+            self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
+
+    def _routing_terms(
+        self, step: "_Step", group: dist.ProcessGroup | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted losses of all routers, and what to log of them."""
+        total = step.loss.new_zeros(())
+        terms = {}
+        for kind, routings, selections, mi_weight in (
+            ("experts", step.routings.experts, self.plan.experts, self.expert_mi_weight),
+            ("attention", step.routings.attention, self.plan.attention, self.attention_mi_weight),
+        ):
+            routed = [(r, s) for r, s in zip(routings, selections, strict=True) if r is not None]
+            if not routed:
+                continue
+            probs_RBTE = torch.stack([routing.probs for routing, _ in routed])
+            entropies = routing_entropies(probs_RBTE, step.mask_BT, group=group)
+            mi_R = entropies.marginal - entropies.conditional
+            total = total - mi_weight * mi_R.sum()
+            terms[f"{kind}/mutual_information"] = mi_R.mean()
+            terms[f"{kind}/entropy"] = entropies.conditional.mean()
+            terms[f"{kind}/balance_entropy"] = entropies.marginal.mean()
+            if self.load_balancing_weight:
+                balance = sum(
+                    load_balancing_loss(r.probs, s.mask(r.probs), step.mask_BT) for r, s in routed
+                )
+                total = total + self.load_balancing_weight * balance
+            if self.router_z_weight:
+                z = sum(router_z_loss(r.logits, step.mask_BT) for r, _ in routed)
+                total = total + self.router_z_weight * z
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def _data_parallel_group(self) -> dist.ProcessGroup | None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        mesh = self.device_mesh
+        return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
+
+    def _keep_plain_hyperparameters(self) -> None:
+        """Leave functions and objects given from Python out of checkpoints, which hold data only."""
+        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+            del self.hparams[name]
+
+
+class _Step(NamedTuple):
+    """Loss of a batch, the routing it came by and the tokens that count."""
+
+    loss: Tensor
+    routings: Routings
+    mask_BT: Tensor
+
+    def results(self) -> dict[str, Any]:
+        """What callbacks read from a step."""
+        experts, attention = (
+            tuple(None if r is None else Routing(r.logits.detach(), r.probs.detach()) for r in kind)
+            for kind in self.routings
+        )
+        return {"routings": Routings(experts, attention), "mask": self.mask_BT}
+
+
+def _format(terms: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)

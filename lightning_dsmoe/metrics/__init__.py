@@ -1,0 +1,13 @@
+"""Metrics of routing: how experts are used and how many parameters a token costs."""
+
+from lightning_dsmoe.metrics.active_parameters import ActiveParameters as ActiveParameters
+from lightning_dsmoe.metrics.active_parameters import ActiveShare as ActiveShare
+from lightning_dsmoe.metrics.active_parameters import active_masks as active_masks
+from lightning_dsmoe.metrics.active_parameters import active_parameters as active_parameters
+from lightning_dsmoe.metrics.expert_utilization import ExpertUtilization as ExpertUtilization
+from lightning_dsmoe.metrics.expert_utilization import Utilization as Utilization
+from lightning_dsmoe.metrics.expert_utilization import expert_utilization as expert_utilization
+from lightning_dsmoe.metrics.parameter_counts import ParameterCounts as ParameterCounts
+from lightning_dsmoe.metrics.parameter_counts import RoutedParameters as RoutedParameters
+from lightning_dsmoe.metrics.parameter_counts import count_parameters as count_parameters
+from lightning_dsmoe.metrics.utilization_figure import utilization_figure as utilization_figure

@@ -1,0 +1,148 @@
+"""How a router uses its experts.
+
+Shapes: X tokens, N experts; leading dimensions (tokens) are free.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_dsmoe.losses import entropy
+from lightning_dsmoe.losses.masking import flatten_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+
+class Utilization(NamedTuple):
+    """How a router uses its experts, over some tokens; entropies in nats.
+
+    Without any gate or token, shares, entropies and effective experts are 0 and all experts dead.
+
+    Shape:
+        share: `[N]`, mean gate of each expert, p(e).
+        effective: number of evenly used experts with the same entropy, exp H(e), from 1 to N.
+        entropy: H(e), of the shares; ln N when the use is even.
+        conditional_entropy: mean of H(e|x) over tokens; 0 when every choice is sharp.
+        dead: bool `[N]`, the experts whose share is below a fraction of 1/N.
+    """
+
+    share: Tensor
+    effective: Tensor
+    entropy: Tensor
+    conditional_entropy: Tensor
+    dead: Tensor
+
+    @property
+    def dead_experts(self) -> list[int]:
+        """Numbers of the dead experts."""
+        numbers: list[int] = self.dead.reshape(-1).nonzero().flatten().tolist()
+        return numbers
+
+
+def expert_utilization(
+    probs: Tensor, mask: Tensor | None = None, *, dead_below: float = 0.01
+) -> Utilization:
+    """How a router with these probabilities uses its experts.
+
+    Args:
+        probs: router probabilities, `[..., N]`.
+        mask: tokens that count, `[...]`, bool or 0/1; None counts all.
+        dead_below: an expert is dead if its share is below this fraction of 1/N.
+
+    Raises:
+        ValueError: if the mask does not cover the tokens.
+    """
+    return _compute(*_update(probs, mask), dead_below)
+
+
+class ExpertUtilization(Metric):
+    """How a router uses its experts, over batches and over ranks.
+
+    Args:
+        n_experts: number of experts N.
+        dead_below: an expert is dead if its share is below this fraction of 1/N.
+
+    Raises:
+        ValueError: if `n_experts` is below 1 or `dead_below` not in [0, 1].
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    gates: Tensor
+    conditional_entropies: Tensor
+    tokens: Tensor
+
+    def __init__(self, n_experts: int, *, dead_below: float = 0.01) -> None:
+        super().__init__()
+        if n_experts < 1 or not 0 <= dead_below <= 1:
+            raise ValueError(
+                "n_experts must be at least 1 and dead_below in [0, 1], "
+                f"got {n_experts} and {dead_below}"
+            )
+        self.n_experts = n_experts
+        self.dead_below = dead_below
+        self.add_state("gates", torch.zeros(n_experts), dist_reduce_fx="sum")
+        self.add_state("conditional_entropies", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, probs: Tensor, mask: Tensor | None = None) -> None:
+        """Count tokens with router probabilities `[..., N]`, of which `mask` `[...]` count."""
+        gates, conditional_entropies, tokens = _update(probs, mask)
+        self.gates += gates
+        self.conditional_entropies += conditional_entropies
+        self.tokens += tokens
+
+    def compute(self) -> Utilization:
+        """Utilization over all tokens counted since the last reset."""
+        return _compute(self.gates, self.conditional_entropies, self.tokens, self.dead_below)
+
+    def plot(
+        self, val: Utilization | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure | SubFigure, Axes]":
+        """Bars of the gate shares beside the even share.
+
+        Args:
+            val: what to draw; None draws what `compute` gives.
+            ax: axes to draw on; None makes a figure.
+        """
+        from matplotlib.figure import Figure
+
+        used = self.compute() if val is None else val
+        axes = Figure(layout="constrained").subplots() if ax is None else ax
+        share = used.share.reshape(-1).cpu()
+        axes.bar(range(len(share)), share.tolist())
+        axes.axhline(1 / len(share), color="black", linestyle="--", label="even use")
+        axes.set(
+            xlabel="expert",
+            ylabel="share of the gates",
+            title=f"{used.effective.item():.1f} of {len(share)} experts effective",
+        )
+        axes.legend()
+        return axes.figure, axes
+
+
+def _update(probs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the gates `[N]`, sum of the tokens' entropies, number of tokens."""
+    probs_XN, weight_X = flatten_tokens(probs.detach(), mask)
+    return weight_X @ probs_XN, weight_X @ entropy(probs_XN), weight_X.sum().long()
+
+
+def _compute(
+    gates: Tensor, conditional_entropies: Tensor, tokens: Tensor, dead_below: float
+) -> Utilization:
+    count = tokens.clamp_min(1)
+    share = gates / count
+    marginal = entropy(share)
+    return Utilization(
+        share=share,
+        effective=torch.where(share.sum() > 0, marginal.exp(), 0.0),
+        entropy=marginal,
+        conditional_entropy=conditional_entropies / count,
+        dead=share * len(share) < dead_below if dead_below else share <= 0,
+    )

@@ -1,0 +1,74 @@
+"""Where the parameters of a decoder are, counted from its modules."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
+
+
+class RoutedParameters(NamedTuple):
+    """Parameters of one layer that only run when their expert is selected."""
+
+    n_experts: int
+    per_expert: int
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a decoder by when they run.
+
+    Hidden parameters are those of the blocks and of the final norm.
+
+    Args:
+        outside: embeddings, table of positions and head; a tied head counts once.
+        always: hidden parameters that run for every token: norms, routers, keys and values, shared
+            experts, output biases, and layers without a router.
+        experts: feed-forward experts of each layer, None without a mixture of experts.
+        attention: attention experts of each layer, None without a mixture of attention heads.
+    """
+
+    outside: int
+    always: int
+    experts: tuple[RoutedParameters | None, ...]
+    attention: tuple[RoutedParameters | None, ...]
+
+    @property
+    def hidden(self) -> int:
+        """All hidden parameters."""
+        routed = [layer for layer in self.experts + self.attention if layer is not None]
+        return self.always + sum(layer.n_experts * layer.per_expert for layer in routed)
+
+
+def count_parameters(decoder: Decoder) -> ParameterCounts:
+    """Count the parameters of a decoder, on any device, meta too.
+
+    Layers other than `MixtureOfExperts` and `MixtureOfAttentionHeads` count as always running.
+    """
+    experts = tuple(_experts(block.feed_forward) for block in decoder.blocks)
+    attention = tuple(_attention(block.attention) for block in decoder.blocks)
+    hidden = _size([*decoder.blocks.parameters(), *decoder.norm.parameters()])
+    counts = ParameterCounts(_size(decoder.parameters()) - hidden, 0, experts, attention)
+    return counts._replace(always=hidden - counts.hidden)
+
+
+def _experts(layer: nn.Module) -> RoutedParameters | None:
+    if not isinstance(layer, MixtureOfExperts):
+        return None
+    experts = layer.experts
+    stacked = _size([experts.w_in.weight, experts.w_out.weight, experts.b_in])
+    return RoutedParameters(layer.n_experts, stacked // layer.n_experts)
+
+
+def _attention(layer: nn.Module) -> RoutedParameters | None:
+    if not isinstance(layer, MixtureOfAttentionHeads):
+        return None
+    heads = layer.heads
+    stacked = _size([heads.w_q.weight, heads.w_o.weight, heads.b_q])
+    return RoutedParameters(layer.n_experts, stacked // layer.n_experts)
+
+
+def _size(parameters: Iterable[Tensor | None]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter is not None)

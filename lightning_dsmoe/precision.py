@@ -1,0 +1,18 @@
+"""Computing in full precision whatever the precision of training."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32 and leave float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switch autocast off inside the block, on any type of device."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,38 @@
+import os
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    random.seed(1234)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def poison_fresh_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make every read of memory that was never written visible as NaN.
+
+    Deterministic mode fills what `torch.empty` and its relatives return. On CUDA it would also
+    refuse kernels, so tests that need a device run without it.
+    """
+    torch.use_deterministic_algorithms("gpu" not in request.keywords)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_dsmoe.data import corpus as corpus_module
+from lightning_dsmoe.data.corpus import find_corpus
+
+
+def test_patterns_are_expanded_sorted_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.txt", "other.md"):
+        (tmp_path / name).write_text(name)
+    found = find_corpus(["~/*.txt", str(tmp_path / "a.txt"), str(tmp_path / "**" / "c.txt")])
+    assert [path.name for path in found.files] == ["a.txt", "b.txt", "c.txt"]
+    assert found.size == sum(found.sizes) == 5 + 5 + 10
+    assert "".join(found.read(0, found.size)) == "a.txtb.txtdeep/c.txt"
+
+
+def test_a_name_with_glob_signs_is_a_name_first(tmp_path: Path) -> None:
+    (tmp_path / "[a].txt").write_text("brackets")
+    assert [path.name for path in find_corpus(str(tmp_path / "[a].txt")).files] == ["[a].txt"]
+
+
+def test_standard_library_is_the_default() -> None:
+    found = find_corpus()
+    names = {path.name for path in found.files}
+    assert {"argparse.py", "ast.py", "decoder.py"} <= names
+    assert found.size > 1_000_000
+    assert not {"test", "tests", "idlelib", "site-packages"} & {
+        part for path in found.files for part in path.parts[-3:-1]
+    }
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
+def test_pieces_join_to_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", piece)
+    texts = ["ä first\r\nline é\n", "", "no newline at the end 🐈"]
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_bytes(text.encode())
+    found = find_corpus(str(tmp_path / "*.txt"))
+    pieces = list(found.read(0, found.size))
+    assert "".join(pieces) == "".join(texts)
+    assert len(pieces) == (3 if piece < 10 else 2)
+
+
+def test_boundaries_fall_between_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("xä🐈", encoding="utf-8")  # 1 + 2 + 4 bytes
+    (tmp_path / "b.txt").write_text("éy", encoding="utf-8")
+    found = find_corpus(str(tmp_path / "*.txt"))
+    boundaries = [found.boundary(position) for position in range(found.size + 1)]
+    assert boundaries == [0, 1, 1, 3, 3, 3, 3, 7, 7, 9, 10]
+    assert "".join(found.read(3, 9)) == "🐈é"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"line\nab\0c", "a.txt is not a text file: NUL byte at offset 7"),
+        (b"line\nab\xffc", "a.txt is not a text file: invalid UTF-8 at byte offset 7"),
+        ("line\nabä".encode()[:-1], "invalid UTF-8 at byte offset 7"),
+    ],
+)
+def test_binary_file_is_named_with_the_offset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 4)
+    (tmp_path / "a.txt").write_bytes(content)
+    found = find_corpus(str(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match=message):
+        list(found.read(0, found.size))
+
+
+def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file matches '.*\*\.nothing'"):
+        find_corpus(str(tmp_path / "*.nothing"))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"the corpus is empty: 0 bytes .*empty\.txt"):
+        find_corpus(str(tmp_path / "empty.txt"))
+    with pytest.raises(ValueError, match="at least one text file"):
+        find_corpus([])

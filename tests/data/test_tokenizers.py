@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dsmoe.data import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
+from lightning_dsmoe.data.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def bpe() -> str:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat, the dog on the log"] * 4, trainer)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=64)
+    return tokenizer.to_str()
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_bytes_round_trip(text: str) -> None:
+    tokens = ByteTokenizer().encode(text)
+    assert tokens.tolist() == list(text.encode())
+    assert ByteTokenizer().decode(tokens.tolist()) == text
+
+
+def test_bytes_that_are_not_text_decode_to_replacement_signs() -> None:
+    assert ByteTokenizer().decode([0xFF, 65]) == "\N{REPLACEMENT CHARACTER}A"
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1), st.data())
+def test_characters_round_trip(alphabet: str, data: st.DataObject) -> None:
+    tokenizer = CharTokenizer(alphabet)
+    text = data.draw(st.text(st.sampled_from(alphabet)))
+    tokens = tokenizer.encode(text)
+    assert len(tokens) == len(text)
+    assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+    assert tokenizer.decode(tokens.tolist()) == text
+    copy = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert copy.encode(text).tolist() == tokens.tolist()
+
+
+def test_alphabet_is_sorted_and_distinct() -> None:
+    assert CharTokenizer("banana").alphabet == "abn"
+    assert CharTokenizer("banana").fingerprint() == CharTokenizer("nab").fingerprint()
+    assert CharTokenizer("banana").fingerprint() != CharTokenizer("ban!").fingerprint()
+
+
+@pytest.mark.parametrize(("text", "named"), [("abc", "'c' at position 2"), ("!ab", "'!'")])
+def test_unknown_character_is_named(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown character {named}"):
+        CharTokenizer("ab").encode(text)
+
+
+def test_hugging_face_json_and_path_agree(bpe: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(bpe)
+    text = "the mat and the Ünïcode 🐈\n"
+    for tokenizer in (HuggingFaceTokenizer(bpe), load_tokenizer(tmp_path / "tokenizer.json")):
+        tokens = tokenizer.encode(text)
+        assert 2 < len(tokens) < len(text.encode())  # neither truncated nor padded nor bytes
+        assert tokens.max() < tokenizer.vocab_size
+        assert tokenizer.decode(tokens.tolist()) == text
+        assert Tokenizer.from_dict(tokenizer.to_dict()).encode(text).tolist() == tokens.tolist()
+
+
+def test_vocabulary_with_gaps_counts_to_its_largest_number() -> None:
+    model = tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a")
+    assert HuggingFaceTokenizer(tokenizers.Tokenizer(model).to_str()).vocab_size == 10
+
+
+def test_own_description_loads_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "characters.json"
+    path.write_text(json.dumps(CharTokenizer("abc").to_dict()))
+    assert load_tokenizer(path).to_dict() == {"kind": "char", "alphabet": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"kind": "os.system"}, "must be byte, char or huggingface, got 'os.system'"),
+        ({}, "got None"),
+        ({"kind": "byte", "size": 256}, "has the keys"),
+        ({"kind": "char"}, "has the keys"),
+        ({"kind": "char", "alphabet": ""}, "1 to"),
+        ({"kind": "char", "alphabet": 7}, "got int"),
+        ({"kind": "huggingface", "json": "{}"}, "not a tokenizers JSON"),
+    ],
+)
+def test_bad_description_is_refused(state: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_dict(state)
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "[]", "{}"])
+def test_bad_tokenizer_file_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_tokenizer(path)
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, bpe: str) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-dsmoe\[hf\]'"):
+        HuggingFaceTokenizer(bpe)
