@@ -1,1 +1,10 @@
 """Lightning callbacks."""
+
+from lightning_dsmoe.callbacks.expert_utilization_monitor import (
+    ExpertUtilizationMonitor as ExpertUtilizationMonitor,
+)
+from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing as MIWeightAnnealing
+from lightning_dsmoe.callbacks.sparse_evaluation import LayerSelections as LayerSelections
+from lightning_dsmoe.callbacks.sparse_evaluation import SparseEvaluation as SparseEvaluation
+from lightning_dsmoe.callbacks.sparse_evaluation import SparseResult as SparseResult
+from lightning_dsmoe.callbacks.sparse_compile import SparseCompile as SparseCompile

@@ -182,7 +182,7 @@ class DSMoELanguageModel(LightningModule):
         """Log the loss over the whole split."""
         self._log_epoch(self.test_loss, "test")
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - one of several shapes Lightning takes
+    def configure_optimizers(self) -> Any:
         """Optimizer over decayed matrices and undecayed rest, and the schedule, per step."""
         decayed, rest = [], []
         for name, parameter in self.named_parameters():
@@ -198,9 +198,10 @@ class DSMoELanguageModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the decoder and to read its tokens without this class."""
         checkpoint["architecture"] = describe_decoder(self.decoder)
-        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None:
-            checkpoint["tokenizer"] = tokenizer.to_dict()
+        data = self._data()
+        if hasattr(data, "tokenizer"):
+            checkpoint["tokenizer"] = data.tokenizer.to_dict()
+        checkpoint["context"] = getattr(data, "context", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another shape with one message that lists all differences."""
@@ -234,7 +235,7 @@ class DSMoELanguageModel(LightningModule):
         bits = loss / math.log(2)
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/perplexity", loss.exp())
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._data()
         if hasattr(data, "bytes_per_token"):
             self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
             self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
@@ -268,6 +269,10 @@ class DSMoELanguageModel(LightningModule):
                 z = sum(router_z_loss(r.logits, step.mask_BT) for r, _ in routed)
                 total = total + self.router_z_weight * z
         return total, {name: value.detach() for name, value in terms.items()}
+
+    def _data(self) -> Any:
+        """The data module in use, if there is one."""
+        return getattr(self._trainer, "datamodule", None)
 
     def _data_parallel_group(self) -> dist.ProcessGroup | None:
         if not (dist.is_available() and dist.is_initialized()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention.attention import Scope
+from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.attention.rotary import rotate, rotation
 from lightning_dsmoe.stacked import StackedWeight, gated_projection, tokens_of_each_expert
@@ -68,8 +69,8 @@ class HeadGroups(nn.Module):
         self.kv = nn.Linear(d_model, 2 * rows, bias=bias)
         self.b_q = nn.Parameter(torch.empty(n_groups, rows)) if bias else None
         self.b_o = nn.Parameter(torch.empty(d_model)) if bias else None
-        self.q_norm = nn.RMSNorm(d_head) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d_head) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(d_head) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(d_head) if qk_norm else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -14,10 +14,15 @@ _PREFIX = "decoder."
 
 
 class LoadedDecoder(NamedTuple):
-    """A decoder in evaluation mode, and the tokenizer's description that came with it."""
+    """A decoder in evaluation mode, and what the checkpoint says of its data.
+
+    `tokenizer` describes the tokenizer, `context` is the length of the training windows; both are
+    None if the checkpoint does not know.
+    """
 
     decoder: Decoder
     tokenizer: dict[str, Any] | None
+    context: int | None
 
 
 def load_decoder(path: str | Path) -> LoadedDecoder:
@@ -47,7 +52,7 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     decoder.load_state_dict(state, assign=True)
     if decoder.tie_embeddings:
         decoder.head.weight = decoder.embedding.weight
-    return LoadedDecoder(decoder, checkpoint.get("tokenizer"))
+    return LoadedDecoder(decoder, checkpoint.get("tokenizer"), checkpoint.get("context"))
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ class Utilization(NamedTuple):
         effective: number of evenly used experts with the same entropy, exp H(e), from 1 to N.
         entropy: H(e), of the shares; ln N when the use is even.
         conditional_entropy: mean of H(e|x) over tokens; 0 when every choice is sharp.
-        dead: bool `[N]`, the experts whose share is below a fraction of 1/N.
+        dead: bool `[N]`, the experts whose share is at most a small fraction of 1/N.
     """
 
     share: Tensor
@@ -44,19 +44,19 @@ class Utilization(NamedTuple):
 
 
 def expert_utilization(
-    probs: Tensor, mask: Tensor | None = None, *, dead_below: float = 0.01
+    probs: Tensor, mask: Tensor | None = None, *, dead_share: float = 0.01
 ) -> Utilization:
     """How a router with these probabilities uses its experts.
 
     Args:
         probs: router probabilities, `[..., N]`.
         mask: tokens that count, `[...]`, bool or 0/1; None counts all.
-        dead_below: an expert is dead if its share is below this fraction of 1/N.
+        dead_share: an expert is dead if its share is at most this fraction of 1/N.
 
     Raises:
         ValueError: if the mask does not cover the tokens.
     """
-    return _compute(*_update(probs, mask), dead_below)
+    return _compute(*_update(probs, mask), dead_share)
 
 
 class ExpertUtilization(Metric):
@@ -64,10 +64,10 @@ class ExpertUtilization(Metric):
 
     Args:
         n_experts: number of experts N.
-        dead_below: an expert is dead if its share is below this fraction of 1/N.
+        dead_share: an expert is dead if its share is at most this fraction of 1/N.
 
     Raises:
-        ValueError: if `n_experts` is below 1 or `dead_below` not in [0, 1].
+        ValueError: if `n_experts` is below 1 or `dead_share` not in [0, 1).
     """
 
     is_differentiable = False
@@ -78,15 +78,15 @@ class ExpertUtilization(Metric):
     conditional_entropies: Tensor
     tokens: Tensor
 
-    def __init__(self, n_experts: int, *, dead_below: float = 0.01) -> None:
+    def __init__(self, n_experts: int, *, dead_share: float = 0.01) -> None:
         super().__init__()
-        if n_experts < 1 or not 0 <= dead_below <= 1:
+        if n_experts < 1 or not 0 <= dead_share < 1:
             raise ValueError(
-                "n_experts must be at least 1 and dead_below in [0, 1], "
-                f"got {n_experts} and {dead_below}"
+                "n_experts must be at least 1 and dead_share in [0, 1), "
+                f"got {n_experts} and {dead_share}"
             )
         self.n_experts = n_experts
-        self.dead_below = dead_below
+        self.dead_share = dead_share
         self.add_state("gates", torch.zeros(n_experts), dist_reduce_fx="sum")
         self.add_state("conditional_entropies", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -100,7 +100,7 @@ class ExpertUtilization(Metric):
 
     def compute(self) -> Utilization:
         """Utilization over all tokens counted since the last reset."""
-        return _compute(self.gates, self.conditional_entropies, self.tokens, self.dead_below)
+        return _compute(self.gates, self.conditional_entropies, self.tokens, self.dead_share)
 
     def plot(
         self, val: Utilization | None = None, ax: "Axes | None" = None
@@ -134,7 +134,7 @@ def _update(probs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _compute(
-    gates: Tensor, conditional_entropies: Tensor, tokens: Tensor, dead_below: float
+    gates: Tensor, conditional_entropies: Tensor, tokens: Tensor, dead_share: float
 ) -> Utilization:
     count = tokens.clamp_min(1)
     share = gates / count
@@ -144,5 +144,5 @@ def _compute(
         effective=torch.where(share.sum() > 0, marginal.exp(), 0.0),
         entropy=marginal,
         conditional_entropy=conditional_entropies / count,
-        dead=share * len(share) < dead_below if dead_below else share <= 0,
+        dead=share * len(share) <= dead_share,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
@@ -54,7 +54,7 @@ def count_parameters(decoder: Decoder) -> ParameterCounts:
     return counts._replace(always=hidden - counts.hidden)
 
 
-def _experts(layer: nn.Module) -> RoutedParameters | None:
+def _experts(layer: object) -> RoutedParameters | None:
     if not isinstance(layer, MixtureOfExperts):
         return None
     experts = layer.experts
@@ -62,7 +62,7 @@ def _experts(layer: nn.Module) -> RoutedParameters | None:
     return RoutedParameters(layer.n_experts, stacked // layer.n_experts)
 
 
-def _attention(layer: nn.Module) -> RoutedParameters | None:
+def _attention(layer: object) -> RoutedParameters | None:
     if not isinstance(layer, MixtureOfAttentionHeads):
         return None
     heads = layer.heads

@@ -26,39 +26,52 @@ def utilization_figure(
     Raises:
         ValueError: if no layer has a router.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = {kind: list(layers) for kind, layers in utilizations.items() if any(layers)}
     if not rows:
         raise ValueError("no layer has a router, so there is no use of experts to draw")
-    n_layers = max(len(layers) for layers in rows.values())
-    widths = [_most_experts(layers) for layers in rows.values()]
-    figure = Figure(figsize=(3 + 0.25 * sum(widths), 2 + 0.3 * n_layers), layout="constrained")
+    cells = {kind: _cells(layers) for kind, layers in rows.items()}
+    widths = [len(table[0]) for table in cells.values()]
+    height = 2 + 0.3 * max(len(table) for table in cells.values())
+    figure = Figure(figsize=(4 + 0.25 * sum(widths), height), layout="constrained")
     grid = figure.subplots(1, len(rows), squeeze=False, width_ratios=[4 + n for n in widths])
+    scale = Normalize(0.0, max(max(map(max, table)) for table in cells.values()))
     for axes, (kind, layers) in zip(grid[0], rows.items(), strict=True):
-        _draw(axes, kind, layers)
+        axes.imshow(cells[kind], norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set(title=kind, xlabel="expert", ylabel="layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        _annotate(axes, layers)
+    colors = ScalarMappable(scale, "viridis")
+    figure.colorbar(colors, ax=list(grid[0]), label="gate share × experts (1 = even)")
     figure.suptitle(title)
     return figure
 
 
-def _most_experts(layers: Sequence[Utilization | None]) -> int:
-    return max(used.share.numel() for used in layers if used is not None)
+def _cells(layers: Sequence[Utilization | None]) -> list[list[float]]:
+    """Rows of equal length; 0 where there is no expert."""
+    width = max(used.share.numel() for used in layers if used is not None)
+    rows = []
+    for used in layers:
+        shares = [] if used is None else (used.share.reshape(-1) * used.share.numel()).tolist()
+        rows.append(shares + [0.0] * (width - len(shares)))
+    return rows
 
 
-def _draw(axes: "Axes", kind: str, layers: Sequence[Utilization | None]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    width = _most_experts(layers)
-    cells = [[float("nan")] * width for _ in layers]
-    for layer, used in enumerate(layers):
-        if used is None:
-            continue
-        n_experts = used.share.numel()
-        cells[layer][:n_experts] = (used.share.reshape(-1).cpu() * n_experts).tolist()
-        dead = used.dead_experts
-        axes.scatter(dead, [layer] * len(dead), marker="x", color="white", linewidths=1)
+def _annotate(axes: "Axes", layers: Sequence[Utilization | None]) -> None:
+    """Mark dead experts and write the number of effective ones behind each row."""
+    notes = {
+        layer: f"{used.effective.item():.1f}"
+        for layer, used in enumerate(layers)
+        if used is not None
+    }
+    for layer, note in ({-0.75: "effective"} | notes).items():
         axes.annotate(
-            f"{used.effective.item():.1f}",
+            note,
             (1.0, layer),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
@@ -66,9 +79,6 @@ def _draw(axes: "Axes", kind: str, layers: Sequence[Utilization | None]) -> None
             va="center",
             fontsize="small",
         )
-    image = axes.imshow(cells, aspect="auto", vmin=0.0, cmap="viridis", interpolation="nearest")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title=kind, xlabel="expert", ylabel="layer")
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label="share × experts (1 = even)", pad=0.12)
+    for layer, used in enumerate(layers):
+        dead = [] if used is None else used.dead_experts
+        axes.scatter(dead, [layer] * len(dead), marker="x", color="white", linewidths=1)

@@ -4,6 +4,7 @@ Shapes: N experts; leading dimensions are free. At least one expert of every tok
 ties go to the expert with the lower number.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,6 +34,10 @@ class Selection(ABC):
     """
 
     renormalize: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.renormalize, bool):
+            raise ValueError(f"renormalize must be true or false, got {self.renormalize!r}")
 
     @abstractmethod
     def mask(self, probs: Tensor) -> Tensor:
@@ -76,6 +81,7 @@ class TopK(Selection):
     k: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"TopK needs a whole number k >= 1, got k={self.k!r}")
 
@@ -102,7 +108,8 @@ class Threshold(Selection):
     eps: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < float("inf"):
+        super().__post_init__()
+        if isinstance(self.eps, bool) or not 0 <= self.eps < math.inf:
             raise ValueError(f"{type(self).__name__} needs 0 <= eps < N, got eps={self.eps}")
 
     def check(self, n_experts: int) -> None:
@@ -152,7 +159,8 @@ class TopP(Selection):
     p: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
+        super().__post_init__()
+        if isinstance(self.p, bool) or not 0 < self.p <= 1:
             raise ValueError(f"TopP needs 0 < p <= 1, got p={self.p}")
 
     def mask(self, probs: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""A schedule for the weights of the mutual-information loss."""
+
+import math
+from typing import Any, Literal, get_args
+
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_dsmoe.callbacks.reporting import log_scalars
+
+Schedule = Literal["linear", "cosine", "constant_then_ramp"]
+WEIGHTS = ("expert_mi_weight", "attention_mi_weight")
+
+
+def annealed_factor(
+    step: int, *, schedule: Schedule, start: float, end: float, steps: int, delay: int = 0
+) -> float:
+    """Factor at an optimizer step: from `start` after `delay` steps to `end` another `steps` later.
+
+    Args:
+        step: optimizer steps taken so far.
+        schedule: "linear" and "constant_then_ramp" are straight, "cosine" is half a cosine wave.
+        start: factor up to step `delay`.
+        end: factor from step `delay + steps` on.
+        steps: length of the change.
+        delay: length of the constant beginning.
+    """
+    progress = min(1.0, max(0.0, (step - delay) / steps))
+    if schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return (1 - progress) * start + progress * end
+
+
+class MIWeightAnnealing(Callback):
+    """Scales the weights of the mutual-information loss in training by a factor that changes.
+
+    The weights that the model was made with are its configuration, and the factor depends on the
+    number of optimizer steps alone, so a resumed run continues exactly. Once training ends, for
+    whatever reason, the model has its own weights again.
+
+    Args:
+        schedule: "linear" or "cosine" from the first step on, "constant_then_ramp" holds `start`
+            for `delay` steps and is linear then.
+        start: factor at the beginning.
+        end: factor in the end.
+        steps: optimizer steps from `start` to `end`.
+        delay: optimizer steps before a ramp; 0 for the other schedules.
+
+    Raises:
+        ValueError: if the schedule does not exist or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule = "linear",
+        start: float = 0.0,
+        end: float = 1.0,
+        steps: int,
+        delay: int = 0,
+    ) -> None:
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
+        if not (0 <= start < math.inf and 0 <= end < math.inf):
+            raise ValueError(f"factors must be 0 or more, got start={start}, end={end}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if delay < 0 or (delay > 0) != (schedule == "constant_then_ramp"):
+            raise ValueError(
+                "delay must be at least 1 for constant_then_ramp and 0 for other schedules, "
+                f"got delay={delay} for {schedule}"
+            )
+        self.schedule = schedule
+        self.start = start
+        self.end = end
+        self.steps = steps
+        self.delay = delay
+        self._configured: dict[str, float] = {}
+
+    def factor(self, step: int) -> float:
+        """Factor at an optimizer step."""
+        return annealed_factor(
+            step,
+            schedule=self.schedule,
+            start=self.start,
+            end=self.end,
+            steps=self.steps,
+            delay=self.delay,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, MIWeightAnnealing) for callback in callbacks) > 1:
+            raise ValueError("one MIWeightAnnealing per trainer, since both would set the weights")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._configured = {name: float(getattr(pl_module, name)) for name in WEIGHTS}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        factor = self.factor(trainer.global_step)
+        weights = {name: factor * weight for name, weight in self._configured.items()}
+        for name, weight in weights.items():
+            setattr(pl_module, name, weight)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            log_scalars(trainer, {f"train/{name}": weight for name, weight in weights.items()})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        for name, weight in self._configured.items():
+            setattr(pl_module, name, weight)
+        self._configured = {}

@@ -1,0 +1,139 @@
+"""Writes the sparse model when training is done."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference import SparseModel, compile_sparse
+from lightning_dsmoe.inference.sparse_model import Quantization
+from lightning_dsmoe.language_model import IGNORED
+from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+
+
+class SparseCompile(Callback):
+    """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
+
+    The measurement runs the compiled model, quantised if so asked, and the trained one on the same
+    validation batches; it goes into the artifact's `certificate.json` and its model card.
+
+    Args:
+        plan: selections for all layers, a plan, or the path of a saved plan.
+        quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
+        path: directory of the artifact; by default `sparse` in the run's log directory. An earlier
+            artifact there is replaced.
+        max_batches: validation batches to measure on; 0 measures nothing.
+
+    Raises:
+        ValueError: if a file is not a plan or an option is out of range, and before training if
+            the plan does not fit the model or the strategy shards it.
+    """
+
+    def __init__(
+        self,
+        plan: PlanSpec,
+        *,
+        quantization: Quantization | None = None,
+        path: str | None = None,
+        max_batches: int = 50,
+    ) -> None:
+        if max_batches < 0:
+            raise ValueError(f"max_batches must be 0 or more, got {max_batches}")
+        self.plan = load_plan("SparseCompile", plan)
+        self.quantization = quantization
+        self.path = path
+        self.max_batches = max_batches
+        self.artifact: Path | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plan_for("SparseCompile", self.plan, _decoder(pl_module))
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                "SparseCompile needs whole weights, but the strategy shards them; consolidate the "
+                "checkpoint after training and call compile_sparse on it"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = self._folder(trainer)
+        if folder is None:
+            return
+        if trainer.is_global_zero:
+            decoder = _decoder(pl_module)
+            data = getattr(trainer, "datamodule", None)
+            tokenizer = getattr(data, "tokenizer", None)
+            model = compile_sparse(
+                decoder,
+                plan_for("SparseCompile", self.plan, decoder),
+                quantization=self.quantization,
+                context=getattr(data, "context", None),
+                tokenizer=None if tokenizer is None else tokenizer.to_dict(),
+            )
+            model.save(folder, certificate=self._measure(trainer, decoder, model))
+            rank_zero_info(f"The sparse model is in {folder}")
+        trainer.strategy.barrier()
+        self.artifact = folder
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        if self.path is not None:
+            return Path(self.path)
+        return None if trainer.log_dir is None else Path(trainer.log_dir) / "sparse"
+
+    @torch.inference_mode()
+    def _measure(
+        self, trainer: Trainer, decoder: Decoder, model: SparseModel
+    ) -> dict[str, Any] | None:
+        """Compare the compiled model with the trained one on validation batches."""
+        loader = trainer.val_dataloaders
+        if loader is None or not self.max_batches:
+            return None
+        device = decoder.embedding.weight.device
+        active = ActiveParameters(count_parameters(decoder)).to(device)
+        dense_nll = sparse_nll = torch.zeros((), dtype=torch.float64, device=device)
+        agreed = tokens = torch.zeros((), dtype=torch.int64, device=device)
+        was_training = decoder.training
+        decoder.eval()
+        for batch in islice(loader, self.max_batches):
+            inputs, labels = batch["input_ids"].to(device), batch["labels"].to(device)
+            mask_BT = labels != IGNORED
+            dense_BTV, _ = decoder(inputs)
+            sparse_BTV, routings = model.decoder(inputs, model.plan)
+            dense_nll = dense_nll + _nll(dense_BTV, labels)
+            sparse_nll = sparse_nll + _nll(sparse_BTV, labels)
+            agreed = agreed + (dense_BTV.argmax(-1) == sparse_BTV.argmax(-1))[mask_BT].sum()
+            tokens = tokens + mask_BT.sum()
+            active.update(*active_masks(routings, model.plan), mask_BT)
+        decoder.train(was_training)
+        share = active.compute()
+        return {
+            "tokens": int(tokens),
+            "dense_loss": (dense_nll / tokens).item(),
+            "sparse_loss": (sparse_nll / tokens).item(),
+            "relative_gap": (sparse_nll / dense_nll - 1).item(),
+            "top_1_agreement": (agreed / tokens).item(),
+            "active_share_mean": share.mean.item(),
+            "active_share_p50": share.p50.item(),
+            "active_share_p95": share.p95.item(),
+        }
+
+
+def _decoder(pl_module: LightningModule) -> Decoder:
+    decoder = pl_module.decoder
+    assert isinstance(decoder, Decoder)
+    return decoder
+
+
+def _nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1).double(),
+        labels_BT.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )

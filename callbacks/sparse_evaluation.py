@@ -1,0 +1,188 @@
+"""Evaluates a model under sparse plans beside the dense one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.language_model import IGNORED
+from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
+
+
+@dataclass(frozen=True)
+class LayerSelections:
+    """The same selections for every layer of a model.
+
+    Args:
+        experts: selection of the feed-forward experts.
+        attention: selection of the attention experts.
+    """
+
+    experts: Selection = AllExperts()
+    attention: Selection = AllExperts()
+
+
+class SparseResult(NamedTuple):
+    """A model under one plan, over a whole split.
+
+    Args:
+        loss: cross entropy under the plan, in nats per token.
+        dense_loss: cross entropy of the same tokens as the model runs without the plan.
+        gap: loss / dense_loss - 1.
+        active_share: mean share of the hidden parameters that run for a token.
+        active_share_p50: its median over tokens.
+        active_share_p95: its 95th percentile.
+    """
+
+    loss: float
+    dense_loss: float
+    gap: float
+    active_share: float
+    active_share_p50: float
+    active_share_p95: float
+
+
+class SparseEvaluation(Callback):
+    """Runs validation and test also under sparse plans, and logs their loss, active share and gap.
+
+    The names are `val/sparse/<plan>/loss`, `.../active_share` (of the hidden parameters, mean over
+    tokens) and `.../gap` (relative to the loss without the plan). `results` holds the last
+    evaluation: a `SparseResult` for each plan.
+
+    Args:
+        plans: by name, either selections for all layers, a plan, or the path of a saved plan.
+
+    Raises:
+        ValueError: if there is no plan or a file is not a plan, and before the first batch if a
+            plan does not fit the model.
+    """
+
+    def __init__(self, plans: Mapping[str, LayerSelections | SelectionPlan | str]) -> None:
+        if not plans:
+            raise ValueError("SparseEvaluation needs at least one plan")
+        self.plans = {name: _load(name, plan) for name, plan in plans.items()}
+        self.results: dict[str, SparseResult] = {}
+        self._dense_loss = _mean()
+        self._meters: dict[str, _Meter] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._evaluate(trainer, pl_module, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._evaluate(trainer, pl_module, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(pl_module, "test")
+
+    def _start(self, pl_module: LightningModule) -> None:
+        decoder = pl_module.decoder
+        assert isinstance(decoder, Decoder)
+        counts = count_parameters(decoder)
+        self._dense_loss = _mean().to(pl_module.device)
+        self._meters = {}
+        for name, plan in self.plans.items():
+            if isinstance(plan, LayerSelections):
+                plan = SelectionPlan.uniform(
+                    decoder.n_layers, experts=plan.experts, attention=plan.attention
+                )
+            try:
+                plan.check(*decoder.plan_sizes)
+            except ValueError as error:
+                raise ValueError(f"SparseEvaluation, {name!r}: {error}") from None
+            active = ActiveParameters(counts).to(pl_module.device)
+            self._meters[name] = _Meter(plan, _mean().to(pl_module.device), active)
+
+    def _evaluate(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Mapping[str, Any],
+        batch: Mapping[str, Tensor],
+    ) -> None:
+        mask_BT = outputs["mask"]
+        count = mask_BT.sum()
+        self._dense_loss.update(outputs["loss"], count)
+        for plan, loss, active in self._meters.values():
+            with trainer.precision_plugin.forward_context():
+                logits_BTV, routings = pl_module(batch["input_ids"], plan)
+            nll = F.cross_entropy(
+                logits_BTV.flatten(0, 1).float(),
+                batch["labels"].flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            loss.update(nll / count.clamp_min(1), count)
+            active.update(*active_masks(routings, plan), mask_BT)
+
+    def _report(self, pl_module: LightningModule, stage: str) -> None:
+        dense_loss = self._dense_loss.compute().item()
+        self.results = {}
+        for name, (_, loss, active) in self._meters.items():
+            sparse_loss = loss.compute().item()
+            gap = sparse_loss / dense_loss - 1 if dense_loss else 0.0
+            share = (value.item() for value in active.compute())
+            self.results[name] = SparseResult(sparse_loss, dense_loss, gap, *share)
+            pl_module.log_dict(
+                {
+                    f"{stage}/sparse/{name}/loss": sparse_loss,
+                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share,
+                    f"{stage}/sparse/{name}/gap": gap,
+                },
+                sync_dist=True,
+            )
+
+
+class _Meter(NamedTuple):
+    plan: SelectionPlan
+    loss: MeanMetric
+    active: ActiveParameters
+
+
+def _mean() -> MeanMetric:
+    return MeanMetric(nan_strategy=float("nan"))  # NaN stays NaN, rather than being left out
+
+
+def _load(
+    name: str, plan: LayerSelections | SelectionPlan | str
+) -> LayerSelections | SelectionPlan:
+    if not isinstance(plan, str):
+        return plan
+    try:
+        return SelectionPlan.load(plan)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"SparseEvaluation, {name!r}: {error}") from None

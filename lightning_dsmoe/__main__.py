@@ -1,0 +1,5 @@
+"""`python -m lightning_dsmoe`."""
+
+from lightning_dsmoe.cli import main
+
+main()

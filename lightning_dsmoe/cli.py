@@ -1,0 +1,88 @@
+"""The command line: LightningCLI for training, and the tools that work on trained models."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import jsonargparse
+from lightning import LightningDataModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+# Every part that a configuration may name by its class name alone has to be imported here.
+import lightning_dsmoe.attention
+import lightning_dsmoe.callbacks
+import lightning_dsmoe.experts
+import lightning_dsmoe.routing
+import lightning_dsmoe.schedules  # noqa: F401
+from lightning_dsmoe.commands import configs, generate
+from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.language_model import DSMoELanguageModel
+
+TOOLS: dict[str, Callable[..., None]] = {"generate": generate, "configs": configs}
+_SIGTERM_EXIT_CODE = 143
+
+
+class DSMoECLI(LightningCLI):
+    """LightningCLI whose model takes its vocabulary size from the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments(
+            "data", "model.init_args.vocab_size", compute_fn=_vocab_size, apply_on="instantiate"
+        )
+
+
+def _vocab_size(data: LightningDataModule) -> int:
+    size: int = getattr(data, "vocab_size")  # noqa: B009 - any data module that has one will do
+    return size
+
+
+def cli_main(args: ArgsType = None) -> LightningCLI:
+    """Build and run the training command line.
+
+    Args:
+        args: arguments instead of those of the process, for instance `["fit", "-c", "my.yaml"]`.
+    """
+    return DSMoECLI(
+        DSMoELanguageModel,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=1234,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            "prog": "lightning-dsmoe",
+            "description": (
+                "Train DS-MoE language models: every expert learns from every token, and only "
+                "those that matter run afterwards."
+            ),
+            "epilog": f"Tools beside these: {', '.join(TOOLS)}; --debug shows tracebacks.",
+        },
+        args=args,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `lightning-dsmoe`; a mistake ends it with one line and exit code 1 or 2."""
+    if args is not None:
+        sys.argv[1:] = args
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        if words and words[0] in TOOLS:
+            tool = words.pop(0)
+            jsonargparse.auto_cli(
+                TOOLS[tool], args=words, as_positional=False, prog=f"lightning-dsmoe {tool}"
+            )
+        else:
+            cli = cli_main()
+            if cli.trainer.received_sigterm:
+                sys.exit(_SIGTERM_EXIT_CODE)
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"lightning-dsmoe: error: {message}")
+
+
+if __name__ == "__main__":
+    main()

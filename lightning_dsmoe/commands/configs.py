@@ -1,0 +1,29 @@
+"""The shipped configurations."""
+
+from importlib.resources import files
+
+
+def configs(name: str | None = None) -> None:
+    """List the shipped configurations, or print one.
+
+    Args:
+        name: such as quickstart.yaml or callbacks/annealing.yaml; without it all are listed.
+
+    Raises:
+        ValueError: if there is no such configuration.
+    """
+    root = files("lightning_dsmoe").joinpath("cli_configs")
+    folders = [("", root), *((f"{entry.name}/", entry) for entry in root.iterdir())]
+    shipped = {
+        f"{prefix}{entry.name}": entry
+        for prefix, folder in folders
+        if folder.is_dir()
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    if name is None:
+        print("\n".join(f"{key:32} {shipped[key]}" for key in sorted(shipped)))
+        return
+    if name not in shipped:
+        raise ValueError(f"no configuration {name!r}; there are {', '.join(sorted(shipped))}")
+    print(shipped[name].read_text(encoding="utf-8"), end="")

@@ -1,0 +1,89 @@
+"""Text from a checkpoint or a sparse model."""
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.inference import SparseModel, compile_sparse, load_decoder, load_sparse
+from lightning_dsmoe.routing import SelectionPlan
+
+
+def generate(
+    ckpt: str | None = None,
+    artifact: str | None = None,
+    prompt: str = "\n",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1234,
+    stop: str | None = None,
+    plan: str | None = None,
+) -> None:
+    """Print a prompt and the text that a model continues it with.
+
+    Args:
+        ckpt: checkpoint of `fit`; all its experts run unless there is a plan.
+        artifact: directory of a sparse model, instead of a checkpoint.
+        prompt: text to continue.
+        max_new_tokens: tokens to add at the most.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the fewest most probable tokens with this much probability only.
+        seed: seed of the sampling.
+        stop: a text of one token that ends the output.
+        plan: JSON file of a selection plan, in place of the model's own.
+
+    Raises:
+        ValueError: if not exactly one of ckpt and artifact is given, or an option is impossible.
+    """
+    if (ckpt is None) == (artifact is None):
+        raise ValueError("generate needs either --ckpt or --artifact")
+    model = _model_of_checkpoint(ckpt) if ckpt is not None else load_sparse(str(artifact))
+    if model.tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it has no text")
+    tokenizer = Tokenizer.from_dict(model.tokenizer)
+    tokens = torch.as_tensor(tokenizer.encode(prompt)).long()[None]
+    print(prompt, end="", flush=True)
+    printer = _Printer(tokenizer)
+    model.generate(
+        tokens,
+        max_new_tokens,
+        plan=None if plan is None else SelectionPlan.load(plan),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=[] if stop is None else _single_token(tokenizer, stop),
+        generator=torch.Generator().manual_seed(seed),
+        on_tokens=printer,
+    )
+    print()
+
+
+class _Printer:
+    """Prints a text as its tokens arrive, holding back characters that are not complete yet."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.printed = 0
+
+    def __call__(self, new_B: Tensor) -> None:
+        self.tokens.append(int(new_B[0]))
+        text = self.tokenizer.decode(self.tokens)
+        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        print(complete[self.printed :], end="", flush=True)
+        self.printed = max(self.printed, len(complete))
+
+
+def _model_of_checkpoint(path: str) -> SparseModel:
+    decoder, tokenizer, context = load_decoder(path)
+    plan = SelectionPlan.uniform(decoder.n_layers)
+    return compile_sparse(decoder, plan, tokenizer=tokenizer, context=context)
+
+
+def _single_token(tokenizer: Tokenizer, text: str) -> list[int]:
+    tokens = [int(token) for token in tokenizer.encode(text)]
+    if len(tokens) != 1:
+        raise ValueError(f"stop must be one token, {text!r} is {len(tokens)}")
+    return tokens
