@@ -3,8 +3,8 @@
 from lightning_dsmoe.callbacks.expert_utilization_monitor import (
     ExpertUtilizationMonitor as ExpertUtilizationMonitor,
 )
+from lightning_dsmoe.callbacks.layer_selections import LayerSelections as LayerSelections
 from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing as MIWeightAnnealing
-from lightning_dsmoe.callbacks.sparse_evaluation import LayerSelections as LayerSelections
+from lightning_dsmoe.callbacks.sparse_compile import SparseCompile as SparseCompile
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseEvaluation as SparseEvaluation
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseResult as SparseResult
-from lightning_dsmoe.callbacks.sparse_compile import SparseCompile as SparseCompile

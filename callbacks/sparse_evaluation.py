@@ -1,7 +1,6 @@
 """Evaluates a model under sparse plans beside the dense one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
@@ -9,23 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.language_model import IGNORED
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
-from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
-
-
-@dataclass(frozen=True)
-class LayerSelections:
-    """The same selections for every layer of a model.
-
-    Args:
-        experts: selection of the feed-forward experts.
-        attention: selection of the attention experts.
-    """
-
-    experts: Selection = AllExperts()
-    attention: Selection = AllExperts()
+from lightning_dsmoe.routing import SelectionPlan
 
 
 class SparseResult(NamedTuple):
@@ -63,10 +50,10 @@ class SparseEvaluation(Callback):
             plan does not fit the model.
     """
 
-    def __init__(self, plans: Mapping[str, LayerSelections | SelectionPlan | str]) -> None:
+    def __init__(self, plans: Mapping[str, PlanSpec]) -> None:
         if not plans:
             raise ValueError("SparseEvaluation needs at least one plan")
-        self.plans = {name: _load(name, plan) for name, plan in plans.items()}
+        self.plans = {name: load_plan(_owner(name), plan) for name, plan in plans.items()}
         self.results: dict[str, SparseResult] = {}
         self._dense_loss = _mean()
         self._meters: dict[str, _Meter] = {}
@@ -115,15 +102,8 @@ class SparseEvaluation(Callback):
         counts = count_parameters(decoder)
         self._dense_loss = _mean().to(pl_module.device)
         self._meters = {}
-        for name, plan in self.plans.items():
-            if isinstance(plan, LayerSelections):
-                plan = SelectionPlan.uniform(
-                    decoder.n_layers, experts=plan.experts, attention=plan.attention
-                )
-            try:
-                plan.check(*decoder.plan_sizes)
-            except ValueError as error:
-                raise ValueError(f"SparseEvaluation, {name!r}: {error}") from None
+        for name, spec in self.plans.items():
+            plan = plan_for(_owner(name), spec, decoder)
             active = ActiveParameters(counts).to(pl_module.device)
             self._meters[name] = _Meter(plan, _mean().to(pl_module.device), active)
 
@@ -177,12 +157,5 @@ def _mean() -> MeanMetric:
     return MeanMetric(nan_strategy=float("nan"))  # NaN stays NaN, rather than being left out
 
 
-def _load(
-    name: str, plan: LayerSelections | SelectionPlan | str
-) -> LayerSelections | SelectionPlan:
-    if not isinstance(plan, str):
-        return plan
-    try:
-        return SelectionPlan.load(plan)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"SparseEvaluation, {name!r}: {error}") from None
+def _owner(name: str) -> str:
+    return f"SparseEvaluation, {name!r}"

@@ -1,7 +1,9 @@
 """The command line: LightningCLI for training, and the tools that work on trained models."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jsonargparse
 from lightning import LightningDataModule
@@ -10,15 +12,30 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 # Every part that a configuration may name by its class name alone has to be imported here.
 import lightning_dsmoe.attention
 import lightning_dsmoe.callbacks
+import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.commands import configs, generate
-from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.language_model import DSMoELanguageModel
 
 TOOLS: dict[str, Callable[..., None]] = {"generate": generate, "configs": configs}
+_DEBUG = "JSONARGPARSE_DEBUG"
 _SIGTERM_EXIT_CODE = 143
+
+
+class OneLineErrors(jsonargparse.ArgumentParser):
+    """Says a mistake in one line, unless a traceback is asked for."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if _DEBUG in os.environ:
+            super().error(message, ex)
+        sys.exit(_failure(one_line(message), code=2))
+
+
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """Parser of the training commands."""
 
 
 class DSMoECLI(LightningCLI):
@@ -44,6 +61,7 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
     return DSMoECLI(
         DSMoELanguageModel,
         LightningDataModule,
+        parser_class=TrainingParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=1234,
@@ -65,23 +83,32 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `lightning-dsmoe`; a mistake ends it with one line and exit code 1 or 2."""
     if args is not None:
         sys.argv[1:] = args
-    debug = "--debug" in sys.argv
+    if "--debug" in sys.argv:
+        os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         if words and words[0] in TOOLS:
             tool = words.pop(0)
             jsonargparse.auto_cli(
-                TOOLS[tool], args=words, as_positional=False, prog=f"lightning-dsmoe {tool}"
+                TOOLS[tool],
+                args=words,
+                as_positional=False,
+                prog=f"lightning-dsmoe {tool}",
+                parser_class=OneLineErrors,
             )
         else:
             cli = cli_main()
             if cli.trainer.received_sigterm:
                 sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
-        if debug:
+        if _DEBUG in os.environ:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"lightning-dsmoe: error: {message}")
+        sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+
+
+def _failure(message: str, *, code: int) -> int:
+    print(f"lightning-dsmoe: error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

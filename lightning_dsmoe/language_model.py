@@ -4,7 +4,9 @@ Shapes: B batch, T tokens, V vocabulary, R routers, E experts.
 """
 
 import math
-from typing import Any, NamedTuple
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,16 @@ from lightning_dsmoe.decoder import (
     NormFactory,
     Routings,
 )
-from lightning_dsmoe.inference.architecture import describe_decoder
-from lightning_dsmoe.inference.checkpoint import check_state
+from lightning_dsmoe.inference.architecture import describe_decoder, differences
+from lightning_dsmoe.inference.checkpoint import (
+    FORMAT_VERSION,
+    check_format,
+    check_state,
+    read_checkpoint,
+)
+from lightning_dsmoe.inference.class_paths import check_hyperparameters
 from lightning_dsmoe.losses import load_balancing_loss, router_z_loss, routing_entropies
+from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 
 IGNORED = -100
@@ -112,8 +121,9 @@ class DSMoELanguageModel(LightningModule):
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
+        self.test_loss = MeanMetric(nan_strategy=math.nan)
+        self._resumed_random_state: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         """Build the decoder, once."""
@@ -184,28 +194,79 @@ class DSMoELanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over decayed matrices and undecayed rest, and the schedule, per step."""
-        decayed, rest = [], []
+        decayed: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
-            is_bias = name.rpartition(".")[2].startswith("b")
+            leaf = name.rpartition(".")[2]
+            is_bias = leaf == "bias" or leaf.startswith("b_")
             (rest if parameter.ndim < 2 or is_bias else decayed).append(parameter)
-        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        if rest:
+            groups.append({"params": rest, "weight_decay": 0.0})
+        optimizer = self.optimizer(groups)
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model from a checkpoint file, importing nothing that the file names.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: device for the weights, or what else `torch.load` takes.
+            hparams_file: YAML with the arguments of the model instead of those in the file.
+            strict: as in Lightning; the names and shapes of the weights are always checked.
+            weights_only: refuse files that hold more than data. False trusts the file fully.
+            **kwargs: arguments of the model in place of those in the file; a model built in Python
+                needs its factories here.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a checkpoint of this class, is of another model, or names
+                a class that is not known.
+        """
+        safe = weights_only is not False
+        checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
+        check_hyperparameters(checkpoint.get("hyper_parameters", {}), cls)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=safe, **kwargs
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the decoder and to read its tokens without this class."""
-        checkpoint["architecture"] = describe_decoder(self.decoder)
+        checkpoint["format_version"] = FORMAT_VERSION
+        checkpoint["architecture"] = self._architecture()
         data = self._data()
         if hasattr(data, "tokenizer"):
             checkpoint["tokenizer"] = data.tokenizer.to_dict()
         checkpoint["context"] = getattr(data, "context", None)
+        checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another shape with one message that lists all differences."""
+        """Refuse another format, another architecture or other weights, listing all differences."""
+        check_format(checkpoint)
+        before, now = checkpoint.get("architecture"), self._architecture()
+        if before is not None and now is not None and (changes := differences(before, now)):
+            raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
         check_state(self.state_dict(), checkpoint["state_dict"])
+        if self._trainer is not None and self._trainer.world_size == 1:
+            self._resumed_random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Continue the random numbers of the run that was resumed, once its loaders are running."""
+        if self._resumed_random_state is not None:
+            restore_random_state(self._resumed_random_state)
+            self._resumed_random_state = None
 
     def _step(self, batch: dict[str, Tensor]) -> "_Step":
         logits_BTV, routings = self(batch["input_ids"])
@@ -215,9 +276,7 @@ class DSMoELanguageModel(LightningModule):
         )
         return _Step(nll / mask_BT.sum().clamp_min(1), routings, mask_BT)
 
-    def _evaluate(
-        self, batch: dict[str, Tensor], metric: MeanMetric, split: str
-    ) -> dict[str, Any]:
+    def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
         step = self._step(batch)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
@@ -270,6 +329,16 @@ class DSMoELanguageModel(LightningModule):
                 total = total + self.router_z_weight * z
         return total, {name: value.detach() for name, value in terms.items()}
 
+    def _architecture(self) -> dict[str, Any] | None:
+        """Description of the decoder, None with a warning if it has none."""
+        try:
+            return describe_decoder(self.decoder)
+        except ValueError as error:
+            warnings.warn(
+                f"checkpoints of this model do not hold its architecture: {error}", stacklevel=2
+            )
+            return None
+
     def _data(self) -> Any:
         """The data module in use, if there is one."""
         return getattr(self._trainer, "datamodule", None)
@@ -281,7 +350,7 @@ class DSMoELanguageModel(LightningModule):
         return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
 
     def _keep_plain_hyperparameters(self) -> None:
-        """Leave functions and objects given from Python out of checkpoints, which hold data only."""
+        """Leave functions and objects given from Python out of checkpoints, which are data."""
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
 

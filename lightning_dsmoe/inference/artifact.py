@@ -19,16 +19,28 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
-from lightning_dsmoe.inference.checkpoint import check_state
+from lightning_dsmoe.inference.checkpoint import check_state, fill
 from lightning_dsmoe.inference.quantization import expect_int8
 from lightning_dsmoe.routing import SelectionPlan
 
 FORMAT_VERSION = 1
 CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
 CERTIFICATE, CARD = "certificate.json", "README.md"
+_NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
 _CONFIG_FIELDS = {"format_version", "architecture", "quantization", "context", "tokenizer"}
 _MAX_JSON_BYTES = 64 * 2**20
 _TIED_HEAD = "head.weight"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Artifact(NamedTuple):
@@ -53,7 +65,7 @@ def write_artifact(
     Raises:
         FileExistsError: if something else than an artifact is in the way.
     """
-    if path.exists() and not (path.is_dir() and (path / SUMS).is_file()):
+    if path.exists() and not all((path / name).is_file() for name in _NEEDED):
         raise FileExistsError(f"{path} exists and is not a sparse model; choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -68,13 +80,10 @@ def write_artifact(
         _write_json(folder / PLAN, plan.to_dict())
         if certificate is not None:
             _write_json(folder / CERTIFICATE, certificate)
-        sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
         (folder / CARD).write_text(card, encoding="utf-8")
-        (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+        (folder / SUMS).write_text("".join(_sums(folder)), encoding="utf-8")
         folder.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        folder.rename(path)
+        _move(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,63 +97,100 @@ def read_artifact(path: Path) -> Artifact:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no sparse model at {path}: not a directory")
-    for name in (SUMS, CONFIG, PLAN, WEIGHTS):
+    for name in _NEEDED:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
     _check_sums(path)
     config = _read_json(path / CONFIG)
-    if not isinstance(config, dict) or set(config) != _CONFIG_FIELDS:
-        raise ValueError(f"{path / CONFIG} must have the fields {sorted(_CONFIG_FIELDS)}")
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {config['format_version']!r}, this version reads {FORMAT_VERSION}"
-        )
-    if config["quantization"] not in (None, "int8"):
-        raise ValueError(f"{path}: quantization {config['quantization']!r} is not null or int8")
+    _check_config(path / CONFIG, config)
     decoder = build_decoder(config["architecture"])
-    if config["quantization"] == "int8":
-        expect_int8(decoder)
     plan = SelectionPlan.from_dict(_read_json(path / PLAN))
     plan.check(*decoder.plan_sizes)
-    _load_weights(decoder, path / WEIGHTS)
+    try:
+        _load_weights(decoder, path / WEIGHTS, quantized=config["quantization"] == "int8")
+    except SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is not a complete safetensors file: {error}") from None
     return Artifact(decoder, plan, config)
 
 
-def _load_weights(decoder: Decoder, path: Path) -> None:
-    expected = {
-        name: tensor
-        for name, tensor in decoder.state_dict().items()
-        if not (decoder.tie_embeddings and name == _TIED_HEAD)
-    }
+def _move(folder: Path, path: Path) -> None:
+    """Put a finished folder in its place; what was there goes only when that has worked."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    retired = folder.with_name(f"{folder.name}.old")
+    path.rename(retired)
     try:
-        with safe_open(path, framework="pt") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            check_state(expected, {name: _shape_of(header) for name, header in headers.items()})
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in headers}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
-    decoder.load_state_dict(state, strict=False, assign=True)
-    if decoder.tie_embeddings:
-        decoder.head.weight = decoder.embedding.weight
+        folder.rename(path)
+    except OSError:
+        retired.rename(path)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _load_weights(decoder: Decoder, path: Path, *, quantized: bool) -> None:
+    with safe_open(path, framework="pt") as file:
+        headers = {name: _empty(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        if quantized:
+            embedding = headers.get("embedding.weight")
+            expect_int8(decoder, dtype=torch.float32 if embedding is None else embedding.dtype)
+        expected = {
+            name: tensor
+            for name, tensor in decoder.state_dict().items()
+            if not (decoder.tie_embeddings and name == _TIED_HEAD)
+        }
+        check_state(expected, headers)
+        fill(decoder, {name: file.get_tensor(name) for name in headers})
     decoder.requires_grad_(False)
 
 
-def _shape_of(header: Any) -> Tensor:  # noqa: ANN401 - safetensors has no types
-    return torch.empty(header.get_shape(), device="meta")
+def _empty(name: str, header: Any) -> Tensor:
+    """A tensor without memory, of the shape and type that a safetensors header tells."""
+    dtype = header.get_dtype()
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} is {dtype}, allowed are {', '.join(_DTYPES)}")
+    return torch.empty(header.get_shape(), dtype=_DTYPES[dtype], device="meta")
+
+
+def _check_config(path: Path, config: object) -> None:
+    if not isinstance(config, dict) or "format_version" not in config:
+        raise ValueError(f"{path} must be an object with a format_version")
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {config['format_version']!r:.20}, this version reads "
+            f"{FORMAT_VERSION}; a newer lightning_dsmoe may read it"
+        )
+    if set(config) != _CONFIG_FIELDS:
+        raise ValueError(f"{path} must have the fields {sorted(_CONFIG_FIELDS)}")
+    quantization, context, tokenizer = (
+        config[field] for field in ("quantization", "context", "tokenizer")
+    )
+    if quantization not in (None, "int8"):
+        raise ValueError(f"{path}: quantization must be null or int8, got {quantization!r:.200}")
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise ValueError(f"{path}: context must be null or at least 1, got {context!r:.200}")
+    if not isinstance(tokenizer, dict | None):
+        raise ValueError(f"{path}: tokenizer must be null or an object, got {tokenizer!r:.200}")
 
 
 def _check_sums(path: Path) -> None:
-    lines = (path / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in (CONFIG, PLAN, WEIGHTS):
-        if name not in sums:
-            raise ValueError(f"{path / SUMS} does not list {name}")
-    for name, digest in sums.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise ValueError(f"{path / SUMS} lists {name!r}, which is not a file beside it")
-        if _sha256(file) != digest:
-            raise ValueError(f"{file} was changed: its SHA-256 is not the one in {SUMS}")
+    sums = _sums(path)
+    found = b""
+    if (path / SUMS).stat().st_size == len("".join(sums)):
+        found = (path / SUMS).read_bytes()
+    if found == "".join(sums).encode():
+        return
+    lines = found.decode("ascii", "replace").splitlines(keepends=True)
+    changed = [line.split()[1] for line in sums if line not in lines]
+    raise ValueError(
+        f"{path} was changed: {SUMS} does not tell the SHA-256 of {', '.join(changed) or 'it'}"
+    )
+
+
+def _sums(path: Path) -> list[str]:
+    """The lines of SHA256SUMS: every file but the model card, which people may edit."""
+    names = sorted(name for name in (CERTIFICATE, CONFIG, PLAN, WEIGHTS) if (path / name).is_file())
+    return [f"{_sha256(path / name)}  {name}\n" for name in names]
 
 
 def _sha256(path: Path) -> str:
@@ -156,7 +202,10 @@ def _write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401 - checked by the caller
+def _read_json(path: Path) -> Any:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
 
+FORMAT_VERSION = 1
 _PREFIX = "decoder."
 
 
@@ -32,16 +33,12 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, holds more than data, or is another model's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
-    if not isinstance(checkpoint, dict) or not {"architecture", "state_dict"} <= set(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of DSMoELanguageModel")
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("architecture") is None:
+        raise ValueError(
+            f"{path} does not hold its architecture, because a part of it does not keep its "
+            "options; read it with DSMoELanguageModel.load_from_checkpoint"
+        )
     decoder = build_decoder(checkpoint["architecture"])
     state = {
         name.removeprefix(_PREFIX): value
@@ -49,20 +46,77 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
         if name.startswith(_PREFIX)
     }
     check_state(decoder.state_dict(), state)
-    decoder.load_state_dict(state, assign=True)
-    if decoder.tie_embeddings:
-        decoder.head.weight = decoder.embedding.weight
+    fill(decoder, state)
     return LoadedDecoder(decoder, checkpoint.get("tokenizer"), checkpoint.get("context"))
 
 
+def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of `DSMoELanguageModel`, on the CPU; tensors stay in the file until used.
+
+    Args:
+        path: the file.
+        weights_only: refuse a file that holds more than data; off, it can run any code.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, holds more than data, or is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+        raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    check_format(checkpoint)
+    return checkpoint
+
+
+def check_format(checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a checkpoint is not in the format that this version reads."""
+    version = checkpoint.get("format_version")
+    if version is None:
+        raise ValueError("this is not a checkpoint of DSMoELanguageModel: no format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the checkpoint has format {version!r:.20}, this version reads {FORMAT_VERSION}; "
+            "a newer lightning_dsmoe may read it"
+        )
+
+
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise one ValueError that lists every tensor that is missing, extra or of another shape."""
+    """Raise one ValueError that lists every tensor missing, extra, or of another shape or kind.
+
+    Floating-point types may differ, so that a model can be kept in fewer bits; others may not.
+    """
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"unknown {name}" for name in found if name not in expected]
-    faults += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
+    for name, tensor in expected.items():
+        if name not in found:
+            continue
+        other = found[name]
+        if other.shape != tensor.shape:
+            faults.append(f"{name} is {tuple(other.shape)}, not {tuple(tensor.shape)}")
+        elif other.dtype != tensor.dtype and not (
+            other.is_floating_point() and tensor.is_floating_point()
+        ):
+            faults.append(f"{name} is {other.dtype}, not {tensor.dtype}")
     if faults:
         raise ValueError(f"the weights are another model's: {'; '.join(faults)}")
+
+
+def fill(decoder: Decoder, state: Mapping[str, Tensor]) -> None:
+    """Give a decoder on the meta device its weights, which become its own.
+
+    Raises:
+        ValueError: if a part has values that are not in its state, which no file can restore.
+    """
+    decoder.load_state_dict(state, strict=False, assign=True)
+    if decoder.tie_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    empty = [name for name, buffer in decoder.named_buffers() if buffer.is_meta]
+    if empty:
+        raise ValueError(f"these buffers must be persistent to be restored: {', '.join(empty)}")

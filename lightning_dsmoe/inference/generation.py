@@ -30,8 +30,8 @@ def generate(
 ) -> Tensor:
     """Continue prompts.
 
-    A full context forgets its older half, so texts may be of any length. A sequence that has met a
-    stop token repeats it until all have ended.
+    A full context forgets its older half, so texts may be of any length; padding fills it too. A
+    sequence that has met a stop token repeats it until all have ended.
 
     Args:
         decoder: the model, in evaluation mode.
@@ -54,13 +54,12 @@ def generate(
         ValueError: if the prompt is empty or longer than the context, or an option is out of range.
     """
     context = decoder.max_positions if context is None else context
-    _check(decoder, tokens, max_new_tokens, context, stop, temperature, top_k, top_p)
+    _check_prompts(decoder, tokens, mask, context, stop)
+    _check_options(max_new_tokens, temperature, top_k, top_p)
     if plan is not None:
         plan.check(*decoder.plan_sizes)
     batch, length = tokens.shape
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    if not mask[:, -1].all():
-        raise ValueError("padding must be on the left: a prompt's last token is masked")
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     capacity = min(length + max_new_tokens, context or length + max_new_tokens)
@@ -97,7 +96,8 @@ def sample(
     """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits, order = (logits_BV.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    logits, order = logits_BV.float().sort(dim=-1, descending=True, stable=True)
+    logits = (logits - logits[:, :1]) / temperature
     if top_k is not None:
         logits[:, top_k:] = -torch.inf
     probs = logits.softmax(-1)
@@ -125,15 +125,12 @@ def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tenso
     return tokens, mask
 
 
-def _check(
+def _check_prompts(
     decoder: Decoder,
     tokens: Tensor,
-    max_new_tokens: int,
+    mask: Tensor | None,
     context: int | None,
     stop: Collection[int],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
 ) -> None:
     if tokens.ndim != 2 or not tokens.shape[0] or not tokens.shape[1]:
         raise ValueError(f"prompts must be [B, T] with a token or more, got {tuple(tokens.shape)}")
@@ -141,9 +138,26 @@ def _check(
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
+    if context is not None and decoder.max_positions is not None:
+        if context > decoder.max_positions:
+            raise ValueError(
+                f"a context of {context}, but the model has {decoder.max_positions} positions"
+            )
     if context is not None and tokens.shape[1] > context:
         raise ValueError(f"the prompt has {tokens.shape[1]} tokens, the context holds {context}")
-    if max_new_tokens < 0 or temperature < 0:
+    if mask is None:
+        return
+    if mask.shape != tokens.shape:
+        raise ValueError(f"a mask of {tuple(mask.shape)} for prompts of {tuple(tokens.shape)}")
+    valid = mask.bool()
+    if not valid[:, -1].all() or (valid[:, :-1] & ~valid[:, 1:]).any():
+        raise ValueError("a prompt is empty, or its padding is not on the left")
+
+
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    if max_new_tokens < 0 or not temperature >= 0:
         raise ValueError(
             "max_new_tokens and temperature must be 0 or more, "
             f"got {max_new_tokens} and {temperature}"

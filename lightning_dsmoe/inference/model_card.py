@@ -8,11 +8,21 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 def model_card(
-    decoder: Decoder, plan: SelectionPlan, quantization: str | None, certificate: dict[str, Any]
+    decoder: Decoder,
+    plan: SelectionPlan,
+    n_bytes: int,
+    quantized: dict[str, int],
+    certificate: dict[str, Any],
 ) -> str:
-    """Markdown: what the model is, which experts run, what was measured, how to use it."""
-    tensors = decoder.state_dict()
-    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    """Markdown: what the model is, which experts run, what was measured, how to use it.
+
+    Args:
+        decoder: the model.
+        plan: the experts that run.
+        n_bytes: bytes of all weights.
+        quantized: bytes of each quantised weight, by its name.
+        certificate: what was measured, by its name.
+    """
     experts, attention = decoder.plan_sizes
     lines = [
         "# A sparse DS-MoE language model",
@@ -21,7 +31,7 @@ def model_card(
         f"vocabulary of {decoder.vocab_size}, {n_bytes / 2**20:.1f} MiB of weights",
         f"- feed-forward experts: {_sizes(experts)}; running: {_selections(plan.experts)}",
         f"- attention experts: {_sizes(attention)}; running: {_selections(plan.attention)}",
-        f"- weights of the routed experts: {quantization or 'as trained'}",
+        f"- in 8 bits: {_quantized(quantized)}",
         "",
         "## Measured",
         "",
@@ -36,10 +46,17 @@ def model_card(
         "tokens = model.generate(prompt, max_new_tokens=100)",
         "```",
         "",
-        "or `lightning-dsmoe generate --artifact . --prompt \"Once\"`.",
+        'or `lightning-dsmoe generate --artifact . --prompt "Once"`.',
         "",
     ]
     return "\n".join(lines)
+
+
+def _quantized(n_bytes: dict[str, int]) -> str:
+    kinds = sorted({".".join(name.split(".")[2:]) for name in n_bytes})
+    if not kinds:
+        return "nothing"
+    return f"{', '.join(kinds)} of every layer, {sum(n_bytes.values()) / 2**20:.1f} MiB of them"
 
 
 def _sizes(counts: list[int | None]) -> str:

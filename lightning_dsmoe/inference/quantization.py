@@ -3,8 +3,8 @@
 Shapes: E experts, R rows of one expert, D width.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ class Int8StackedWeight(nn.Module):
     """A `StackedWeight` as int8 codes with one float32 scale per quantised row.
 
     W[e, r, :] = codes[e, r, :] * scales[e, r] / 127, with scales the largest magnitude of the row.
-    An expert's matrix becomes floating point when it is asked for, and only then.
+    An expert's matrix becomes floating point when it is asked for, and only then. Moving the module
+    to another type changes that of the matrices; codes and scales stay exact.
 
     Args:
         codes: int8 `[E, R, C]`.
@@ -28,6 +29,9 @@ class Int8StackedWeight(nn.Module):
             that are read along them.
         dtype: type of the matrices given out.
     """
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(
         self, codes: Tensor, scales: Tensor, *, transposed: bool, dtype: torch.dtype
@@ -47,13 +51,21 @@ class Int8StackedWeight(nn.Module):
         return [self._matrices(e) for e in experts]
 
     def _matrices(self, which: int | slice) -> Tensor:
-        codes, scales = cast(Tensor, self.codes)[which], cast(Tensor, self.scales)[which]
-        matrices = codes.to(self.dtype) * (scales / 127).to(self.dtype)[..., None]
+        scales = (self.scales[which] / 127).to(self.dtype)
+        matrices = self.codes[which].to(self.dtype) * scales[..., None]
         return matrices.mT if self.transposed else matrices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
+        return self
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
-        return f"codes={tuple(cast(Tensor, self.codes).shape)}, transposed={self.transposed}"
+        return f"codes={tuple(self.codes.shape)}, transposed={self.transposed}"
 
 
 def quantize_experts(decoder: Decoder) -> list[str]:
@@ -72,14 +84,19 @@ def quantize_experts(decoder: Decoder) -> list[str]:
     return _replace(decoder, quantize_int8)
 
 
-def expect_int8(decoder: Decoder) -> None:
-    """Give a decoder the empty int8 weights that `quantize_experts` would, on its own device."""
+def expect_int8(decoder: Decoder, *, dtype: torch.dtype) -> None:
+    """Give a decoder the empty int8 weights that `quantize_experts` would, on its own device.
+
+    Args:
+        decoder: the decoder.
+        dtype: type of the matrices given out, which is that of the rest of the model.
+    """
 
     def empty(weight: StackedWeight, *, transposed: bool) -> Int8StackedWeight:
         matrices = weight().mT if transposed else weight()
         codes = torch.empty(matrices.shape, dtype=torch.int8, device=matrices.device)
         scales = torch.empty(matrices.shape[:-1], dtype=torch.float32, device=matrices.device)
-        return Int8StackedWeight(codes, scales, transposed=transposed, dtype=matrices.dtype)
+        return Int8StackedWeight(codes, scales, transposed=transposed, dtype=dtype)
 
     _replace(decoder, empty)
 
@@ -109,23 +126,30 @@ def quantize_int8(weight: StackedWeight, *, transposed: bool) -> Int8StackedWeig
     )
 
 
+def quantized_bytes(decoder: Decoder) -> dict[str, int]:
+    """Bytes of codes and scales of each quantised weight, by its name."""
+    return {
+        name: module.codes.nbytes + module.scales.nbytes
+        for name, module in decoder.named_modules()
+        if isinstance(module, Int8StackedWeight)
+    }
+
+
 class _Quantizer(Protocol):
     def __call__(self, weight: StackedWeight, *, transposed: bool) -> Int8StackedWeight: ...
 
 
 def _replace(decoder: Decoder, quantizer: _Quantizer) -> list[str]:
     names = []
-    for name, module in decoder.named_modules():
+    for name, module in list(decoder.named_modules()):
+        owner: nn.Module
         if isinstance(module, MixtureOfExperts):
-            owner, weights = module.experts, {"w_in": False, "w_out": True}
-            name = f"{name}.experts"
+            part, owner, weights = "experts", module.experts, {"w_in": False, "w_out": True}
         elif isinstance(module, MixtureOfAttentionHeads):
-            owner, weights = module.heads, {"w_q": False, "w_o": True}
-            name = f"{name}.heads"
+            part, owner, weights = "heads", module.heads, {"w_q": False, "w_o": True}
         else:
             continue
         for weight, transposed in weights.items():
-            stacked = getattr(owner, weight)
-            setattr(owner, weight, quantizer(stacked, transposed=transposed))
-            names.append(f"{name}.{weight}")
+            setattr(owner, weight, quantizer(getattr(owner, weight), transposed=transposed))
+            names.append(f"{name}.{part}.{weight}")
     return names

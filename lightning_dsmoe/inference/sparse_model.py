@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,17 @@ from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
 from lightning_dsmoe.inference.generation import generate
 from lightning_dsmoe.inference.model_card import model_card
-from lightning_dsmoe.inference.quantization import quantize_experts
+from lightning_dsmoe.inference.quantization import quantize_experts, quantized_bytes
 from lightning_dsmoe.routing import SelectionPlan
 
 Quantization = Literal["int8"]
+
+
+class WeightReport(NamedTuple):
+    """Bytes of all weights, and of each quantised one by its name, scales included."""
+
+    n_bytes: int
+    quantized: dict[str, int]
 
 
 class SparseModel(nn.Module):
@@ -78,12 +85,17 @@ class SparseModel(nn.Module):
         max_new_tokens: int,
         *,
         plan: SelectionPlan | None = None,
-        **options: Any,  # noqa: ANN401 - passed on
+        **options: Any,
     ) -> Tensor:
         """Continue prompts `[B, T]`; for the options see `lightning_dsmoe.inference.generate`."""
         plan = self.plan if plan is None else plan
         options.setdefault("context", self.context)
         return generate(self.decoder, tokens, max_new_tokens, plan=plan, **options)
+
+    def report(self) -> WeightReport:
+        """What the weights take, and which of them are quantised."""
+        tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
+        return WeightReport(sum(t.nbytes for t in tensors), quantized_bytes(self.decoder))
 
     def save(self, path: str | Path, *, certificate: dict[str, Any] | None = None) -> None:
         """Write an artifact directory, whole or not at all; an earlier artifact is replaced.
@@ -96,7 +108,7 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is in the way.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
-        card = model_card(self.decoder, self.plan, self.quantization, certificate or {})
+        card = model_card(self.decoder, self.plan, *self.report(), certificate or {})
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
         )

@@ -110,8 +110,6 @@ def test_sizes_below_one_are_refused(
         (partial(CosineRouter, init_scale=-2.0), "got 512, -2.0"),
     ],
 )
-def test_options_out_of_range_are_refused(
-    make: Callable[[int, int], Router], message: str
-) -> None:
+def test_options_out_of_range_are_refused(make: Callable[[int, int], Router], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(8, 5)

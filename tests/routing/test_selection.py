@@ -110,8 +110,8 @@ def test_top_p_is_the_shortest_prefix_that_holds_p(experts: int, p: float) -> No
     active = TopP(p).mask(probs)
     kept = (probs * active).sum(-1)
     least = probs.masked_fill(~active, 2).amin(-1)
-    assert (kept >= p - 1e-9).all()
-    assert (kept - least < p + 1e-9).all() or (active.sum(-1) == 1).all()
+    assert (kept >= p - 1e-6).all()
+    assert ((kept - least < p + 1e-6) | (active.sum(-1) == 1)).all()
 
 
 def test_threshold_top_k_gives_every_token_the_mean_count() -> None:

@@ -1,0 +1,122 @@
+"""Which classes a file may name, and how large the sizes in it may be.
+
+Nothing is imported because a file names it: a class counts only if it belongs to this library or
+to PyTorch, or is a subclass of the part's base that was imported before.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn, optim
+
+import lightning_dsmoe.schedules  # noqa: F401 - files may name it
+from lightning_dsmoe.attention import Attention
+from lightning_dsmoe.experts import Experts, FeedForwardLayer
+from lightning_dsmoe.routing import Router, Selection
+
+PART_BASES: dict[str, tuple[type, ...]] = {
+    "attention": (Attention,),
+    "feed_forward": (FeedForwardLayer,),
+    "norm": (nn.Module,),
+    "router": (Router,),
+    "experts": (Experts,),
+    "expert_selection": (Selection,),
+    "attention_selection": (Selection,),
+    "optimizer": (optim.Optimizer,),
+    "lr_scheduler": (optim.lr_scheduler.LRScheduler,),
+}
+MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
+MAX_SIZE = 2**24
+_LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS}
+_WITHOUT_SIZES = ("optimizer", "lr_scheduler")
+_TORCH_NORMS = (nn.RMSNorm, nn.LayerNorm)
+
+
+def known_class(path: object, part: str) -> type:
+    """The class at an import path, which must be one that a file may name for this part.
+
+    Args:
+        path: module and name, joined by a dot.
+        part: name of the part, such as "router"; a part of another name may be of any base.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    bases = PART_BASES.get(part) or tuple(base for some in PART_BASES.values() for base in some)
+    module_name, _, name = str(path).rpartition(".")
+    module = sys.modules.get(module_name)
+    if module_name == "lightning_dsmoe":
+        found = getattr(module, name, None)  # its public names are looked up when first used
+    else:
+        found = vars(module).get(name) if module else None
+    if not (isinstance(found, type) and issubclass(found, bases)) or _is_other_torch_module(found):
+        raise ValueError(
+            f"{path!r:.200} is not a known {' or '.join(base.__name__ for base in bases)}; "
+            "import the module that defines it first"
+        )
+    return found
+
+
+def check_sizes(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a whole number among options is larger than any model needs."""
+    for name, value in options.items():
+        most = _LIMITS.get(name, MAX_SIZE)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ValueError(f"{name}={value} is out of range, 0 to {most} is allowed")
+
+
+def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
+    """Vet the arguments that a command line stored in a checkpoint, before any is used.
+
+    Args:
+        options: the hyper-parameters.
+        base: class of the model they are for.
+
+    Raises:
+        ValueError: if a class is not known, a size is too large or a value is not plain data.
+    """
+    options = {name: value for name, value in options.items() if name != "_instantiator"}
+    model_path = options.pop("_class_path", None)
+    if model_path is not None:
+        module_name, _, name = str(model_path).rpartition(".")
+        model = getattr(sys.modules.get(module_name), name, None)
+        if not (isinstance(model, type) and issubclass(model, base)):
+            raise ValueError(f"{model_path!r:.200} is not a known {base.__name__}")
+    check_sizes(options)
+    _check_options(options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            _check_part(name, value)
+        elif value is not None and name in PART_BASES:
+            raise ValueError(f"{name} needs a class_path and init_args, got {value!r:.200}")
+        elif isinstance(value, str) and not value.isidentifier():
+            raise ValueError(f"{name} must be a plain word, got {value!r:.200}")
+        elif isinstance(value, list | tuple) and not all(_is_number(v) for v in value):
+            raise ValueError(f"{name} may hold numbers only, got {value!r:.200}")
+
+
+def _check_part(part: str, description: Mapping[str, Any]) -> None:
+    if not {"class_path"} <= set(description) <= {"class_path", "init_args"}:
+        raise ValueError(f"{part} needs a class_path and init_args, got {description!r:.200}")
+    known_class(description["class_path"], part)
+    options = description.get("init_args") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"init_args of {part} must be an object, got {options!r:.200}")
+    if part not in _WITHOUT_SIZES:
+        check_sizes(options)
+    _check_options(options)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float)
+
+
+def _is_other_torch_module(found: type) -> bool:
+    """Whether this is a module of PyTorch that is no normalisation, which no part should be."""
+    is_torch = found.__module__.partition(".")[0] == "torch"
+    return is_torch and issubclass(found, nn.Module) and found not in _TORCH_NORMS

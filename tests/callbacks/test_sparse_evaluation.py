@@ -1,0 +1,175 @@
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch.nn import functional as F
+
+from lightning_dsmoe.attention import GroupedQueryAttention
+from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
+from lightning_dsmoe.experts import FeedForward
+from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.metrics import count_parameters
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+
+TOP_1 = LayerSelections(experts=TopK(1), attention=TopK(1))
+
+
+def loss_of(model: DSMoELanguageModel, loader: Any, plan: SelectionPlan | None) -> float:
+    """Mean loss of all tokens, one by one."""
+    losses = []
+    model.eval()
+    with torch.no_grad():
+        for batch in loader:
+            for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+                logits = model(tokens[None], plan).logits[0]
+                losses += [
+                    F.cross_entropy(row, label).item()
+                    for row, label in zip(logits, labels, strict=True)
+                    if label != -100
+                ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_same_as_a_loop_over_tokens(
+    stage: str,
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    loader = make_loader(3)
+    plan = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
+    callback = SparseEvaluation({"mixed": plan, "top_1": TOP_1})
+    trainer = make_trainer(callbacks=[callback])
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    (logged,) = evaluate(model, loader, verbose=False)
+
+    dense = loss_of(model, loader, None)
+    top_1 = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    for name, used in (("mixed", plan), ("top_1", top_1)):
+        result = callback.results[name]
+        sparse = loss_of(model, loader, used)
+        assert sparse != pytest.approx(dense, rel=1e-3)
+        assert result.loss == pytest.approx(sparse, rel=1e-5)
+        assert result.dense_loss == pytest.approx(dense, rel=1e-5)
+        assert result.gap == pytest.approx(sparse / dense - 1, rel=1e-3)
+        assert logged[f"{stage}/sparse/{name}/loss"] == pytest.approx(result.loss)
+        assert logged[f"{stage}/sparse/{name}/gap"] == pytest.approx(result.gap)
+        assert logged[f"{stage}/sparse/{name}/active_share"] == pytest.approx(result.active_share)
+    assert logged[f"{stage}/loss"] == pytest.approx(result.dense_loss)
+
+    counts = count_parameters(model.decoder)
+    one_of_each = [layer.per_expert for layer in counts.experts + counts.attention if layer]
+    share = (counts.always + sum(one_of_each)) / counts.hidden
+    assert callback.results["top_1"].active_share == pytest.approx(share)
+    assert callback.results["top_1"].active_share_p95 == pytest.approx(share, abs=5e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_all_experts_are_the_dense_model(
+    precision: str,
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    callback = SparseEvaluation({"all": LayerSelections()})
+    make_trainer(callbacks=[callback], precision=precision).validate(
+        model, make_loader(2), verbose=False
+    )
+    result = callback.results["all"]
+    assert abs(result.gap) < 1e-6
+    assert (result.active_share, result.active_share_p50) == (1, 1)
+
+
+def test_model_without_routers_is_always_whole(
+    make_model: Callable[..., DSMoELanguageModel],
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    model = make_model(
+        attention=partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=4),
+        feed_forward=partial(FeedForward, d_hidden=12),
+    )
+    callback = SparseEvaluation({"top_1": TOP_1})
+    make_trainer(callbacks=[callback]).validate(model, make_loader(2), verbose=False)
+    assert callback.results["top_1"].active_share == 1
+    assert abs(callback.results["top_1"].gap) < 1e-6
+
+
+def test_plan_that_does_not_fit_stops_before_the_first_step(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    class NoStep(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise AssertionError("a step was taken")
+
+        def on_validation_batch_start(self, *args: Any) -> None:
+            raise AssertionError("a batch was evaluated")
+
+    callback = SparseEvaluation({"fits": TOP_1, "five": LayerSelections(experts=TopK(5))})
+    trainer = make_trainer(max_steps=1, callbacks=[callback, NoStep()])
+    with pytest.raises(ValueError, match=r"'five': plan, layer 0, experts: TopK\(k=5\).*<= 4"):
+        trainer.fit(model, make_loader(1), make_loader(1))
+
+
+def test_saved_plan(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "plan.json"
+    SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1)).save(path)
+    callback = SparseEvaluation({"saved": str(path), "made": TOP_1})
+    make_trainer(callbacks=[callback]).validate(model, make_loader(2), verbose=False)
+    assert callback.results["saved"] == callback.results["made"]
+
+
+def test_impossible_plans(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one plan"):
+        SparseEvaluation({})
+    with pytest.raises(ValueError, match=r"'lost'.*absent\.json"):
+        SparseEvaluation({"lost": str(tmp_path / "absent.json")})
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"'bad'.*broken\.json: a plan is"):
+        SparseEvaluation({"bad": str(tmp_path / "broken.json")})
+
+
+def test_fit_evaluates_at_each_validation_and_not_in_the_sanity_check(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    seen = []
+    callback = SparseEvaluation({"top_1": TOP_1})
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            seen.append(callback.results.get("top_1"))
+
+    trainer = make_trainer(max_steps=4, val_check_interval=2, callbacks=[callback, Watch()])
+    trainer.fit(model, make_loader(4), make_loader(2))
+    sanity, first, second = seen
+    assert sanity is None
+    assert first != second
+    assert trainer.callback_metrics["val/sparse/top_1/loss"].item() == pytest.approx(second.loss)
+
+
+def test_nan_is_not_hidden(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    model.configure_model()
+    torch.nn.init.constant_(model.decoder.norm.weight, float("nan"))
+    callback = SparseEvaluation({"top_1": TOP_1})
+    make_trainer(callbacks=[callback], fast_dev_run=True).validate(
+        model, make_loader(1), verbose=False
+    )
+    assert callback.results["top_1"].loss != callback.results["top_1"].loss

@@ -1,0 +1,76 @@
+"""Callbacks as a configuration names them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning import Callback
+
+from lightning_dsmoe.callbacks import (
+    ExpertUtilizationMonitor,
+    LayerSelections,
+    MIWeightAnnealing,
+    SparseEvaluation,
+)
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK, TopP
+
+
+def parse(callbacks: str) -> list[Callback]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    config: Any = parser.parse_object({"callbacks": yaml.safe_load(callbacks)})
+    made: list[Callback] = parser.instantiate(config).callbacks
+    return made
+
+
+def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
+    saved = SelectionPlan.uniform(3, experts=TopP(0.9))
+    saved.save(tmp_path / "plan.json")
+    monitor, annealing, sparse = parse(
+        f"""
+        - class_path: lightning_dsmoe.callbacks.ExpertUtilizationMonitor
+          init_args: {{every_n_steps: 20, window: 5}}
+        - class_path: lightning_dsmoe.callbacks.MIWeightAnnealing
+          init_args: {{schedule: constant_then_ramp, start: 1, end: 0.5, steps: 10, delay: 4}}
+        - class_path: lightning_dsmoe.callbacks.SparseEvaluation
+          init_args:
+            plans:
+              saved: {tmp_path}/plan.json
+              top_2:
+                experts: {{class_path: TopK, init_args: {{k: 2, renormalize: true}}}}
+              two_layers:
+                experts:
+                  - {{class_path: lightning_dsmoe.routing.Threshold, init_args: {{eps: 1.0}}}}
+                  - {{class_path: lightning_dsmoe.AllExperts}}
+                attention: [{{class_path: AllExperts}}, {{class_path: AllExperts}}]
+        """
+    )
+    assert isinstance(monitor, ExpertUtilizationMonitor)
+    assert (monitor.every_n_steps, monitor.window) == (20, 5)
+    assert isinstance(annealing, MIWeightAnnealing)
+    assert [annealing.factor(step) for step in (0, 4, 9, 14)] == [1, 1, 0.75, 0.5]
+    assert isinstance(sparse, SparseEvaluation)
+    assert sparse.plans == {
+        "saved": saved,
+        "top_2": LayerSelections(experts=TopK(2, renormalize=True)),
+        "two_layers": SelectionPlan((Threshold(1.0), AllExperts()), (AllExperts(), AllExperts())),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{class_path: MIWeightAnnealing, init_args: {schedule: stairs, steps: 5}}", "stairs"),
+        ("{class_path: MIWeightAnnealing, init_args: {steps: 0}}", "steps must be at least 1"),
+        (
+            "{class_path: SparseEvaluation, init_args: {plans: {p: {experts: "
+            "{class_path: TopK, init_args: {k: 0}}}}}}",
+            "k=0",
+        ),
+    ],
+)
+def test_mistakes_are_named(options: str, message: str) -> None:
+    with pytest.raises((ArgumentError, ValueError), match=message):
+        parse(f"- {options}")

@@ -1,0 +1,122 @@
+"""Dense and sparse runs of whole decoders."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.attention import GroupedQueryAttention
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import FeedForward
+from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
+
+
+def plan_of(decoder: Decoder, make: Callable[[int], Selection]) -> SelectionPlan:
+    experts, attention = decoder.plan_sizes
+    return SelectionPlan(
+        tuple(make(n) for n in experts if n), tuple(make(n) for n in attention if n)
+    )
+
+
+@pytest.mark.parametrize("make", [TopK, lambda n: Threshold(0.0)], ids=["top k", "threshold"])
+def test_full_plan_equals_dense(
+    decoder: Decoder, make: Callable[[int], Selection], batches: list[Tensor]
+) -> None:
+    dense = decoder(batches[0])
+    sparse = decoder(batches[0], plan_of(decoder, make))
+    scale = dense.logits.abs().max()
+    assert (sparse.logits - dense.logits).abs().max() <= 2e-6 * scale.clamp_min(1)
+
+
+def test_plan_of_all_experts_is_the_default(decoder: Decoder, batches: list[Tensor]) -> None:
+    plan = SelectionPlan.uniform(decoder.n_layers)
+    assert torch.equal(decoder(batches[0], plan).logits, decoder(batches[0]).logits)
+
+
+def test_each_layer_follows_its_own_selection(decoder: Decoder, batches: list[Tensor]) -> None:
+    dense = decoder(batches[0]).routings
+    all_layers = [AllExperts()] * decoder.n_layers
+    sparse = decoder(
+        batches[0], SelectionPlan(tuple(all_layers), (AllExperts(), *all_layers[2:], TopK(1)))
+    ).routings
+    for layer in range(decoder.n_layers):
+        last = layer == decoder.n_layers - 1
+        for kind in ("experts", "attention"):
+            same = torch.equal(
+                getattr(dense, kind)[layer].logits, getattr(sparse, kind)[layer].logits
+            )
+            assert same == (not last or kind == "attention")
+
+
+def test_routings_have_one_entry_a_layer(decoder: Decoder, batches: list[Tensor]) -> None:
+    logits, routings = decoder(batches[0])
+    assert logits.shape == (3, 16, decoder.vocab_size)
+    for found, sizes in zip(routings, decoder.plan_sizes, strict=True):
+        assert [routing.probs.shape for routing in found if routing] == [(3, 16, n) for n in sizes]
+
+
+def test_layers_without_a_router_have_no_routing() -> None:
+    decoder = Decoder(
+        11,
+        8,
+        2,
+        attention=partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=4),
+        feed_forward=partial(FeedForward, d_hidden=6),
+        norm=nn.LayerNorm,
+    )
+    tokens = torch.randint(11, (2, 5))
+    assert decoder(tokens).routings == ((None, None), (None, None))
+    assert decoder.plan_sizes == ([None, None], [None, None])
+    plan = SelectionPlan.uniform(2, experts=TopK(3), attention=TopK(3))
+    plan.check(*decoder.plan_sizes)
+    assert torch.equal(decoder(tokens, plan).logits, decoder(tokens).logits)
+
+
+@pytest.mark.parametrize("plan", [None, SelectionPlan.uniform(2, experts=TopK(1))], ids=str)
+def test_later_tokens_never_change_earlier_ones(
+    decoder: Decoder, plan: SelectionPlan | None, batches: list[Tensor]
+) -> None:
+    if plan:
+        plan = SelectionPlan.uniform(decoder.n_layers, experts=TopK(1), attention=TopK(1))
+    tokens = batches[0].clone()
+    before = decoder(tokens, plan).logits
+    tokens[:, 9:] = tokens[:, 9:].flip(1)
+    after = decoder(tokens, plan).logits
+    torch.testing.assert_close(after[:, :9], before[:, :9], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_empty_and_single_tokens(decoder: Decoder, shape: tuple[int, int], sparse: bool) -> None:
+    plan = SelectionPlan.uniform(decoder.n_layers, experts=TopK(2), attention=Threshold(1.0))
+    logits = decoder(torch.randint(97, shape), plan if sparse else None).logits
+    assert logits.shape == (*shape, decoder.vocab_size)
+    assert logits.isfinite().all()
+
+
+def test_plan_of_another_depth_is_refused(decoder: Decoder, batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="a plan of 7 layers, a model of"):
+        decoder(batches[0], SelectionPlan.uniform(7))
+
+
+def test_plan_with_too_many_experts_is_refused(decoder: Decoder, batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"TopK\(k=6\) needs k <= "):
+        decoder(batches[0], SelectionPlan.uniform(decoder.n_layers, experts=TopK(6)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_positions": 0}, "must be at least 1, got .* and 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, "got -0.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    make_decoder: Callable[..., Decoder], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_decoder(**options)
