@@ -81,11 +81,12 @@ def test_top_k_keeps_the_k_largest(experts: int, k: int) -> None:
     assert (probs.masked_fill(active, 0).amax(-1) <= smallest_kept).all()
 
 
-@pytest.mark.parametrize("selection", [TopK(2), Threshold(1.0), TopP(0.4)], ids=str)
-def test_ties_go_to_lower_numbers(selection: Selection) -> None:
-    kept = 1 if isinstance(selection, Threshold) else 2
-    active = selection.mask(torch.full((3, 4), 0.25))
-    assert active.tolist() == [[expert < kept for expert in range(4)]] * 3
+@pytest.mark.parametrize("n_experts", [4, 256])
+@pytest.mark.parametrize("selection", [TopK(2), Threshold(1.0), TopP(0.5)], ids=str)
+def test_ties_go_to_lower_numbers(selection: Selection, n_experts: int) -> None:
+    kept = {TopK: 2, Threshold: 1, TopP: n_experts // 2}[type(selection)]
+    active = selection.mask(torch.full((3, n_experts), 1 / n_experts))
+    assert active.tolist() == [[expert < kept for expert in range(n_experts)]] * 3
 
 
 @SMALL
@@ -114,9 +115,11 @@ def test_top_p_is_the_shortest_prefix_that_holds_p(experts: int, p: float) -> No
     assert ((kept - least < p + 1e-6) | (active.sum(-1) == 1)).all()
 
 
-def test_threshold_top_k_gives_every_token_the_mean_count() -> None:
-    probs = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.3, 0.3, 0.3, 0.1], [0.4, 0.4, 0.1, 0.1]])
-    assert Threshold(1.0).mask(probs).sum(-1).tolist() == [1, 3, 2]
+@pytest.mark.parametrize("counts", [(1, 3, 2), (1, 3, 3), (1, 2, 2)], ids=str)
+def test_threshold_top_k_gives_every_token_the_mean_count(counts: tuple[int, ...]) -> None:
+    rows = {1: [0.97, 0.01, 0.01, 0.01], 2: [0.4, 0.4, 0.1, 0.1], 3: [0.3, 0.3, 0.3, 0.1]}
+    probs = torch.tensor([rows[count] for count in counts])
+    assert Threshold(1.0).mask(probs).sum(-1).tolist() == list(counts)
     assert ThresholdTopK(1.0).mask(probs).sum(-1).tolist() == [2, 2, 2]
 
 
