@@ -4,6 +4,7 @@ Run by `make demo`; everything it makes is in `demo_output/`.
 """
 
 import csv
+import logging
 import sys
 import time
 from importlib.resources import files
@@ -26,20 +27,19 @@ PROMPT = "def __init__(self"
 def main() -> None:
     console = Console()
     quickstart = str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml"))
-    logger = f"--trainer.logger.init_args.save_dir={OUTPUT}"
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     console.rule("Training every expert")
-    run = _run(["fit", "-c", quickstart, logger])
+    sys.argv[1:] = ["fit", "-c", quickstart, f"--trainer.logger.init_args.save_dir={OUTPUT}"]
+    run = cli_main()
     folder = Path(run.trainer.log_dir)
     console.rule("Testing, with all experts and with those that matter")
-    checkpoint = run.trainer.checkpoint_callback.best_model_path
-    test = _run(["test", "-c", quickstart, logger, "--ckpt_path", checkpoint])
-    metrics = {name: value.item() for name, value in test.trainer.callback_metrics.items()}
+    [metrics] = run.trainer.test(run.model, run.datamodule, verbose=False)
     loss_curve(folder / "metrics.csv", folder / "loss.png")
 
     console.rule("Result")
     model = load_sparse(folder / "sparse")
     dense = SelectionPlan.uniform(model.decoder.n_layers)
-    batch = next(iter(test.datamodule.test_dataloader()))["input_ids"]
+    batch = next(iter(run.datamodule.test_dataloader()))["input_ids"]
     table = Table("", "all experts", "sparse")
     table.add_row(
         "test loss, nats per byte",
@@ -61,12 +61,6 @@ def main() -> None:
     console.rule("Files")
     for path in (folder / "loss.png", folder / "utilization" / "last.png", folder / "sparse"):
         console.print(str(path))
-
-
-def _run(arguments: list[str]):  # noqa: ANN202 - LightningCLI
-    """Run the command line as `lightning-dsmoe` would."""
-    sys.argv[1:] = arguments
-    return cli_main()
 
 
 def tokens_per_second(
