@@ -183,4 +183,5 @@ def _rank(probs: Tensor) -> Tensor:
 
 def _above(probs: Tensor, eps: float) -> Tensor:
     """Experts with N S_i > eps, and the arg-max of each row."""
-    return (probs * probs.shape[-1] > eps) | (_rank(probs) == 0)
+    best = probs.argmax(-1, keepdim=True)  # the first of equal ones
+    return (probs * probs.shape[-1] > eps).scatter(-1, best, True)
