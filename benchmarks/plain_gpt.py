@@ -64,6 +64,11 @@ def windows(text: Tensor, batch_size: int, context: int) -> Iterator[tuple[Tenso
         yield rows[:, :-1], rows[:, 1:]
 
 
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of every side."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+
+
 def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

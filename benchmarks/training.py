@@ -19,7 +19,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
@@ -27,24 +26,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from plain_gpt import PlainGPT, training_step, windows
+from plain_gpt import adamw, training_step
+from take_turns import TakeTurns
 from timing import Comparison, compare, interleave, machine
 
 from lightning_dsmoe import (
     Decoder,
-    DSMoELanguageModel,
     MixtureOfAttentionHeads,
     MixtureOfExperts,
-    TextDataModule,
 )
 from lightning_dsmoe.attention import GroupedQueryAttention
-from lightning_dsmoe.cli import DSMoECLI
+from lightning_dsmoe.cli import cli_main
 from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.losses import routing_entropies
 
@@ -70,6 +67,7 @@ SMALL = Size("small, 6 x 512", 512, 6, 32, 64, 8, 64, 4, 256)
 
 
 def main() -> None:
+    """Measure everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="threads of torch; its default if left out")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
@@ -151,7 +149,7 @@ def _trainer(model: Decoder, size: Size, *, compiled: bool) -> Callable[[], None
     if compiled:
         for block in model.blocks:
             block.compile()
-    optimizer = _adamw(model)
+    optimizer = adamw(model)
     batch = _batch(size)
     return lambda: training_step(model, optimizer, lambda: loss(model, *batch))
 
@@ -161,17 +159,13 @@ def _batch(size: Size) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-
-
 def compare_memory(size: Size) -> dict[str, float]:
     """Bytes kept for the backward pass by DS-MoE and by its dense twin."""
     candidate, reference = kept_bytes(ds_moe(size), size), kept_bytes(dense_twin(size), size)
     return {"candidate": candidate, "reference": reference, "ratio": candidate / reference}
 
 
-def kept_bytes(model: Decoder, size: Size) -> int:
+def kept_bytes(model: nn.Module, size: Size) -> int:
     """Bytes of all distinct storages that autograd keeps, parameters left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -188,38 +182,6 @@ def kept_bytes(model: Decoder, size: Size) -> int:
     return size_of_all
 
 
-class TakeTurns(Callback):
-    """Times blocks of training steps, and in between as many steps of another loop.
-
-    Args:
-        other: one step of the other loop.
-        steps: steps in a block.
-        skip: steps before the first block.
-    """
-
-    def __init__(self, other: Callable[[], object], *, steps: int, skip: int) -> None:
-        self.other = other
-        self.steps = steps
-        self.skip = skip
-        self.own_seconds: list[float] = []
-        self.other_seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.perf_counter()
-        if batch_idx < self.skip or (batch_idx - self.skip) % self.steps:
-            return
-        if batch_idx > self.skip:
-            self.own_seconds.append((now - self._start) / self.steps)
-        start = time.perf_counter()
-        for _ in range(self.steps):
-            self.other()
-        self.other_seconds.append((time.perf_counter() - start) / self.steps)
-        self._start = time.perf_counter()
-
-
 def compare_product(
     *, rounds: int, steps: int = 5, skip: int = 20, overrides: tuple[str, ...] = ()
 ) -> Comparison:
@@ -231,45 +193,20 @@ def compare_product(
         skip: steps of the quickstart before the first block.
         overrides: further arguments of the command line.
     """
+    config = files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml")
     with tempfile.TemporaryDirectory() as folder:
-        cli = _quickstart(
+        sys.argv[1:] = [
+            "fit",
+            f"--config={config}",
             f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.max_steps={skip + rounds * steps + 1}",
+            "--trainer.callbacks+=take_turns.TakeTurns",
+            f"--trainer.callbacks.steps={steps}",
+            f"--trainer.callbacks.skip={skip}",
             *overrides,
-        )
-        turns = TakeTurns(_plain_step(cli.datamodule), steps=steps, skip=skip)
-        cli.trainer.callbacks.append(turns)
-        cli.trainer.fit(cli.model, cli.datamodule)
-    return compare(turns.own_seconds, turns.other_seconds[: len(turns.own_seconds)])
-
-
-def _quickstart(*arguments: str) -> DSMoECLI:
-    """The quickstart's model, data and trainer with all its callbacks, ready to fit."""
-    config = files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml")
-    return DSMoECLI(
-        DSMoELanguageModel,
-        TextDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        run=False,
-        args=["-c", str(config), *arguments],
-    )
-
-
-def _plain_step(data: TextDataModule) -> Callable[[], None]:
-    """A training step of a plain GPT of the quickstart's size on the quickstart's text."""
-    model = PlainGPT(data.vocab_size, d_model=128, n_layers=4, n_heads=4, context=data.context)
-    optimizer = _adamw(model)
-    span = data.train_dataloader().dataset.tokens
-    batches = windows(torch.from_numpy(span.read(0, len(span))), data.batch_size, data.context)
-
-    def cross_entropy() -> Tensor:
-        tokens, labels = next(batches)
-        return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
-
-    return lambda: training_step(model, optimizer, cross_entropy)
+        ]
+        [turns] = [c for c in cli_main().trainer.callbacks if isinstance(c, TakeTurns)]
+    return compare(turns.own_seconds, turns.plain_seconds[: len(turns.own_seconds)])
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import jsonargparse
 from lightning import LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Every part that a configuration may name by its class name alone has to be imported here.
 import lightning_dsmoe.attention
@@ -18,6 +20,7 @@ import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.commands import configs, generate
 from lightning_dsmoe.commands.errors import one_line
+from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
 
 TOOLS: dict[str, Callable[..., None]] = {"generate": generate, "configs": configs}
@@ -29,7 +32,7 @@ class OneLineErrors(jsonargparse.ArgumentParser):
     """Says a mistake in one line, unless a traceback is asked for."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if _DEBUG in os.environ:
+        if _DEBUG in os.environ or not self.exit_on_error:
             super().error(message, ex)
         sys.exit(_failure(one_line(message), code=2))
 
@@ -45,6 +48,16 @@ class DSMoECLI(LightningCLI):
         parser.link_arguments(
             "data", "model.init_args.vocab_size", compute_fn=_vocab_size, apply_on="instantiate"
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning lets a checkpoint's arguments silently beat the command line's."""
+
+    def before_instantiate_classes(self) -> None:
+        """Take a checkpoint as data only, and look into it before anything is built."""
+        options = self.config[self.subcommand]
+        options.weights_only = options.weights_only is not False
+        if options.ckpt_path and Path(options.ckpt_path).is_file():
+            read_checkpoint(options.ckpt_path, weights_only=options.weights_only)
 
 
 def _vocab_size(data: LightningDataModule) -> int:
@@ -86,7 +99,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if "--debug" in sys.argv:
         os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
+    commands = [*DSMoECLI.subcommands(), *TOOLS]
     try:
+        if words and not words[0].startswith("-") and words[0] not in commands:
+            known = ", ".join(commands)
+            sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
         if words and words[0] in TOOLS:
             tool = words.pop(0)
             jsonargparse.auto_cli(
@@ -97,9 +114,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 parser_class=OneLineErrors,
             )
         else:
-            cli = cli_main()
-            if cli.trainer.received_sigterm:
-                sys.exit(_SIGTERM_EXIT_CODE)
+            cli_main()
+    except SIGTERMException:
+        sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
         if _DEBUG in os.environ:
             raise

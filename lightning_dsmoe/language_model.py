@@ -168,7 +168,8 @@ class DSMoELanguageModel(LightningModule):
                 f"(language model {step.loss.item()}, {_format(terms)}); no step was taken"
             )
         self.log("train/loss", step.loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        if self._logs_are_due():
+            self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return {"loss": total, **step.results()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -338,6 +339,13 @@ class DSMoELanguageModel(LightningModule):
                 f"checkpoints of this model do not hold its architecture: {error}", stacklevel=2
             )
             return None
+
+    def _logs_are_due(self) -> bool:
+        """Whether loggers write what this step logs; preparing it costs time at every step."""
+        if self._trainer is None:
+            return False
+        every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(every) and (self.global_step + 1) % every == 0
 
     def _data(self) -> Any:
         """The data module in use, if there is one."""

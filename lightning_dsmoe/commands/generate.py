@@ -44,8 +44,7 @@ def generate(
         raise ValueError("this model was saved without a tokenizer, so it has no text")
     tokenizer = Tokenizer.from_dict(model.tokenizer)
     tokens = torch.as_tensor(tokenizer.encode(prompt)).long()[None]
-    print(prompt, end="", flush=True)
-    printer = _Printer(tokenizer)
+    printer = _Printer(tokenizer, tokens)
     model.generate(
         tokens,
         max_new_tokens,
@@ -55,25 +54,28 @@ def generate(
         top_p=top_p,
         stop=[] if stop is None else _single_token(tokenizer, stop),
         generator=torch.Generator().manual_seed(seed),
-        on_tokens=printer,
+        on_tokens=printer.add,
     )
+    printer.print()
     print()
 
 
 class _Printer:
     """Prints a text as its tokens arrive, holding back characters that are not complete yet."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_BT: Tensor) -> None:
         self.tokenizer = tokenizer
-        self.tokens: list[int] = []
+        self.tokens: list[int] = prompt_BT[0].tolist()
         self.printed = 0
 
-    def __call__(self, new_B: Tensor) -> None:
+    def add(self, new_B: Tensor) -> None:
         self.tokens.append(int(new_B[0]))
-        text = self.tokenizer.decode(self.tokens)
-        complete = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        print(complete[self.printed :], end="", flush=True)
-        self.printed = max(self.printed, len(complete))
+        self.print()
+
+    def print(self) -> None:
+        text = self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        print(text[self.printed :], end="", flush=True)
+        self.printed = max(self.printed, len(text))
 
 
 def _model_of_checkpoint(path: str) -> SparseModel:

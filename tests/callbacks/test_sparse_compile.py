@@ -1,0 +1,158 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from lightning_dsmoe.callbacks import LayerSelections, SparseCompile, SparseEvaluation
+from lightning_dsmoe.inference import load_sparse
+from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+
+PLAN = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
+
+
+def certificate(artifact: Path) -> dict[str, float]:
+    read: dict[str, float] = json.loads((artifact / "certificate.json").read_text())
+    return read
+
+
+def test_certificate_agrees_with_sparse_evaluation(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    evaluation = SparseEvaluation({"same": PLAN})
+    compiling = SparseCompile(PLAN)
+    trainer = make_trainer(max_steps=2, val_check_interval=2, callbacks=[evaluation, compiling])
+    trainer.fit(model, make_loader(2), make_loader(3, seed=1))
+    assert compiling.artifact == Path(str(trainer.log_dir)) / "sparse"
+    measured, expected = certificate(compiling.artifact), evaluation.results["same"]
+    assert measured["sparse_loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert measured["dense_loss"] == pytest.approx(expected.dense_loss, rel=1e-5)
+    assert measured["relative_gap"] == pytest.approx(expected.gap, rel=1e-3)
+    assert measured["active_share_mean"] == pytest.approx(expected.active_share)
+    assert measured["active_share_p50"] == pytest.approx(expected.active_share_p50)
+    assert measured["active_share_p95"] == pytest.approx(expected.active_share_p95)
+    assert measured["tokens"] == 8 * 6 - 4  # the last window ends in padding
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_artifact_is_the_trained_model_under_the_plan(
+    quantization: Any,
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    compiling = SparseCompile(PLAN, quantization=quantization, path=str(tmp_path / "here"))
+    trainer = make_trainer(max_steps=2, callbacks=[compiling])
+    trainer.fit(model, make_loader(2), make_loader(2, seed=1))
+    assert compiling.artifact == tmp_path / "here"
+    loaded = load_sparse(compiling.artifact)
+    assert loaded.plan == PLAN
+    assert bool(loaded.report().quantized) == (quantization == "int8")
+
+    batches = list(make_loader(2, seed=1))
+    losses, agreed = [], []
+    model.eval()
+    for batch in batches:
+        tokens, labels = batch["input_ids"], batch["labels"]
+        logits = loaded.logits(tokens)
+        with torch.no_grad():
+            dense = model(tokens).logits
+            if quantization is None:
+                torch.testing.assert_close(logits, model(tokens, PLAN).logits)
+            else:
+                assert not torch.equal(logits, model(tokens, PLAN).logits)
+                torch.testing.assert_close(logits, model(tokens, PLAN).logits, rtol=0.05, atol=0.05)
+        counted = labels != -100
+        chances = logits.log_softmax(-1)[counted]
+        losses.append(-chances.gather(-1, labels[counted][:, None]).flatten())
+        agreed.append((logits.argmax(-1) == dense.argmax(-1))[counted])
+    measured = certificate(compiling.artifact)
+    assert measured["sparse_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    share = torch.cat(agreed).double().mean().item()
+    assert measured["top_1_agreement"] == pytest.approx(share)
+
+
+def test_plan_that_does_not_fit_stops_before_the_first_step(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    class NoStep(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise AssertionError("a step was taken")
+
+    compiling = SparseCompile(LayerSelections(experts=TopK(5)), path=str(tmp_path / "here"))
+    trainer = make_trainer(max_steps=1, callbacks=[compiling, NoStep()])
+    with pytest.raises(ValueError, match=r"SparseCompile: plan, layer 0, experts: TopK\(k=5\)"):
+        trainer.fit(model, make_loader(1), make_loader(1))
+    assert not (tmp_path / "here").exists()
+
+
+def test_nothing_is_written_where_nothing_is_logged(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compiling = SparseCompile(PLAN)
+    make_trainer(fast_dev_run=True, callbacks=[compiling]).fit(
+        model, make_loader(1), make_loader(1)
+    )
+    assert compiling.artifact is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_earlier_artifact_is_replaced(
+    make_model: Callable[..., DSMoELanguageModel],
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "here"
+
+    def fit(steps: int) -> dict[str, float]:
+        compiling = SparseCompile(PLAN, path=str(place))
+        trainer = make_trainer(max_steps=steps, callbacks=[compiling])
+        trainer.fit(make_model(), make_loader(4), make_loader(1))
+        return certificate(place)
+
+    assert fit(1) != fit(4)
+    assert load_sparse(place).plan == PLAN
+    assert [path.name for path in tmp_path.glob("*here*")] == ["here"]
+
+    (place / "SHA256SUMS").unlink()
+    (place / "thesis.txt").write_text("years of work")
+    before = sorted(path.name for path in place.iterdir())
+    with pytest.raises(FileExistsError, match="here exists and is not a sparse model"):
+        fit(1)
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert (place / "thesis.txt").read_text() == "years of work"
+
+
+def test_without_measuring(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    compiling = SparseCompile(PLAN, max_batches=0)
+    make_trainer(max_steps=1, callbacks=[compiling]).fit(model, make_loader(1), make_loader(1))
+    assert compiling.artifact is not None
+    assert load_sparse(compiling.artifact).plan == PLAN
+    assert not (compiling.artifact / "certificate.json").exists()
+
+
+def test_impossible_options(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SparseCompile: .*absent\.json"):
+        SparseCompile(str(tmp_path / "absent.json"))
+    with pytest.raises(ValueError, match="max_batches must be 0 or more, got -1"):
+        SparseCompile(PLAN, max_batches=-1)

@@ -1,0 +1,283 @@
+"""A mistake costs one line, and nothing is trained or overwritten."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dsmoe.commands.errors import one_line
+from lightning_dsmoe.routing import SelectionPlan, TopK
+
+MODEL = "--model.init_args."
+ATTENTION = f"{MODEL}attention.init_args."
+FEED_FORWARD = f"{MODEL}feed_forward.init_args."
+COMPILE = (
+    "--trainer.callbacks+=SparseCompile",
+    "--trainer.callbacks.plan.experts=TopK",
+)
+
+MISTAKES = {
+    "top_0": ([f"{MODEL}expert_selection=TopK", f"{MODEL}expert_selection.k=0"], ["k=0", "k >= 1"]),
+    "top_99": (
+        [f"{MODEL}expert_selection=TopK", f"{MODEL}expert_selection.k=99"],
+        ["k=99", "k <= 16"],
+    ),
+    "top_99_compiled": ([*COMPILE, "--trainer.callbacks.plan.experts.k=99"], ["k=99", "k <= 16"]),
+    "negative_threshold": (
+        [f"{MODEL}attention_selection=Threshold", f"{MODEL}attention_selection.eps=-0.5"],
+        ["eps=-0.5", "0 <= eps"],
+    ),
+    "heads": (
+        [
+            f"{MODEL}attention=GroupedQueryAttention",
+            *(f"{ATTENTION}{size}" for size in ("n_heads=4", "n_kv_heads=3", "d_head=4")),
+        ],
+        ["n_kv_heads must divide n_heads", "n_heads=4", "n_kv_heads=3"],
+    ),
+    "odd_rotary": ([f"{ATTENTION}d_head=5"], ["even d_head", "d_head=5"]),
+    "negative_weight": ([f"{MODEL}expert_mi_weight=-1"], ["-1.0", "0 or more"]),
+    "router": (
+        [f"{FEED_FORWARD}router=NoRouter"],
+        ["model.feed_forward.router", "NoRouter", "CosineRouter, LinearRouter, MLPRouter"],
+    ),
+    "router_module": ([f"{FEED_FORWARD}router=no.such.Router"], ["no.such.Router", "LinearRouter"]),
+    "router_of_module": (
+        [f"{FEED_FORWARD}router=lightning_dsmoe.routing.Absent"],
+        ["lightning_dsmoe.routing.Absent", "LinearRouter"],
+    ),
+    "router_of_other_kind": (
+        [f"{FEED_FORWARD}router=torch.nn.Linear"],
+        ["torch.nn.Linear", "subclass of Router", "LinearRouter"],
+    ),
+    "experts": ([f"{FEED_FORWARD}experts=NoExperts"], ["NoExperts", "GLUExperts, MLPExperts"]),
+    "attention": ([f"{MODEL}attention=NoAttention"], ["NoAttention", "GroupedQueryAttention"]),
+    "feed_forward": ([f"{MODEL}feed_forward=NoLayer"], ["NoLayer", "FeedForward"]),
+    "norm": ([f"{MODEL}norm=NoNorm"], ["NoNorm", "torch.nn.RMSNorm"]),
+    "selection": ([f"{MODEL}expert_selection=TopQ"], ["TopQ", "Threshold, ThresholdTopK, TopK"]),
+    "selection_of_a_plan": (
+        ["--trainer.callbacks+=SparseCompile", "--trainer.callbacks.plan.experts=TopQ"],
+        ["TopQ", "Threshold, ThresholdTopK, TopK"],
+    ),
+    "optimizer": ([f"{MODEL}optimizer=NoOptimizer"], ["NoOptimizer", "AdamW"]),
+    "schedule": ([f"{MODEL}lr_scheduler=NoSchedule"], ["NoSchedule", "LinearWarmupCosine"]),
+    "callback": (["--trainer.callbacks+=NoCallback"], ["NoCallback", "SparseEvaluation"]),
+    "data": (["--data=NoData"], ["NoData", "TextDataModule"]),
+    "option_of_a_part": (
+        [f"{FEED_FORWARD}n_expert=3"],
+        ["model.feed_forward", "'n_expert'", "MixtureOfExperts has d_model, n_experts, d_expert"],
+    ),
+    "option_of_a_router": (
+        [f"{FEED_FORWARD}router=MLPRouter", f"{FEED_FORWARD}router.init_args.d_hiden=3"],
+        ["'d_hiden'", "MLPRouter has d_model, n_experts, d_hidden"],
+    ),
+    "option": (["--nope=3"], ["--nope=3"]),
+    "number": (["--trainer.max_steps=abc"], ["trainer.max_steps", "int", "abc"]),
+    "choice": ([f"{FEED_FORWARD}gate_scale=big"], ["'mean_one', 'sum_to_one'", "big"]),
+    "quantization": (
+        [*COMPILE, "--trainer.callbacks.plan.experts.k=1", "--trainer.callbacks.quantization=int4"],
+        ["quantization", "'int8'", "int4"],
+    ),
+    "configuration": (["-c", "absent.yaml"], ["absent.yaml", "does not exist"]),
+    "files": (["--data.init_args.files=absent.txt"], ["no file matches 'absent.txt'"]),
+    "checkpoint": (["--ckpt_path=absent.ckpt"], ["absent.ckpt", "not found"]),
+}
+
+
+def check(outcome: Any, named: list[str]) -> None:
+    assert outcome.code in (1, 2)
+    assert len(outcome.errors) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    for part in named:
+        assert part in outcome.errors[0]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_options(
+    mistake: str, cli: Any, config: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, named = MISTAKES[mistake]
+    check(cli("fit", "-c", config("quickstart.yaml"), *tiny(tmp_path), *words), named)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("sparse"))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", ["corpus is empty", "0 bytes"]),
+        (b"text\0" * 400, ["not a text file", "NUL byte at offset 4"]),
+        (b"text \xff" * 400, ["not a text file", "invalid UTF-8 at byte offset 5"]),
+        (b"text", ["split has", "needs at least 17"]),
+    ],
+    ids=["empty", "nul", "latin_1", "short"],
+)
+def test_corpus(
+    content: bytes, named: list[str], cli: Any, config: Any, tiny: Any, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(content)
+    words = ["fit", "-c", config("quickstart.yaml"), *tiny(tmp_path)]
+    check(cli(*words, f"--data.init_args.files={corpus}"), named)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def bad_checkpoints(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    whole = Path(trained.checkpoint).read_bytes()
+    (folder / "truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.ckpt").write_text("hello")
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
+    torch.save({**torch.load(trained.checkpoint), "code": Path}, folder / "code.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("truncated.ckpt", ["truncated.ckpt is not a complete"]),
+        ("text.ckpt", ["text.ckpt is not a complete"]),
+        ("other.ckpt", ["not a checkpoint of DSMoELanguageModel"]),
+        ("code.ckpt", ["code.ckpt is not a complete, data-only checkpoint"]),
+    ],
+)
+def test_checkpoints(
+    name: str, named: list[str], bad_checkpoints: Path, trained: Any, cli: Any, tmp_path: Path
+) -> None:
+    path = bad_checkpoints / name
+    save_dir = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    for command in ("fit", "test") if name == "truncated.ckpt" else ("fit",):
+        check(cli(command, *trained.words, save_dir, f"--ckpt_path={path}"), named)
+    check(cli("generate", f"--ckpt={path}"), named)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_checkpoint_of_another_shape(command: str, cli: Any, trained: Any, tmp_path: Path) -> None:
+    before = Path(trained.checkpoint).read_bytes()
+    words = [*trained.words, f"{MODEL}d_model=32", f"{FEED_FORWARD}n_experts=8"]
+    save_dir = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    outcome = cli(command, *words, save_dir, f"--ckpt_path={trained.checkpoint}")
+    check(outcome, ["another model", "d_model was 16, is 32", "n_experts was 16, is 8"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert Path(trained.checkpoint).read_bytes() == before
+
+
+def test_plan_of_another_model(
+    cli: Any, config: Any, tiny: Any, trained: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    SelectionPlan.uniform(5, experts=TopK(1)).save(path)
+    named = ["a plan of 5 layers, a model of 2"]
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: SparseCompile\n"
+        f"      init_args: {{plan: {path}}}\n"
+    )
+    words = ["fit", "-c", config("quickstart.yaml"), "-c", str(overlay), *tiny(tmp_path)]
+    check(cli(*words), ["SparseCompile", *named])
+    check(cli("generate", f"--artifact={trained.artifact}", f"--plan={path}"), named)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_artifact_with_a_flipped_byte(cli: Any, trained: Any, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(trained.artifact, artifact)
+    weights = bytearray((artifact / "model.safetensors").read_bytes())
+    weights[-7] ^= 1
+    (artifact / "model.safetensors").write_bytes(weights)
+    named = [str(artifact), "was changed", "model.safetensors"]
+    check(cli("generate", f"--artifact={artifact}"), named)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], ["either --ckpt or --artifact"]),
+        (["--ckpt={checkpoint}", "--artifact={artifact}"], ["either --ckpt or --artifact"]),
+        (["--artifact=absent"], ["absent: not a directory"]),
+        (["--ckpt=absent.ckpt"], ["no checkpoint at absent.ckpt"]),
+        (["--ckpt={checkpoint}", f"--prompt={'x' * 17}"], ["17 tokens", "context holds 16"]),
+        (["--ckpt={checkpoint}", "--prompt="], ["a token or more"]),
+        (["--ckpt={checkpoint}", "--temperature=-1"], ["temperature must be 0 or more", "-1"]),
+        (["--ckpt={checkpoint}", "--temperature=warm"], ["temperature", "float", "warm"]),
+        (["--ckpt={checkpoint}", "--top_k=0"], ["top_k must be at least 1", "0"]),
+        (["--ckpt={checkpoint}", "--top_p=2"], ["top_p must be", "2.0"]),
+        (["--ckpt={checkpoint}", "--stop=ab"], ["one token", "'ab' is 2"]),
+        (["--nope=1"], ["--nope=1"]),
+    ],
+)
+def test_generate(words: list[str], named: list[str], cli: Any, trained: Any) -> None:
+    given = {"checkpoint": trained.checkpoint, "artifact": trained.artifact}
+    outcome = cli("generate", *(word.format(**given) for word in words))
+    check(outcome, named)
+    assert outcome.out == ""
+
+
+def test_unknown_command(cli: Any) -> None:
+    check(cli("fitt"), ["'fitt'", "fit, validate, test, predict, generate, configs"])
+    check(cli("configs", "--name=absent.yaml"), ["absent.yaml", "quickstart.yaml"])
+
+
+@pytest.mark.parametrize("debug", ["--debug", "JSONARGPARSE_DEBUG"])
+def test_traceback_when_asked_for(debug: str, cli: Any, config: Any) -> None:
+    words = ["fit", "-c", config("quickstart.yaml"), "--trainer.max_steps=abc"]
+    tool = ["generate", "--ckpt=absent.ckpt"]
+    environment = {}
+    if debug == "--debug":
+        words, tool = [*words, debug], [debug, *tool]
+    else:
+        environment[debug] = "true"
+    with pytest.raises(Exception, match=r"max_steps[\s\S]*Got value: abc"):
+        cli(*words, environment=environment)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at absent\.ckpt"):
+        cli(*tool, environment=environment)
+
+
+def lines(*texts: str) -> str:
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("k must be at least 1, got 0", "k must be at least 1, got 0"),
+        ("first line\n\x1b[1msecond\x1b[0m\n  line", "first line second line"),
+        ("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", "k: expected int, got x"),
+        (
+            lines(
+                'Parser key "part":',
+                "  Does not validate against any of the Union subtypes",
+                "  Subtypes: [<class 'a.Part'>, <class 'str'>]",
+                "  Errors:",
+                "    - Problem with given class_path 'a.Part':",
+                '        Parser key "size":',
+                "          Does not validate against any of the Union subtypes",
+                "          Subtypes: [<class 'int'>, <class 'NoneType'>]",
+                "          Errors:",
+                "            - Expected a <class 'int'>",
+                "            - Expected a <class 'NoneType'>",
+                "          Given value type: <class 'str'>",
+                "          Given value: small",
+                "    - Expected a <class 'str'>",
+                "  Given value type: <class 'dict'>",
+                "  Given value: {'size': 'small'}",
+            ),
+            "part.size: expected int, got small",
+        ),
+        (
+            lines(
+                'Parser key "part":',
+                "  Not a valid subclass of Part. Got value: 3",
+                "  Subclass types expect one of:",
+                "  - a class path (str)",
+            ),
+            "part: Not a valid subclass of Part, got 3",
+        ),
+    ],
+)
+def test_one_line(message: str, line: str) -> None:
+    assert one_line(message) == line

@@ -1,0 +1,99 @@
+"""Text from a model, on the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dsmoe.data.tokenizers import ByteTokenizer
+from lightning_dsmoe.inference import load_sparse
+from lightning_dsmoe.routing import SelectionPlan
+
+PROMPT = "--prompt=def f"
+GREEDY = (PROMPT, "--temperature=0", "--max_new_tokens=30")
+
+
+def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -> None:
+    everything, sparse = tmp_path / "all.json", tmp_path / "sparse.json"
+    SelectionPlan.uniform(2).save(everything)
+    load_sparse(trained.artifact).plan.save(sparse)
+    checkpoint, artifact = f"--ckpt={trained.checkpoint}", f"--artifact={trained.artifact}"
+
+    text = cli("generate", checkpoint, *GREEDY).out
+    tokenizer = ByteTokenizer()
+    prompt = torch.from_numpy(tokenizer.encode("def f"))[None]
+    model = load_sparse(trained.artifact)
+    tokens = model.generate(prompt, 30, plan=SelectionPlan.uniform(2), temperature=0)
+    assert tokens.shape == (1, 35)
+    whole = tokenizer.decode(tokens[0].tolist())
+    assert text == whole.rstrip("\N{REPLACEMENT CHARACTER}") + "\n"
+    assert cli("generate", artifact, *GREEDY, f"--plan={everything}").out == text
+    own = cli("generate", artifact, *GREEDY).out
+    assert cli("generate", checkpoint, *GREEDY, f"--plan={sparse}").out == own
+
+
+def test_seed_repeats(cli: Any, trained: Any) -> None:
+    words = ["generate", f"--artifact={trained.artifact}", PROMPT, "--max_new_tokens=12"]
+    first, again, other = (
+        cli(*words, "--temperature=2", f"--seed={seed}").out for seed in (5, 5, 6)
+    )
+    assert first == again != other
+
+
+def test_narrow_sampling_is_greedy(cli: Any, trained: Any) -> None:
+    words = ["generate", f"--artifact={trained.artifact}", PROMPT, "--max_new_tokens=9"]
+    greedy = cli(*words, "--temperature=0").out
+    assert cli(*words, "--temperature=3", "--top_k=1").out == greedy
+    assert cli(*words, "--temperature=3", "--top_p=1e-6").out == greedy
+
+
+def test_nothing_new(cli: Any, trained: Any) -> None:
+    words = [f"--artifact={trained.artifact}", "--prompt=é", "--max_new_tokens=0"]
+    assert cli("generate", *words).out == "é\n"
+
+
+class Recited:
+    """Stands in for a model: it continues every prompt with the same bytes."""
+
+    def __init__(self, new: bytes) -> None:
+        self.new = new
+        self.tokenizer = ByteTokenizer().to_dict()
+
+    def generate(self, tokens: torch.Tensor, max_new_tokens: int, **options: Any) -> None:
+        for byte in self.new:
+            options["on_tokens"](torch.tensor([byte]))
+            if byte in options["stop"]:
+                break
+
+
+@pytest.mark.parametrize(
+    ("new", "stop", "text"),
+    [
+        ("naïve €uro 🙂!".encode(), None, "naïve €uro 🙂!"),
+        (b"one. two", ".", "one."),
+        (b"cut \xf0\x9f\x99", None, "cut "),
+        (b"bad \xff byte", None, "bad \N{REPLACEMENT CHARACTER} byte"),
+    ],
+)
+def test_characters_are_printed_once_and_whole(
+    new: bytes,
+    stop: str | None,
+    text: str,
+    cli: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["lightning_dsmoe.commands.generate"]
+    monkeypatch.setattr(module, "load_sparse", lambda path: Recited(new))
+    words = ["--artifact=any", "--prompt=> "]
+    outcome = cli("generate", *words, *([] if stop is None else [f"--stop={stop}"]))
+    assert outcome.out == f"> {text}\n"
+
+
+def test_stop_ends_the_text(cli: Any, trained: Any) -> None:
+    words = ["generate", f"--artifact={trained.artifact}", "--prompt=a", "--temperature=9"]
+    text = cli(*words, "--max_new_tokens=60").out
+    stop = next(letter for letter in text[1:] if letter.isalpha() and letter.isascii())
+    end = text.index(stop, 1) + 1
+    assert cli(*words, "--max_new_tokens=60", f"--stop={stop}").out == text[:end] + "\n"

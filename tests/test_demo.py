@@ -1,0 +1,86 @@
+"""The demonstration, on a text and a model of toy size."""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from lightning_dsmoe import SelectionPlan, TopK, load_sparse
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def demo() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    yield module
+    logger.setLevel(level)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20]), int.from_bytes(header[20:24])
+
+
+def test_loss_curve(demo: ModuleType, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text(
+        "step,train/loss,val/loss,val/sparse/threshold/loss\n0,5.5,,\n1,4.5,,\n1,,4.0,4.1\n"
+    )
+    demo.loss_curve(metrics, tmp_path / "loss.png")
+    assert png_size(tmp_path / "loss.png") == (840, 480)
+
+
+def test_all_of_it(
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shipped = ROOT / "cli_configs" / "quickstart.yaml"
+    options = yaml.safe_load(shipped.read_text())
+    text = tmp_path / "text.txt"
+    text.write_text("def __init__(self):\n    pass\n" * 200)
+    options["data"]["init_args"] |= {
+        "files": str(text),
+        "cache_dir": str(tmp_path),
+        "context": 32,
+        "batch_size": 2,
+    }
+    options["model"]["init_args"] |= {"d_model": 16, "n_layers": 1}
+    options["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_test_batches": 2}
+    (tmp_path / "cli_configs").mkdir()
+    (tmp_path / "cli_configs" / "quickstart.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output")
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+
+    demo.main()
+
+    out = capsys.readouterr().out
+    assert out.index("test loss") < out.index("active share") < out.index("tokens/s")
+    assert demo.PROMPT in out
+    folder = tmp_path / "output" / "quickstart" / "version_0"
+    assert png_size(folder / "loss.png") == (840, 480)
+    assert min(png_size(folder / "utilization" / "last.png")) > 100
+
+    model = load_sparse(folder / "sparse")
+    plans = [SelectionPlan.uniform(1), SelectionPlan.uniform(1, experts=TopK(1))]
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    for new_tokens in (0, 3):
+        rates = demo.tokens_per_second(model, plans, tokens[:1], new_tokens)
+        assert len(rates) == 2
+        assert min(rates) > 0
