@@ -40,6 +40,7 @@ PLANS = {
 
 
 def main() -> None:
+    """Train and evaluate what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="the text, split as nanoGPT does")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -70,6 +71,7 @@ def train(model: str, text: str, seed: int, steps: int) -> dict[str, Any]:
         f"--model.init_args.lr_scheduler.init_args.max_steps={steps}",
         f"--model.init_args.lr_scheduler.init_args.warmup_steps={steps // 20}",
         f"--trainer.val_check_interval={steps}",
+        "--trainer.callbacks=null",
         "--trainer.enable_checkpointing=false",
         "--trainer.logger=false",
         "--trainer.enable_model_summary=false",
@@ -83,7 +85,9 @@ def train(model: str, text: str, seed: int, steps: int) -> dict[str, Any]:
     uniform = {
         name: SelectionPlan.uniform(decoder.n_layers, **plan) for name, plan in plans.items()
     }
-    evaluation = SparseEvaluation(uniform or {"all experts": SelectionPlan.uniform(decoder.n_layers)})
+    evaluation = SparseEvaluation(
+        uniform or {"all experts": SelectionPlan.uniform(decoder.n_layers)}
+    )
     cli.trainer.callbacks.append(evaluation)
     cli.datamodule.batch_size = 10 * cli.datamodule.batch_size
     [metrics] = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)

@@ -25,6 +25,7 @@ PROMPT = "def __init__(self"
 
 
 def main() -> None:
+    """Run the whole demonstration."""
     console = Console()
     quickstart = str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Block, Decoder
-from lightning_dsmoe.inference.class_paths import check_sizes, known_class
+from lightning_dsmoe.inference.class_paths import (
+    check_sizes,
+    known_class,
+    named_object,
+    shortest_path,
+)
 
 Description = dict[str, Any]
 
@@ -68,12 +73,10 @@ def build_decoder(description: Description) -> Decoder:
         if not isinstance(description[size], int):
             raise ValueError(f"{size} must be a whole number, got {description[size]!r:.200}")
     check_sizes(description)
-    options = dict(description)
-    for part in _PARTS:
-        options[part] = _factory(options[part], part)
     try:
+        parts = {part: _factory(description[part], part) for part in _PARTS}
         with torch.device("meta"):
-            return Decoder(**options).eval()
+            return Decoder(**{**description, **parts}).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an architecture: {error}") from None
 
@@ -87,6 +90,8 @@ def differences(before: object, now: object, name: str = "") -> list[str]:
             for key in keys
             for difference in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
         ]
+    if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
+        return []
     return [] if before == now else [f"{name.replace('.init_args', '')} was {before}, is {now}"]
 
 
@@ -95,7 +100,7 @@ def _describe(module: nn.Module, part: str) -> Description:
     cls = type(module)
     if part not in _GIVEN_BY_OWNER:
         raise ValueError(f"option {part!r} is a {cls.__name__}, which is not plain data")
-    path = f"{cls.__module__}.{cls.__qualname__}"
+    path = shortest_path(cls)
     if known_class(path, part) is not cls:
         raise ValueError(f"the class of {part} cannot be found again at {path}")
     options = {}

@@ -6,6 +6,7 @@ to PyTorch, or is a subclass of the part's base that was imported before.
 
 import sys
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import nn, optim
@@ -45,18 +46,32 @@ def known_class(path: object, part: str) -> type:
         ValueError: for anything else.
     """
     bases = PART_BASES.get(part) or tuple(base for some in PART_BASES.values() for base in some)
-    module_name, _, name = str(path).rpartition(".")
-    module = sys.modules.get(module_name)
-    if module_name == "lightning_dsmoe":
-        found = getattr(module, name, None)  # its public names are looked up when first used
-    else:
-        found = vars(module).get(name) if module else None
+    found = named_object(path)
     if not (isinstance(found, type) and issubclass(found, bases)) or _is_other_torch_module(found):
         raise ValueError(
             f"{path!r:.200} is not a known {' or '.join(base.__name__ for base in bases)}; "
             "import the module that defines it first"
         )
     return found
+
+
+def named_object(path: object) -> object:
+    """What a dotted path leads to, in a module already imported; None for nothing."""
+    module_name, _, name = str(path).rpartition(".")
+    module = sys.modules.get(module_name)
+    if module_name == "lightning_dsmoe":
+        return getattr(module, name, None)  # its public names are looked up when first used
+    return vars(module).get(name) if module else None
+
+
+def shortest_path(cls: type) -> str:
+    """A class's path through the shortest prefix of its module that leads to it.
+
+    Files that name it so outlive a move between the files of a package.
+    """
+    modules = accumulate(cls.__module__.split("."), "{}.{}".format)
+    paths = [f"{module}.{cls.__qualname__}" for module in modules]
+    return next((path for path in paths if named_object(path) is cls), paths[-1])
 
 
 def check_sizes(options: Mapping[str, Any]) -> None:

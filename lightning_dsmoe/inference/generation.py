@@ -138,11 +138,9 @@ def _check_prompts(
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
-    if context is not None and decoder.max_positions is not None:
-        if context > decoder.max_positions:
-            raise ValueError(
-                f"a context of {context}, but the model has {decoder.max_positions} positions"
-            )
+    most = decoder.max_positions
+    if context is not None and most is not None and context > most:
+        raise ValueError(f"a context of {context}, but the model has {most} positions")
     if context is not None and tokens.shape[1] > context:
         raise ValueError(f"the prompt has {tokens.shape[1]} tokens, the context holds {context}")
     if mask is None:
