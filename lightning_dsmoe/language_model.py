@@ -1,17 +1,18 @@
 """The language model as a LightningModule.
 
-Shapes: B batch, T tokens, V vocabulary, R routers, E experts.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -32,9 +33,9 @@ from lightning_dsmoe.inference.checkpoint import (
     read_checkpoint,
 )
 from lightning_dsmoe.inference.class_paths import check_hyperparameters
-from lightning_dsmoe.losses import load_balancing_loss, router_z_loss, routing_entropies
 from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
 
 IGNORED = -100
 """Label of a position that does not count."""
@@ -160,7 +161,7 @@ class DSMoELanguageModel(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
         step = self._step(batch)
-        total, terms = self._routing_terms(step, group=self._data_parallel_group())
+        total, terms = self._routing_losses(step, group=self._data_parallel_group())
         total = step.loss + total
         if not torch.isfinite(total):
             raise FloatingPointError(
@@ -213,7 +214,7 @@ class DSMoELanguageModel(LightningModule):
     @classmethod
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | Path,
+        checkpoint_path: str | Path | IO[Any],
         map_location: Any = None,
         hparams_file: str | Path | None = None,
         strict: bool | None = None,
@@ -223,7 +224,7 @@ class DSMoELanguageModel(LightningModule):
         """Rebuild a model from a checkpoint file, importing nothing that the file names.
 
         Args:
-            checkpoint_path: the file.
+            checkpoint_path: the file, or one that is open, at its beginning.
             map_location: device for the weights, or what else `torch.load` takes.
             hparams_file: YAML with the arguments of the model instead of those in the file.
             strict: as in Lightning; the names and shapes of the weights are always checked.
@@ -238,7 +239,8 @@ class DSMoELanguageModel(LightningModule):
         """
         safe = weights_only is not False
         checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
-        check_hyperparameters(checkpoint.get("hyper_parameters", {}), cls)
+        for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
+            check_hyperparameters(checkpoint.get(key, {}), cls)
         return super().load_from_checkpoint(
             checkpoint_path, map_location, hparams_file, strict, weights_only=safe, **kwargs
         )
@@ -281,7 +283,7 @@ class DSMoELanguageModel(LightningModule):
         step = self._step(batch)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
-        _, terms = self._routing_terms(step)
+        terms = self._routing_losses(step).terms
         self.log_dict(
             {f"{split}/{name}": value for name, value in terms.items()},
             batch_size=max(1, int(count)),
@@ -300,35 +302,16 @@ class DSMoELanguageModel(LightningModule):
             self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
             self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
 
-    def _routing_terms(
+    def _routing_losses(
         self, step: "_Step", group: dist.ProcessGroup | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted losses of all routers, and what to log of them."""
-        total = step.loss.new_zeros(())
-        terms = {}
-        for kind, routings, selections, mi_weight in (
-            ("experts", step.routings.experts, self.plan.experts, self.expert_mi_weight),
-            ("attention", step.routings.attention, self.plan.attention, self.attention_mi_weight),
-        ):
-            routed = [(r, s) for r, s in zip(routings, selections, strict=True) if r is not None]
-            if not routed:
-                continue
-            probs_RBTE = torch.stack([routing.probs for routing, _ in routed])
-            entropies = routing_entropies(probs_RBTE, step.mask_BT, group=group)
-            mi_R = entropies.marginal - entropies.conditional
-            total = total - mi_weight * mi_R.sum()
-            terms[f"{kind}/mutual_information"] = mi_R.mean()
-            terms[f"{kind}/entropy"] = entropies.conditional.mean()
-            terms[f"{kind}/balance_entropy"] = entropies.marginal.mean()
-            if self.load_balancing_weight:
-                balance = sum(
-                    load_balancing_loss(r.probs, s.mask(r.probs), step.mask_BT) for r, s in routed
-                )
-                total = total + self.load_balancing_weight * balance
-            if self.router_z_weight:
-                z = sum(router_z_loss(r.logits, step.mask_BT) for r, _ in routed)
-                total = total + self.router_z_weight * z
-        return total, {name: value.detach() for name, value in terms.items()}
+    ) -> RoutingLosses:
+        weights = RoutingLossWeights(
+            self.expert_mi_weight,
+            self.attention_mi_weight,
+            self.load_balancing_weight,
+            self.router_z_weight,
+        )
+        return routing_losses(step.routings, self.plan, weights, step.mask_BT, group=group)
 
     def _architecture(self) -> dict[str, Any] | None:
         """Description of the decoder, None with a warning if it has none."""

@@ -12,7 +12,10 @@ from lightning_dsmoe.precision import at_least_float32
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of each pair of channels, float32 `[..., C / 2]`."""
+    """Cosine and signed sine of the angle of each channel, float32 `[..., C]`.
+
+    The sine is negative for the first channel of each pair (i, i + C/2).
+    """
 
     cos: Tensor
     sin: Tensor
@@ -28,11 +31,12 @@ def rotation(positions: Tensor, d_head: int, theta: float) -> Rotation:
     """
     pairs = torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * theta ** (-pairs / d_head)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turn each pair of channels (i, i + C/2) of `[..., C]` by its angle, in at least float32."""
-    first, second = at_least_float32(x).chunk(2, dim=-1)
-    turned = torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1)
-    return turned.to(x.dtype)
+    channels = at_least_float32(x)
+    partners = channels.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(channels * by.cos, partners, by.sin).to(x.dtype)

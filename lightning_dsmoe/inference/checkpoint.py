@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,27 +50,35 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     return LoadedDecoder(decoder, checkpoint.get("tokenizer"), checkpoint.get("context"))
 
 
-def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint of `DSMoELanguageModel`, on the CPU; tensors stay in the file until used.
 
     Args:
-        path: the file.
+        path: the file, or one that is open, which is then rewound.
         weights_only: refuse a file that holds more than data; off, it can run any code.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, holds more than data, or is something else.
     """
-    if not Path(path).is_file():
+    if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        loaded = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=weights_only,
+            mmap=isinstance(path, str | Path),
+        )
     except Exception as error:
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
         raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(path, str | Path):
+        path.seek(0)
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    checkpoint: dict[str, Any] = loaded
     check_format(checkpoint)
     return checkpoint
 
@@ -109,12 +117,13 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor]) -> None:
-    """Give a decoder on the meta device its weights, which become its own.
+    """Give a decoder on the meta device copies of its weights, which no longer hang on a file.
 
     Raises:
         ValueError: if a part has values that are not in its state, which no file can restore.
     """
-    decoder.load_state_dict(state, strict=False, assign=True)
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    decoder.load_state_dict(copies, strict=False, assign=True)
     if decoder.tie_embeddings:
         decoder.head.weight = decoder.embedding.weight
     empty = [name for name, buffer in decoder.named_buffers() if buffer.is_meta]

@@ -1,0 +1,88 @@
+"""The losses of all routers of a decoder, weighted and added up.
+
+Shapes: B batch, T tokens, R routers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dsmoe.decoder import Routings
+from lightning_dsmoe.losses import load_balancing_loss, router_z_loss, routing_entropies
+from lightning_dsmoe.routing import SelectionPlan
+
+
+class RoutingLossWeights(NamedTuple):
+    """What each loss of a router counts for.
+
+    Args:
+        expert_mi: alpha of the feed-forward routers.
+        attention_mi: alpha of the attention routers.
+        load_balancing: beta of every router.
+        router_z: gamma of every router.
+    """
+
+    expert_mi: float
+    attention_mi: float
+    load_balancing: float = 0.0
+    router_z: float = 0.0
+
+
+class RoutingLosses(NamedTuple):
+    """The weighted losses of all routers, and what is worth knowing of them.
+
+    Shape:
+        total: scalar.
+        terms: detached scalars, means over the routers of a kind, in nats, by names such as
+            "experts/mutual_information".
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def routing_losses(
+    routings: Routings,
+    plan: SelectionPlan,
+    weights: RoutingLossWeights,
+    mask: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> RoutingLosses:
+    """Sum over routers of (alpha L_MI + beta L_balance + gamma L_z).
+
+    Args:
+        routings: the routing of every layer.
+        plan: the experts that ran.
+        weights: alpha, beta and gamma.
+        mask: tokens that count, `[B, T]`.
+        group: process group whose ranks share p(e), as in `mutual_information_loss`.
+
+    Raises:
+        ValueError: if plan and routings have different numbers of layers.
+    """
+    total = torch.zeros((), device=mask.device)
+    terms = {}
+    for kind, routings_of_kind, selections, mi_weight in (
+        ("experts", routings.experts, plan.experts, weights.expert_mi),
+        ("attention", routings.attention, plan.attention, weights.attention_mi),
+    ):
+        pairs = zip(routings_of_kind, selections, strict=True)
+        routed = [(r, s) for r, s in pairs if r is not None]
+        if not routed:
+            continue
+        probs_RBTE = torch.stack([r.probs for r, _ in routed])
+        entropies = routing_entropies(probs_RBTE, mask, group=group)
+        mi_R = entropies.marginal - entropies.conditional
+        total = total - mi_weight * mi_R.sum()
+        terms[f"{kind}/mutual_information"] = mi_R.mean()
+        terms[f"{kind}/entropy"] = entropies.conditional.mean()
+        terms[f"{kind}/balance_entropy"] = entropies.marginal.mean()
+        if weights.load_balancing:
+            balance = sum(load_balancing_loss(r.probs, s.mask(r.probs), mask) for r, s in routed)
+            total = total + weights.load_balancing * balance
+        if weights.router_z:
+            total = total + weights.router_z * sum(router_z_loss(r.logits, mask) for r, _ in routed)
+    return RoutingLosses(total, {name: value.detach() for name, value in terms.items()})

@@ -1,0 +1,74 @@
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
+
+MakeDecoder = Callable[..., Decoder]
+
+ROUTER = partial(LinearRouter, init_std=0.5)
+ATTENTION = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4, router=ROUTER)
+FEED_FORWARD = partial(MixtureOfExperts, n_experts=4, d_expert=6, router=ROUTER)
+
+
+def rotary_glu(**options: object) -> Decoder:
+    glu = partial(GLUExperts, activation="silu")
+    parts = {"attention": ATTENTION, "feed_forward": partial(FEED_FORWARD, experts=glu)}
+    return louder(Decoder(29, 16, 2, **parts | options))
+
+
+def learned_positions_mlp(**options: object) -> Decoder:
+    parts = {
+        "attention": partial(ATTENTION, n_heads=2, rope_theta=None, qk_norm=True, bias=True),
+        "feed_forward": partial(FEED_FORWARD, experts=partial(MLPExperts, bias=True), d_shared=5),
+        "max_positions": 20,
+        "tie_embeddings": False,
+        "dropout": 0.1,
+    }
+    return louder(Decoder(29, 12, 2, **parts | options))
+
+
+def without_routers(**options: object) -> Decoder:
+    parts = {
+        "attention": partial(GroupedQueryAttention, n_heads=4, n_kv_heads=2, d_head=4),
+        "feed_forward": partial(FeedForward, d_hidden=10),
+    }
+    return louder(Decoder(29, 12, 2, **parts | options))
+
+
+def louder(decoder: Decoder) -> Decoder:
+    """Larger embeddings, so that logits are as far apart as those of a trained model."""
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(40)
+    return decoder.eval()
+
+
+@pytest.fixture(params=[rotary_glu, learned_positions_mlp])
+def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
+    return request.param
+
+
+@pytest.fixture
+def decoder(make_decoder: MakeDecoder) -> Decoder:
+    return make_decoder()
+
+
+@pytest.fixture
+def one_decoder() -> Decoder:
+    return rotary_glu()
+
+
+@pytest.fixture
+def plan() -> SelectionPlan:
+    return SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1, renormalize=True), Threshold(0.8)))
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(29, (3, 16), generator=torch.Generator().manual_seed(7))
