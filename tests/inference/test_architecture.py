@@ -16,7 +16,7 @@ from lightning_dsmoe.inference.architecture import build_decoder, describe_decod
 from lightning_dsmoe.inference.checkpoint import fill
 from lightning_dsmoe.routing import CosineRouter, LinearRouter, MLPRouter, Router
 
-from .conftest import ATTENTION, FEED_FORWARD, MakeDecoder, rotary_glu, without_routers
+from .conftest import ATTENTION, FEED_FORWARD, rotary_glu, without_routers
 
 
 class Frozen(Router):
@@ -84,7 +84,7 @@ def test_a_description_rebuilds_the_same_model(variant: str, tokens: Tensor) -> 
     assert torch.equal(rebuilt(tokens).logits, decoder(tokens).logits)
 
 
-def test_what_a_description_says(make_decoder: MakeDecoder) -> None:
+def test_what_a_description_says() -> None:
     router = {"class_path": "lightning_dsmoe.routing.LinearRouter", "init_args": {"init_std": 0.5}}
     assert describe_decoder(rotary_glu()) == {
         "vocab_size": 29,
