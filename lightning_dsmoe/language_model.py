@@ -186,6 +186,14 @@ class DSMoELanguageModel(LightningModule):
         logits_BTV = self(batch["input_ids"]).logits
         return F.cross_entropy(logits_BTV.mT.float(), batch["labels"], reduction="none")
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin the mean over the split, with state that later runs may change too."""
+        self.val_loss.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin the mean over the split."""
+        self.test_loss.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split."""
         self._log_epoch(self.val_loss, "val")
@@ -293,7 +301,6 @@ class DSMoELanguageModel(LightningModule):
 
     def _log_epoch(self, metric: MeanMetric, split: str) -> None:
         loss = metric.compute()
-        metric.reset()
         bits = loss / math.log(2)
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/perplexity", loss.exp())

@@ -3,12 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.stacked import StackedWeight
 
 MakeDecoder = Callable[..., Decoder]
 
@@ -43,9 +44,13 @@ def without_routers(**options: object) -> Decoder:
 
 
 def louder(decoder: Decoder) -> Decoder:
-    """Larger embeddings, so that logits are as far apart as those of a trained model."""
+    """Larger weights, so that logits are apart and the layers outweigh the embeddings."""
     with torch.no_grad():
-        decoder.embedding.weight.mul_(40)
+        for module in decoder.modules():
+            if isinstance(module, StackedWeight):
+                module.weight.mul_(4)
+            elif isinstance(module, TokenEmbedding | TokenHead):
+                nn.init.normal_(module.weight, std=0.5)
     return decoder.eval()
 
 

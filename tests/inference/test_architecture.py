@@ -60,9 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "MLP router": {"feed_forward": partial(FEED_FORWARD, router=partial(MLPRouter, d_hidden=5))},
     "cosine router": {
-        "attention": partial(
-            ATTENTION, router=partial(CosineRouter, d_hidden=3, init_scale=8.0)
-        )
+        "attention": partial(ATTENTION, router=partial(CosineRouter, d_hidden=3, init_scale=8.0))
     },
     "a router from elsewhere": {
         "feed_forward": partial(FEED_FORWARD, router=partial(Frozen, temperature=0.3))

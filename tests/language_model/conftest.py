@@ -33,14 +33,16 @@ FEED_FORWARD = partial(
 
 def rotary_glu(**options: Any) -> DSMoELanguageModel:
     torch.manual_seed(3)
+    sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 2}
     parts = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
-    model = DSMoELanguageModel(97, 32, 2, **{**parts, **options})
+    model = DSMoELanguageModel(**{**sizes, **parts, **options})
     model.configure_model()
     return model
 
 
 def learned_positions_mlp(**options: Any) -> DSMoELanguageModel:
     torch.manual_seed(3)
+    sizes = {"vocab_size": 101, "d_model": 48, "n_layers": 3}
     parts = {
         "attention": partial(
             ATTENTION, n_experts=3, n_heads=2, rope_theta=None, qk_norm=True, bias=True
@@ -56,7 +58,7 @@ def learned_positions_mlp(**options: Any) -> DSMoELanguageModel:
         "tie_embeddings": False,
         "dropout": 0.1,
     }
-    model = DSMoELanguageModel(101, 48, 3, **{**parts, **options})
+    model = DSMoELanguageModel(**{**sizes, **parts, **options})
     model.configure_model()
     return model
 

@@ -186,8 +186,10 @@ def test_half_precision_keeps_routing_and_weights_whole(
         assert {r.probs.dtype for kind in output["routings"] for r in kind} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by dynamo too
 def test_compiled_blocks_train_alike_under_the_same_names(
-    make_model: MakeModel,
+    make_one_model: MakeModel,
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -201,7 +203,7 @@ def test_compiled_blocks_train_alike_under_the_same_names(
     monkeypatch.setattr(Block, "compile", compile_quickly)
     states = []
     for compile_blocks in (False, True):
-        model = make_model(compile_blocks=compile_blocks, dropout=0.0)
+        model = make_one_model(compile_blocks=compile_blocks)
         make_trainer(max_steps=2).fit(model, make_loader(), make_loader(3))
         states.append(model.state_dict())
     assert compiled == list(model.decoder.blocks)

@@ -1,0 +1,247 @@
+"""A trained decoder that runs only the experts of a plan."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference.sparse_model import SparseModel, compile_sparse, load_sparse
+from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, TopK
+
+from .conftest import FEED_FORWARD, MakeDecoder, learned_positions_mlp, rotary_glu, without_routers
+
+TOKENIZER = {"kind": "characters", "characters": "ab\n\N{SNOWMAN}"}
+
+
+class Own(LinearRouter):
+    def __init__(self, d_model: int, n_experts: int, *, sharpness: float = 1.0) -> None:
+        super().__init__(d_model, n_experts, init_std=0.5)
+        self.sharpness = sharpness
+
+    def score(self, x: Tensor) -> Tensor:
+        return super().score(x) * self.sharpness
+
+
+class Forgetful(Router):
+    def __init__(self, d_model: int, n_experts: int, *, width: int = 2) -> None:
+        super().__init__(d_model, n_experts)
+        self.net = nn.Sequential(nn.Linear(d_model, width), nn.Linear(width, n_experts))
+
+    def score(self, x: Tensor) -> Tensor:
+        scored: Tensor = self.net(x)
+        return scored
+
+
+@pytest.fixture(params=[None, "int8"], ids=["float", "int8"])
+def quantization(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def test_all_experts_are_the_dense_model(decoder: Decoder, tokens: Tensor) -> None:
+    model = compile_sparse(decoder, SelectionPlan.uniform(2))
+    dense = decoder(tokens).logits
+    assert torch.equal(model.logits(tokens), dense)
+    everyone = SelectionPlan.uniform(2, experts=TopK(4), attention=TopK(3))
+    sparse = model.logits(tokens, plan=everyone)
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=2e-6 * dense.abs().max().item())
+
+
+def test_logits_are_those_of_the_decoder_under_the_plan(
+    decoder: Decoder, plan: SelectionPlan, tokens: Tensor
+) -> None:
+    model = compile_sparse(decoder, plan)
+    expected = decoder(tokens, plan).logits
+    assert torch.equal(model.logits(tokens), expected)
+    assert not torch.allclose(expected, decoder(tokens).logits, atol=1e-2)
+    other = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    assert torch.equal(model.logits(tokens, plan=other), decoder(tokens, other).logits)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :5] = False
+    masked = model.logits(tokens, mask=mask)
+    assert torch.equal(masked, decoder(tokens, plan, mask=mask).logits)
+    assert not torch.allclose(masked[0], expected[0], atol=1e-2)
+
+
+def test_the_trained_model_stays_as_it_is(
+    make_decoder: MakeDecoder, plan: SelectionPlan, quantization: Any, tokens: Tensor
+) -> None:
+    decoder = make_decoder().train()
+    before = copy.deepcopy(decoder.state_dict())
+    model = compile_sparse(decoder, plan, quantization=quantization)
+    assert decoder.training
+    assert not model.decoder.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in decoder.parameters())
+    assert decoder.state_dict().keys() == before.keys()
+    expected = model.logits(tokens)
+    for name, parameter in decoder.state_dict().items():
+        assert torch.equal(parameter, before[name])
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.zero_()
+    assert torch.equal(model.logits(tokens), expected)
+
+
+def test_a_module_around_a_decoder(one_decoder: Decoder, plan: SelectionPlan) -> None:
+    around = nn.Module()
+    with pytest.raises(ValueError, match="needs a Decoder, got Module without one"):
+        compile_sparse(around, plan)
+    around.decoder = one_decoder
+    assert compile_sparse(around, plan).architecture == describe_decoder(one_decoder)
+
+
+def test_compiled_blocks_are_copied_uncompiled(
+    one_decoder: Decoder, plan: SelectionPlan, tokens: Tensor, tmp_path: Path
+) -> None:
+    expected = one_decoder(tokens, plan).logits
+    for block in one_decoder.blocks:
+        block.compile()
+    model = compile_sparse(one_decoder, plan)
+    assert all(block._compiled_call_impl is None for block in model.decoder.blocks)
+    model.save(tmp_path / "model")
+    assert torch.equal(load_sparse(tmp_path / "model").logits(tokens), expected)
+
+
+def test_saved_and_loaded_it_is_the_same(
+    decoder: Decoder, plan: SelectionPlan, quantization: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    options = {"quantization": quantization, "context": 18, "tokenizer": TOKENIZER}
+    model = compile_sparse(decoder, plan, **options)
+    model.save(tmp_path / "model")
+    loaded = load_sparse(tmp_path / "model")
+    assert loaded.plan == plan
+    assert loaded.context == 18
+    assert loaded.tokenizer == TOKENIZER
+    assert loaded.quantization == quantization
+    assert loaded.architecture == describe_decoder(decoder)
+    dropouts = [m for m in loaded.decoder.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts
+    assert not any(module.training for module in dropouts)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor), name
+    for some in (plan, SelectionPlan.uniform(2)):
+        assert torch.equal(loaded.logits(tokens, plan=some), model.logits(tokens, plan=some))
+    drawn = [
+        each.generate(tokens, 6, generator=torch.Generator().manual_seed(3))
+        for each in (model, loaded)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    loaded.save(tmp_path / "again")
+    for file in (tmp_path / "model").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_half_precision_outlives_a_file(
+    decoder: Decoder, plan: SelectionPlan, quantization: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = compile_sparse(decoder, plan, quantization=quantization).bfloat16()
+    model.save(tmp_path / "model")
+    loaded = load_sparse(tmp_path / "model")
+    expected = model.logits(tokens)
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(loaded.logits(tokens), expected)
+
+
+def test_eight_bits_stay_close(decoder: Decoder, tokens: Tensor) -> None:
+    model = compile_sparse(decoder, SelectionPlan.uniform(2), quantization="int8")
+    exact = decoder(tokens).logits
+    off = (model.logits(tokens) - exact).abs()
+    assert 0 < off.mean() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("make", [rotary_glu, learned_positions_mlp, without_routers])
+def test_report_counts_bytes(make: MakeDecoder, quantization: Any) -> None:
+    decoder = make()
+    n_bytes = 4 * sum(parameter.numel() for parameter in decoder.parameters())
+    model = compile_sparse(decoder, SelectionPlan.uniform(2), quantization=quantization)
+    report = model.report()
+    if quantization is None or make is without_routers:
+        assert report == (n_bytes, {})
+        return
+    names = ("attention.heads.w_q", "attention.heads.w_o")
+    names += ("feed_forward.experts.w_in", "feed_forward.experts.w_out")
+    expected = {f"blocks.{n}.{name}" for n in range(2) for name in names}
+    assert set(report.quantized) == expected
+    before = 4 * sum(decoder.get_submodule(name).weight.numel() for name in expected)
+    assert report.n_bytes == n_bytes - before + sum(report.quantized.values())
+    assert before / 4 < sum(report.quantized.values()) < before
+
+
+def test_generating_looks_back_on_the_context(decoder: Decoder, tokens: Tensor) -> None:
+    everyone = SelectionPlan.uniform(2)
+    model = compile_sparse(decoder, everyone, context=6)
+    short = model.generate(tokens[:, :5], 9, temperature=0)
+    assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=6))
+    assert not torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=14))
+    with pytest.raises(ValueError, match="16 tokens, the context holds 6"):
+        model.generate(tokens, 1)
+    assert compile_sparse(decoder, everyone).context == decoder.max_positions
+
+
+def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
+    sparse = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    prompts = tokens.view(12, 4)
+    model = compile_sparse(decoder, sparse)
+    own = model.generate(prompts, 3, temperature=0)
+    assert torch.equal(own[:, 4], decoder(prompts, sparse).logits[:, -1].argmax(-1))
+    dense = model.generate(prompts, 3, temperature=0, plan=SelectionPlan.uniform(2))
+    assert torch.equal(dense[:, 4], decoder(prompts).logits[:, -1].argmax(-1))
+    assert not torch.equal(own, dense)
+
+
+def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> None:
+    router = partial(Own, sharpness=3.0)
+    decoder = rotary_glu(feed_forward=partial(FEED_FORWARD, router=router))
+    plan = SelectionPlan.uniform(2, experts=TopK(2))
+    model = compile_sparse(decoder, plan)
+    model.save(tmp_path / "model")
+    loaded = load_sparse(tmp_path / "model")
+    found = loaded.decoder.blocks[1].feed_forward.router
+    assert type(found) is Own
+    assert found.sharpness == 3.0
+    assert torch.equal(loaded.logits(tokens), decoder(tokens, plan).logits)
+
+
+def test_a_router_that_forgets_its_options_cannot_be_saved() -> None:
+    decoder = rotary_glu(feed_forward=partial(FEED_FORWARD, router=Forgetful))
+    with pytest.raises(ValueError, match="Forgetful does not keep its option 'width'"):
+        compile_sparse(decoder, SelectionPlan.uniform(2))
+
+
+def test_impossible_options(one_decoder: Decoder, plan: SelectionPlan) -> None:
+    with pytest.raises(ValueError, match="quantization must be None or 'int8', got 'int4'"):
+        compile_sparse(one_decoder, plan, quantization="int4")  # type: ignore[arg-type]
+    for some, message in (
+        (SelectionPlan.uniform(3), "a plan of 3 layers, a model of 2"),
+        (SelectionPlan.uniform(2, attention=TopK(4)), r"layer 0, attention: TopK\(k=4\) needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compile_sparse(one_decoder, some)
+        with pytest.raises(ValueError, match=message):
+            SparseModel(one_decoder, some, architecture=describe_decoder(one_decoder))
+
+
+def test_the_card_tells_people_what_they_have(
+    decoder: Decoder, plan: SelectionPlan, quantization: Any, tmp_path: Path
+) -> None:
+    model = compile_sparse(decoder, plan, quantization=quantization)
+    model.save(tmp_path / "model", certificate={"loss": 1.25, "tokens": 96})
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"2 layers of width {decoder.d_model}, vocabulary of 29" in card
+    assert "4 in 2 layers; running: TopK(renormalize=False, k=2) in 1 layers" in card
+    assert "3 in 2 layers; running: TopK(renormalize=True, k=1) in 1 layers" in card
+    assert "- loss: 1.25\n- tokens: 96\n" in card
+    eight_bits = "- in 8 bits: attention.heads.w_o, attention.heads.w_q, feed_forward.experts.w_in"
+    assert (eight_bits in card) == (quantization == "int8")
+    assert ("- in 8 bits: nothing" in card) == (quantization is None)
+    model.save(tmp_path / "model")
+    assert "Nothing yet." in (tmp_path / "model" / "README.md").read_text()

@@ -1,0 +1,210 @@
+"""What is logged, and when; and what is said of a loss that is not finite."""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.losses import entropy, mutual_information_loss
+
+MakeModel = Callable[..., DSMoELanguageModel]
+TERMS = [
+    f"{kind}/{term}"
+    for kind in ("experts", "attention")
+    for term in ("mutual_information", "entropy", "balance_entropy")
+]
+
+
+def rows(trainer: Trainer, column: str) -> dict[int, dict[str, str]]:
+    """What was logged together with a column, by step."""
+    with (Path(str(trainer.log_dir)) / "metrics.csv").open() as file:
+        return {int(row["step"]): row for row in csv.DictReader(file) if row[column]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_routing_terms_are_in_every_row_that_loggers_write(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    outputs: Any,
+    accumulate: int,
+) -> None:
+    trainer = make_trainer(
+        max_steps=7,
+        log_every_n_steps=3,
+        accumulate_grad_batches=accumulate,
+        callbacks=[outputs],
+    )
+    trainer.fit(make_one_model(), make_loader(), make_loader(3))
+    logged = rows(trainer, "train/loss")
+    assert list(logged) == [2, 5]
+    for step, row in logged.items():
+        output = outputs.outputs[accumulate * (step + 1) - 1]
+        for kind, routings in zip(("experts", "attention"), output["routings"], strict=True):
+            assert len(routings) == 2
+            mask = output["mask"]
+            information = sum(-mutual_information_loss(r.probs, mask) for r in routings) / 2
+            sharpness = sum(entropy(r.probs)[mask].mean() for r in routings) / 2
+            balance = sum(entropy(r.probs[mask].mean(0)) for r in routings) / 2
+            for term, expected in (
+                ("mutual_information", information),
+                ("entropy", sharpness),
+                ("balance_entropy", balance),
+            ):
+                found = float(row[f"train/{kind}/{term}"])
+                assert found == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
+def test_routing_terms_are_in_the_rows_of_a_resumed_run(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    class SaveAfterFour(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "four.ckpt")
+
+    first = make_trainer(max_steps=5, callbacks=[SaveAfterFour()])
+    first.fit(make_one_model(), make_loader(15), make_loader(3))
+    second = make_trainer(max_steps=9, log_every_n_steps=3)
+    second.fit(
+        make_one_model(),
+        make_loader(15),
+        make_loader(3),
+        ckpt_path=tmp_path / "four.ckpt",
+        weights_only=True,
+    )
+    logged = rows(second, "train/loss")
+    assert list(logged) == [5, 8]
+    assert all(row[f"train/{term}"] for row in logged.values() for term in TERMS)
+
+
+def test_nothing_is_logged_where_logging_is_off(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer(max_steps=3, log_every_n_steps=0)
+    trainer.fit(make_one_model(), make_loader(), make_loader(3))
+    assert "train/loss" in trainer.callback_metrics
+    assert not any(f"train/{term}" in trainer.callback_metrics for term in TERMS)
+
+
+class WithSizes(LightningDataModule):
+    """One loader for every split, with texts of different density."""
+
+    def __init__(self, loader: Any) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def bytes_per_token(self, split: str) -> float:
+        return {"val": 2.5, "test": 4.0}[split]
+
+    def chars_per_token(self, split: str) -> float:
+        return {"val": 2.0, "test": 3.0}[split]
+
+    def val_dataloader(self) -> Any:
+        return self.loader
+
+    def test_dataloader(self) -> Any:
+        return self.loader
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_counts_every_token_once(
+    make_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    split: str,
+) -> None:
+    model = make_model().eval()
+    loader = make_loader(8, ignored=7)
+    trainer = make_trainer()
+    data = WithSizes(loader)
+    evaluate = trainer.validate if split == "val" else trainer.test
+    [found] = evaluate(model, data, verbose=False)
+    windows = loader.dataset
+    tokens = torch.stack([window["input_ids"] for window in windows])
+    labels = torch.stack([window["labels"] for window in windows])
+    with torch.no_grad():
+        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten()).item()
+    assert found[f"{split}/loss"] == pytest.approx(loss, rel=1e-5)
+    assert found[f"{split}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    bits = loss / math.log(2)
+    per_byte, per_char = data.bytes_per_token(split), data.chars_per_token(split)
+    assert found[f"{split}/bits_per_byte"] == pytest.approx(bits / per_byte, rel=1e-5)
+    assert found[f"{split}/bits_per_char"] == pytest.approx(bits / per_char, rel=1e-5)
+    assert all(math.isfinite(found[f"{split}/{term}"]) for term in TERMS)
+
+
+def test_evaluations_do_not_add_up(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    model, loader = make_one_model(), make_loader(6, ignored=7)
+    trainer = make_trainer(max_steps=2, limit_val_batches=1)
+    [before] = trainer.validate(model, loader, verbose=False)
+    trainer.fit(model, loader, loader)  # after an evaluation in inference mode
+    during = trainer.callback_metrics["val/loss"].item()
+    [after] = trainer.validate(model, loader, verbose=False)
+    assert after["val/loss"] < before["val/loss"]
+    assert during == pytest.approx(after["val/loss"], rel=1e-6)
+
+
+def test_an_evaluation_that_is_not_finite_says_so(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    model = make_one_model()
+    with torch.no_grad():
+        model.decoder.embedding.weight[0, 0] = math.nan
+    [found] = make_trainer().validate(model, make_loader(), verbose=False)
+    assert math.isnan(found["val/loss"])
+
+
+class Poison(Callback):
+    """Makes the head overflow before a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.kept: dict[str, Tensor] = {}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch:
+            with torch.no_grad():
+                pl_module.get_parameter("decoder.head.weight").fill_(math.inf)
+            self.kept = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+
+
+@pytest.mark.parametrize("every", [2, 3], ids=["logged step", "unlogged step"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    every: int,
+) -> None:
+    poison = Poison(3)
+    model = make_one_model(tie_embeddings=False)
+    trainer = make_trainer(max_steps=6, log_every_n_steps=every, callbacks=[poison])
+    numbers = ", ".join(rf"{term} \d\.\d+" for term in TERMS)
+    message = rf"the loss is nan at step 3, batch 3 \(language model nan, {numbers}\); no step was"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.fit(model, make_loader(18), make_loader(3))
+    assert trainer.global_step == 3
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, poison.kept[name]), name

@@ -1,0 +1,73 @@
+"""Parameter groups and schedules."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.routing import CosineRouter, MLPRouter
+
+MakeModel = Callable[..., DSMoELanguageModel]
+
+
+def names_of(model: DSMoELanguageModel, group: dict[str, Any]) -> set[str]:
+    members = {id(parameter) for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_matrices_decay_but_biases_and_norms_do_not(make_model: MakeModel, norm: Any) -> None:
+    model = make_model(norm=norm, optimizer=partial(torch.optim.AdamW, weight_decay=0.3))
+    decayed, rest = model.configure_optimizers().param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert rest["weight_decay"] == 0
+    names = names_of(model, decayed), names_of(model, rest)
+    assert names[0] | names[1] == {name for name, _ in model.named_parameters()}
+    assert not names[0] & names[1]
+    decayed_kinds = {".".join(name.split(".")[-2:]) for name in names[0]}
+    assert decayed_kinds >= {"embedding.weight", "router.weight", "w_in.weight", "w_q.weight"}
+    assert not any(word in name for name in names[0] for word in ("norm", "bias", "b_in", "b_q"))
+    assert all("norm" in n or "bias" in n or ".b_" in n for n in names[1])
+
+
+@pytest.mark.parametrize("router", [MLPRouter, CosineRouter])
+def test_every_parameter_of_other_routers_is_optimized_once(
+    make_one_model: MakeModel, router: Any
+) -> None:
+    feed_forward = partial(make_one_model().feed_forward, router=router)
+    model = make_one_model(feed_forward=feed_forward)
+    groups = model.configure_optimizers().param_groups
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_a_schedule_steps_after_every_optimizer_step(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    outputs: Any,
+) -> None:
+    model = make_one_model(
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        lr_scheduler=partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+    )
+    trainer = make_trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[outputs])
+    trainer.fit(model, make_loader(9), make_loader(3))
+    assert outputs.rates == pytest.approx([1, 1, 1 / 2, 1 / 3, 1 / 3])
+
+
+def test_without_a_schedule_the_rate_stays(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    outputs: Any,
+) -> None:
+    model = make_one_model(optimizer=partial(torch.optim.SGD, lr=0.25))
+    make_trainer(max_steps=3, callbacks=[outputs]).fit(model, make_loader(), make_loader(3))
+    assert outputs.rates == [0.25] * 3

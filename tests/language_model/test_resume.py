@@ -1,0 +1,80 @@
+"""A run that was interrupted goes on as if it had not been."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.schedules import LinearWarmupCosine
+
+MakeModel = Callable[..., DSMoELanguageModel]
+STEPS = 8
+
+
+class SaveAfter(Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TextDataModule:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(32 + (7 * i * i + 3 * i) % 60) for i in range(400)))
+    return make_data(tmp_path)
+
+
+def make_data(folder: Path) -> TextDataModule:
+    return TextDataModule(
+        str(folder / "text.txt"), context=16, batch_size=4, cache_dir=str(folder / "cache")
+    )
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_resumed_anywhere_it_ends_bitwise_alike(
+    make_model: MakeModel,
+    make_trainer: Callable[..., Trainer],
+    data: TextDataModule,
+    tmp_path: Path,
+    step: int,
+) -> None:
+    path = tmp_path / "middle.ckpt"
+    options = {
+        "vocab_size": 256,
+        "dropout": 0.2,
+        "optimizer": partial(torch.optim.AdamW, lr=3e-3),
+        "lr_scheduler": partial(LinearWarmupCosine, max_steps=STEPS, warmup_steps=2),
+    }
+
+    def run(seed: int, ckpt_path: Path | None = None, **more: Any) -> tuple[Any, Trainer]:
+        model = make_model(**options)
+        torch.manual_seed(seed)
+        trainer = make_trainer(max_steps=STEPS, val_check_interval=3, **more)
+        trainer.fit(model, make_data(tmp_path), ckpt_path=ckpt_path, weights_only=True)
+        return model, trainer
+
+    straight, first = run(1, callbacks=[SaveAfter(step, path)])
+    resumed, second = run(2, path)
+    saved = torch.load(path)
+    assert saved["context"] == 16
+    assert saved["tokenizer"] == data.tokenizer.to_dict()
+    assert second.global_step == first.global_step == STEPS
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+        assert not torch.equal(saved["state_dict"][name], value), name
+    states = [trainer.optimizers[0].state_dict() for trainer in (second, first)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    rates = [trainer.lr_scheduler_configs[0].scheduler.get_last_lr() for trainer in (second, first)]
+    assert rates[0] == rates[1]
