@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
+from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference.artifact import check_free
 from lightning_dsmoe.inference.sparse_model import Quantization
 from lightning_dsmoe.language_model import IGNORED
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
@@ -34,7 +36,9 @@ class SparseCompile(Callback):
 
     Raises:
         ValueError: if a file is not a plan or an option is out of range, and before training if
-            the plan does not fit the model or the strategy shards it.
+            the plan does not fit the model, the model cannot be described or the strategy shards
+            it.
+        FileExistsError: before training, if something else than an artifact is at `path`.
     """
 
     def __init__(
@@ -54,7 +58,11 @@ class SparseCompile(Callback):
         self.artifact: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        plan_for("SparseCompile", self.plan, _decoder(pl_module))
+        decoder = _decoder(pl_module)
+        plan_for("SparseCompile", self.plan, decoder)
+        describe_decoder(decoder)
+        if (folder := self._folder(trainer)) is not None:
+            check_free(folder)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 "SparseCompile needs whole weights, but the strategy shards them; consolidate the "
@@ -111,6 +119,13 @@ class SparseCompile(Callback):
             tokens = tokens + mask_BT.sum()
             active.update(*active_masks(routings, model.plan), mask_BT)
         decoder.train(was_training)
+        if not tokens:
+            return None
+        if not (dense_nll + sparse_nll).isfinite():
+            raise FloatingPointError(
+                f"the loss is {(dense_nll / tokens).item()}, of the sparse model "
+                f"{(sparse_nll / tokens).item()}; no sparse model was written"
+            )
         share = active.compute()
         return {
             "tokens": int(tokens),

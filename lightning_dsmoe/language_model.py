@@ -148,7 +148,7 @@ class DSMoELanguageModel(LightningModule):
                 block.compile()
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
-        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
+        """Logits `[B, T, V]` and routings for tokens `[B, T]`; builds the decoder if need be.
 
         Args:
             tokens: whole numbers below V.
@@ -270,7 +270,8 @@ class DSMoELanguageModel(LightningModule):
         if before is not None and now is not None and (changes := differences(before, now)):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
         check_state(self.state_dict(), checkpoint["state_dict"])
-        if self._trainer is not None and self._trainer.world_size == 1:
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
             self._resumed_random_state = checkpoint.get("random_state")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class LinearWarmupCosine(LambdaLR):
-    """Linear warm-up from 0, then a cosine to a share of the full learning rate, per step.
+    """Linear warm-up, then a cosine to a share of the full learning rate, per step.
 
     Args:
         optimizer: the optimizer whose learning rate is the full one.

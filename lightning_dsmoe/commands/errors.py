@@ -105,7 +105,7 @@ def _allowed(attempt: _Attempt) -> str:
     if not re.search("import path|has no attribute|No module|to be a subclass", attempt.reason):
         return ""
     if key == "norm":
-        return "; any torch.nn class of one size will do, such as torch.nn.RMSNorm"
+        return "; known classes: torch.nn.LayerNorm, torch.nn.RMSNorm"
     if {"plan", "plans"} & set(attempt.keys):
         key = "expert_selection"
     return f"; known classes: {', '.join(sorted(_concrete(_BASES[key])))}" if key in _BASES else ""

@@ -1,5 +1,6 @@
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -153,6 +154,7 @@ class TextDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # a loader draws a seed, else one of training's numbers
             # Batches of one shape, unless there is not even one full batch.
             drop_last=len(sampler) >= self.batch_size,
         )
@@ -234,6 +236,7 @@ class TextDataModule(LightningDataModule):
             sampler=EvaluationSampler(windows, **self._ranks()),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),
         )
 
     def _ranks(self) -> dict[str, int]:

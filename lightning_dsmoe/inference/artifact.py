@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
-from lightning_dsmoe.inference.checkpoint import check_state, fill
+from lightning_dsmoe.inference.checkpoint import check_state, check_text_options, fill
 from lightning_dsmoe.inference.quantization import expect_int8
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -65,8 +65,8 @@ def write_artifact(
     Raises:
         FileExistsError: if something else than an artifact is in the way.
     """
-    if path.exists() and not all((path / name).is_file() for name in _NEEDED):
-        raise FileExistsError(f"{path} exists and is not a sparse model; choose another place")
+    check_free(path)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -86,6 +86,12 @@ def write_artifact(
         _move(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(path: Path) -> None:
+    """Raise a FileExistsError if something else than an artifact is at `path`."""
+    if path.exists() and not all((path / name).is_file() for name in _NEEDED):
+        raise FileExistsError(f"{path} exists and is not a sparse model; choose another place")
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -162,15 +168,14 @@ def _check_config(path: Path, config: object) -> None:
         )
     if set(config) != _CONFIG_FIELDS:
         raise ValueError(f"{path} must have the fields {sorted(_CONFIG_FIELDS)}")
-    quantization, context, tokenizer = (
-        config[field] for field in ("quantization", "context", "tokenizer")
-    )
-    if quantization not in (None, "int8"):
-        raise ValueError(f"{path}: quantization must be null or int8, got {quantization!r:.200}")
-    if context is not None and (not isinstance(context, int) or context < 1):
-        raise ValueError(f"{path}: context must be null or at least 1, got {context!r:.200}")
-    if not isinstance(tokenizer, dict | None):
-        raise ValueError(f"{path}: tokenizer must be null or an object, got {tokenizer!r:.200}")
+    if config["quantization"] not in (None, "int8"):
+        raise ValueError(
+            f"{path}: quantization must be null or int8, got {config['quantization']!r:.200}"
+        )
+    try:
+        check_text_options(config["tokenizer"], config["context"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _check_sums(path: Path) -> None:

@@ -47,7 +47,17 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     }
     check_state(decoder.state_dict(), state)
     fill(decoder, state)
-    return LoadedDecoder(decoder, checkpoint.get("tokenizer"), checkpoint.get("context"))
+    tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
+    check_text_options(tokenizer, context)
+    return LoadedDecoder(decoder, tokenizer, context)
+
+
+def check_text_options(tokenizer: object, context: object) -> None:
+    """Raise a ValueError if a file's tokenizer or context length cannot be one."""
+    if not isinstance(tokenizer, dict | None):
+        raise ValueError(f"tokenizer must be null or an object, got {tokenizer!r:.200}")
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise ValueError(f"context must be null or at least 1, got {context!r:.200}")
 
 
 def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) -> dict[str, Any]:

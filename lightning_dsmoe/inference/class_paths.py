@@ -92,11 +92,12 @@ def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
     Raises:
         ValueError: if a class is not known, a size is too large or a value is not plain data.
     """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"hyper-parameters must be an object, got {options!r:.200}")
     options = {name: value for name, value in options.items() if name != "_instantiator"}
     model_path = options.pop("_class_path", None)
     if model_path is not None:
-        module_name, _, name = str(model_path).rpartition(".")
-        model = getattr(sys.modules.get(module_name), name, None)
+        model = named_object(model_path)
         if not (isinstance(model, type) and issubclass(model, base)):
             raise ValueError(f"{model_path!r:.200} is not a known {base.__name__}")
     check_sizes(options)

@@ -38,6 +38,9 @@ class SparseModel(nn.Module):
         quantization: "int8" if the routed experts are quantised.
         context: tokens the model can look back on; None takes `decoder.max_positions`.
         tokenizer: description of the tokenizer, kept with the model.
+
+    Raises:
+        ValueError: if the plan or the context does not fit the decoder.
     """
 
     def __init__(
@@ -52,11 +55,16 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         plan.check(*decoder.plan_sizes)
+        context = decoder.max_positions if context is None else context
+        if context is not None and not 1 <= context <= (decoder.max_positions or context):
+            raise ValueError(
+                f"context must be from 1 to {decoder.max_positions or 'any length'}, got {context}"
+            )
         self.decoder = decoder
         self.plan = plan
         self.architecture = architecture
         self.quantization = quantization
-        self.context = decoder.max_positions if context is None else context
+        self.context = context
         self.tokenizer = tokenizer
 
     @classmethod
@@ -140,7 +148,10 @@ def compile_sparse(
     """
     decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder):
-        raise ValueError(f"compile_sparse needs a Decoder, got {type(model).__name__} without one")
+        raise ValueError(
+            f"compile_sparse needs a Decoder, got {type(model).__name__} without one; "
+            "a LightningModule has it after configure_model()"
+        )
     if quantization not in (None, "int8"):
         raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
     plan.check(*decoder.plan_sizes)

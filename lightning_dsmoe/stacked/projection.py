@@ -16,7 +16,7 @@ def gated_projection(hidden_XEF: Tensor, gates_XE: Tensor, weight_EFD: Tensor) -
     y = sum_e g_e (a_e W_e) = (g * a) W
 
     It keeps `hidden_XEF` for the backward pass rather than the gated product, so that training
-    needs no more memory than an ungated layer.
+    needs hardly more memory than an ungated layer: the gates.
 
     Shape:
         hidden_XEF: hidden units a; gates_XE: gates g; weight_EFD: W; result: `[X, D]`.

@@ -124,6 +124,22 @@ def test_a_module_is_not_imported_because_a_file_names_it(
     assert "FOREIGN_PART" not in os.environ
 
 
+def test_a_module_that_imports_on_demand_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    lazy = ModuleType("lazy_parts")
+    lazy.__getattr__ = lambda name: asked.append(name) or OwnRouter  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy_parts", lazy)
+    assert lazy.Part is OwnRouter
+    asked.clear()
+    for options in (
+        {"router": {"class_path": "lazy_parts.Part"}},
+        {"_class_path": "lazy_parts.Part"},
+    ):
+        with pytest.raises(ValueError, match=r"'lazy_parts\.Part' is not a known Router"):
+            check_hyperparameters(options, Router)
+    assert asked == []
+
+
 def test_sizes_up_to_a_limit() -> None:
     largest = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "d_model": MAX_SIZE}
     check_sizes({**largest, "d_shared": 0, "bias": True, "rope_theta": 1e9, "name": "x"})

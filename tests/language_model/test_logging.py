@@ -163,16 +163,22 @@ def test_evaluations_do_not_add_up(
     assert during == pytest.approx(after["val/loss"], rel=1e-6)
 
 
-def test_an_evaluation_that_is_not_finite_says_so(
+def test_a_batch_that_is_not_finite_is_not_left_out_of_the_mean(
     make_one_model: MakeModel,
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    model = make_one_model()
+    model = make_one_model(tie_embeddings=False)
+    windows = make_loader(12)
+    used = {token for window in windows.dataset for token in window["input_ids"].tolist()}
+    unused = min(set(range(97)) - used)
     with torch.no_grad():
-        model.decoder.embedding.weight[0, 0] = math.nan
-    [found] = make_trainer().validate(model, make_loader(), verbose=False)
-    assert math.isnan(found["val/loss"])
+        model.decoder.embedding.weight[unused] = math.nan
+    [before] = make_trainer().validate(model, windows, verbose=False)
+    windows.dataset[-1]["input_ids"] = torch.full((16,), unused)
+    [after] = make_trainer().validate(model, windows, verbose=False)
+    assert math.isfinite(before["val/loss"])
+    assert math.isnan(after["val/loss"])
 
 
 class Poison(Callback):

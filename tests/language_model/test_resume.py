@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.language_model import DSMoELanguageModel
@@ -17,14 +17,15 @@ MakeModel = Callable[..., DSMoELanguageModel]
 STEPS = 8
 
 
-class SaveAfter(Callback):
-    def __init__(self, step: int, path: Path) -> None:
+class SaveAt(Callback):
+    """Saves when a hook runs after a number of steps."""
+
+    def __init__(self, hook: str, step: int, path: Path) -> None:
         self.step = step
         self.path = path
+        setattr(self, hook, self.save)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: object
-    ) -> None:
+    def save(self, trainer: Trainer, *args: object) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
@@ -42,13 +43,25 @@ def make_data(folder: Path) -> TextDataModule:
     )
 
 
-@pytest.mark.parametrize("step", [1, 5, 7])
+@pytest.mark.parametrize(
+    ("hook", "step", "validate_every"),
+    [
+        pytest.param("on_train_batch_end", 1, 3, id="inside an epoch"),
+        pytest.param("on_train_batch_end", 3, 3, id="before a validation"),
+        pytest.param("on_validation_end", 3, 3, id="after a validation"),
+        pytest.param("on_train_batch_end", 5, 3, id="last batch of an epoch"),
+        pytest.param("on_train_epoch_end", 5, 5, id="end of an epoch"),
+        pytest.param("on_train_batch_end", 7, 3, id="inside the next epoch"),
+    ],
+)
 def test_resumed_anywhere_it_ends_bitwise_alike(
     make_model: MakeModel,
     make_trainer: Callable[..., Trainer],
     data: TextDataModule,
     tmp_path: Path,
+    hook: str,
     step: int,
+    validate_every: int,
 ) -> None:
     path = tmp_path / "middle.ckpt"
     options = {
@@ -61,11 +74,11 @@ def test_resumed_anywhere_it_ends_bitwise_alike(
     def run(seed: int, ckpt_path: Path | None = None, **more: Any) -> tuple[Any, Trainer]:
         model = make_model(**options)
         torch.manual_seed(seed)
-        trainer = make_trainer(max_steps=STEPS, val_check_interval=3, **more)
+        trainer = make_trainer(max_steps=STEPS, val_check_interval=validate_every, **more)
         trainer.fit(model, make_data(tmp_path), ckpt_path=ckpt_path, weights_only=True)
         return model, trainer
 
-    straight, first = run(1, callbacks=[SaveAfter(step, path)])
+    straight, first = run(1, callbacks=[SaveAt(hook, step, path)])
     resumed, second = run(2, path)
     saved = torch.load(path)
     assert saved["context"] == 16
