@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import check_free
 from lightning_dsmoe.inference.sparse_model import Quantization
-from lightning_dsmoe.language_model import IGNORED
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.language_model import IGNORED
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import (
     AttentionFactory,
     Decoder,
@@ -36,9 +37,6 @@ from lightning_dsmoe.inference.class_paths import check_hyperparameters
 from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
-
-IGNORED = -100
-"""Label of a position that does not count."""
 
 
 class DSMoELanguageModel(LightningModule):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.data.tokenizers import Tokenizer
-from lightning_dsmoe.inference import SparseModel, compile_sparse, load_decoder, load_sparse
+from lightning_dsmoe.inference import SparseModel, load_decoder, load_sparse
+from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -81,7 +82,13 @@ class _Printer:
 def _model_of_checkpoint(path: str) -> SparseModel:
     decoder, tokenizer, context = load_decoder(path)
     plan = SelectionPlan.uniform(decoder.n_layers)
-    return compile_sparse(decoder, plan, tokenizer=tokenizer, context=context)
+    return SparseModel(
+        decoder,
+        plan,
+        architecture=describe_decoder(decoder),
+        tokenizer=tokenizer,
+        context=context,
+    )
 
 
 def _single_token(tokenizer: Tokenizer, text: str) -> list[int]:

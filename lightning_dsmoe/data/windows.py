@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from lightning_dsmoe.data.token_file import TokenSpan
 
 IGNORED = -100
+"""Label of a position that does not count."""
 
 
 class TrainingWindows(Dataset[dict[str, Tensor]]):
