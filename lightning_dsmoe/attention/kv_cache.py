@@ -3,6 +3,8 @@
 Shapes: B batch, H KV heads, S capacity, T new tokens, C head width.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,14 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.valid = torch.zeros(batch_size, capacity, device=device, dtype=torch.bool)
         self.length = 0
+
+    @classmethod
+    def over(cls, keys_BHSC: Tensor, values_BHSC: Tensor, valid_BS: Tensor) -> Self:
+        """An empty cache in memory that belongs to somebody else."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.valid = keys_BHSC, values_BHSC, valid_BS
+        cache.length = 0
+        return cache
 
     @property
     def capacity(self) -> int:

@@ -50,10 +50,12 @@ class Selection(ABC):
     def __call__(self, probs: Tensor) -> Gates:
         """Gates of the experts that run, from probabilities `[..., N]`."""
         active = self.mask(probs)
+        return Gates(self.weigh(probs, active), active)
+
+    def weigh(self, probs: Tensor, active: Tensor) -> Tensor:
+        """Gates `[..., N]`: the probabilities of active experts, zero for the others."""
         weight = probs.masked_fill(~active, 0.0)
-        if self.renormalize:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return Gates(weight, active)
+        return weight / weight.sum(-1, keepdim=True) if self.renormalize else weight
 
 
 @dataclass(frozen=True)
