@@ -86,7 +86,7 @@ class HeadGroups(nn.Module):
         k_BHTC, v_BHTC = rearrange(
             self.kv(x_BTD), "b t (two h c) -> two b h t c", two=2, h=self.n_heads
         )
-        k_BHTC = self._place(self.k_norm(k_BHTC), scope.positions_BT[:, None])
+        k_BHTC = self.place(self.k_norm(k_BHTC), scope.positions_BT[:, None])
         if cache is None:
             return k_BHTC, v_BHTC
         valid_BT = x_BTD.new_ones(x_BTD.shape[:2]) if mask_BT is None else mask_BT
@@ -113,7 +113,7 @@ class HeadGroups(nn.Module):
         b_q = None if self.b_q is None else self.b_q.flatten()
         q_BTR = F.linear(x_BTD, self.w_q().flatten(0, 1), b_q)
         q_BGTC = rearrange(q_BTR, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
-        q_BGTC = self._place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
+        q_BGTC = self.place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
         heads_BGTC = F.scaled_dot_product_attention(
             q_BGTC,
             keys_BHSC,
@@ -160,14 +160,14 @@ class HeadGroups(nn.Module):
         ):
             q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
             q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
-            q_HMC = self._place(self.q_norm(q_HMC), positions_X[at_M])
+            q_HMC = self.place(self.q_norm(q_HMC), positions_X[at_M])
             heads_MR = _attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
             gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
             y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
         y_BTD = y_XD.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
-    def _place(self, heads: Tensor, positions: Tensor) -> Tensor:
+    def place(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Turn queries or keys to their positions."""
         if self.rope_theta is None:
             return heads

@@ -20,14 +20,22 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.checkpoint import check_state, check_text_options, fill
-from lightning_dsmoe.inference.quantization import expect_int8
+from lightning_dsmoe.inference.engine.packing import expect_packed
 from lightning_dsmoe.routing import SelectionPlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
 CERTIFICATE, CARD = "certificate.json", "README.md"
 _NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_CONFIG_FIELDS = {"format_version", "architecture", "quantization", "context", "tokenizer"}
+_CONFIG_FIELDS = {
+    "format_version",
+    "architecture",
+    "quantization",
+    "quantize_head",
+    "switch_points",
+    "context",
+    "tokenizer",
+}
 _MAX_JSON_BYTES = 64 * 2**20
 _TIED_HEAD = "head.weight"
 _DTYPES = {
@@ -113,7 +121,7 @@ def read_artifact(path: Path) -> Artifact:
     plan = SelectionPlan.from_dict(_read_json(path / PLAN))
     plan.check(*decoder.plan_sizes)
     try:
-        _load_weights(decoder, path / WEIGHTS, quantized=config["quantization"] == "int8")
+        _load_weights(decoder, path / WEIGHTS, config)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is not a complete safetensors file: {error}") from None
     return Artifact(decoder, plan, config)
@@ -134,12 +142,16 @@ def _move(folder: Path, path: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _load_weights(decoder: Decoder, path: Path, *, quantized: bool) -> None:
+def _load_weights(decoder: Decoder, path: Path, config: dict[str, Any]) -> None:
     with safe_open(path, framework="pt") as file:
         headers = {name: _empty(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        if quantized:
-            embedding = headers.get("embedding.weight")
-            expect_int8(decoder, dtype=torch.float32 if embedding is None else embedding.dtype)
+        embedding = headers.get("embedding.weight")
+        expect_packed(
+            decoder,
+            dtype=torch.float32 if embedding is None else embedding.dtype,
+            quantization=config["quantization"],
+            quantize_head=config["quantize_head"],
+        )
         expected = {
             name: tensor
             for name, tensor in decoder.state_dict().items()
@@ -171,6 +183,13 @@ def _check_config(path: Path, config: object) -> None:
     if config["quantization"] not in (None, "int8"):
         raise ValueError(
             f"{path}: quantization must be null or int8, got {config['quantization']!r:.200}"
+        )
+    if not isinstance(config["quantize_head"], bool):
+        raise ValueError(f"{path}: quantize_head must be true or false")
+    points = config["switch_points"]
+    if not isinstance(points, list) or [type(p) for p in points] != [int, int] or min(points) < 0:
+        raise ValueError(
+            f"{path}: switch_points must be two whole numbers, got {points!r:.200}"
         )
     try:
         check_text_options(config["tokenizer"], config["context"])

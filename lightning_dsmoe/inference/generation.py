@@ -1,4 +1,4 @@
-"""Sampling text from a decoder, token by token, with a KV cache.
+"""Sampling text from a model, token by token, with a KV cache.
 
 Shapes: B batch, T tokens of the prompt, V vocabulary.
 """
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.context import Context, DecoderContext
+from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.routing import SelectionPlan
 
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder,
+    model: Decoder | Engine,
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -34,7 +36,7 @@ def generate(
     sequence that has met a stop token repeats it until all have ended.
 
     Args:
-        decoder: the model, in evaluation mode.
+        model: the model, in evaluation mode.
         tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths.
         max_new_tokens: tokens to add at the most.
         plan: the experts that run; None runs all.
@@ -53,36 +55,48 @@ def generate(
     Raises:
         ValueError: if the prompt is empty or longer than the context, or an option is out of range.
     """
+    decoder = model if isinstance(model, Decoder) else model.decoder
     context = decoder.max_positions if context is None else context
     _check_prompts(decoder, tokens, mask, context, stop)
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    if plan is not None:
-        plan.check(*decoder.plan_sizes)
+    plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
+    plan.check(*decoder.plan_sizes)
     batch, length = tokens.shape
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    capacity = min(length + max_new_tokens, context or length + max_new_tokens)
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    capacity = min(length + max_new_tokens, context or length + max_new_tokens)
-    caches = decoder.new_caches(batch, capacity)
-    new, new_mask = tokens, mask
-    for _ in range(max_new_tokens):
-        if caches[0].length + new.shape[1] > capacity:
-            caches = decoder.new_caches(batch, capacity)
-            keep = max(1, capacity // 2)
-            new, new_mask = tokens[:, -keep:], mask[:, -keep:]
-        logits_BV = decoder(new, plan, mask=new_mask, caches=caches).logits[:, -1]
-        chosen = sample(
+    text = tokens.new_empty(batch, length + max_new_tokens)
+    text[:, :length] = tokens
+    unpadded = text.new_ones(text.shape, dtype=torch.bool)
+    if mask is not None:
+        unpadded[:, :length] = mask.bool()
+    reader = _open(model, batch, capacity, plan)
+    start = 0
+    for end in range(length, length + max_new_tokens):
+        if reader.length + end - start > capacity:
+            reader = _open(model, batch, capacity, plan)
+            start = end - max(1, capacity // 2)
+        padding = None if mask is None or start >= length else unpadded[:, start:end]
+        logits_BV = reader.read(text[:, start:end], padding)
+        chosen_B = sample(
             logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
-        new = torch.where(ended, tokens[:, -1], chosen)[:, None]
-        new_mask = torch.ones_like(new, dtype=torch.bool)
-        tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, new_mask], 1)
+        if len(stops):
+            chosen_B = torch.where(ended, text[:, end - 1], chosen_B)
+            ended |= torch.isin(chosen_B, stops)
+        text[:, end] = chosen_B
+        start = end
         if on_tokens is not None:
-            on_tokens(new[:, 0])
-        ended |= torch.isin(new[:, 0], stops)
+            on_tokens(chosen_B)
         if len(stops) and bool(ended.all()):
-            break
-    return tokens
+            return text[:, : end + 1]
+    return text
+
+
+def _open(model: Decoder | Engine, batch: int, capacity: int, plan: SelectionPlan) -> Context:
+    if isinstance(model, Engine):
+        return model.open(batch, capacity, plan)
+    return DecoderContext(model, batch, capacity, plan)
 
 
 def sample(
@@ -96,17 +110,19 @@ def sample(
     """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits, order = logits_BV.float().sort(dim=-1, descending=True, stable=True)
-    logits = (logits - logits[:, :1]) / temperature
-    if top_k is not None:
-        logits[:, top_k:] = -torch.inf
-    probs = logits.softmax(-1)
+    logits = logits_BV.float()
+    order = None
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, order = logits.topk(top_k, dim=-1)
+    elif top_p is not None:
+        logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None:
         dropped = probs.cumsum(-1) - probs >= top_p
         dropped[:, 0] = False
         probs = probs.masked_fill(dropped, 0.0)
     drawn = torch.multinomial(probs, 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(-1)
+    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
 def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tensor]:

@@ -5,20 +5,19 @@ Shapes: B batch, T tokens, V vocabulary.
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
+from lightning_dsmoe.inference.engine.engine import Engine, SwitchPoints
+from lightning_dsmoe.inference.engine.packing import Quantization, pack, quantized_bytes
 from lightning_dsmoe.inference.generation import generate
 from lightning_dsmoe.inference.model_card import model_card
-from lightning_dsmoe.inference.quantization import quantize_experts, quantized_bytes
 from lightning_dsmoe.routing import SelectionPlan
-
-Quantization = Literal["int8"]
 
 
 class WeightReport(NamedTuple):
@@ -32,10 +31,12 @@ class SparseModel(nn.Module):
     """A decoder for inference under a selection plan; made by `compile_sparse` or `load_sparse`.
 
     Args:
-        decoder: the decoder, which this model takes over.
+        decoder: the packed decoder, which this model takes over.
         plan: the experts that run unless a call says otherwise.
-        architecture: what `describe_decoder` said of the decoder before quantisation.
+        architecture: what `describe_decoder` said of the decoder before it was packed.
         quantization: "int8" if the routed experts are quantised.
+        quantize_head: whether the last projection is.
+        switch_points: where one way of running the experts gives way to the next.
         context: tokens the model can look back on; None takes `decoder.max_positions`.
         tokenizer: description of the tokenizer, kept with the model.
 
@@ -50,6 +51,8 @@ class SparseModel(nn.Module):
         *,
         architecture: dict[str, Any],
         quantization: Quantization | None = None,
+        quantize_head: bool = False,
+        switch_points: SwitchPoints = SwitchPoints(),
         context: int | None = None,
         tokenizer: dict[str, Any] | None = None,
     ) -> None:
@@ -61,9 +64,11 @@ class SparseModel(nn.Module):
                 f"context must be from 1 to {decoder.max_positions or 'any length'}, got {context}"
             )
         self.decoder = decoder
+        self.engine = Engine(decoder, switch_points)
         self.plan = plan
         self.architecture = architecture
         self.quantization = quantization
+        self.quantize_head = quantize_head
         self.context = context
         self.tokenizer = tokenizer
 
@@ -77,15 +82,31 @@ class SparseModel(nn.Module):
         """
         decoder, plan, config = read_artifact(Path(path))
         options = {key: config[key] for key in _CONFIG_OPTIONS}
-        return cls(decoder, plan, **options)
+        return cls(decoder, plan, **options, switch_points=SwitchPoints(*config["switch_points"]))
+
+    @property
+    def switch_points(self) -> SwitchPoints:
+        """Numbers of tokens at which one way of running experts gives way to the next."""
+        return self.engine.switch_points
 
     @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
+    ) -> DecoderOutput:
+        """Logits `[B, T, V]` of the token after each of `[B, T]`, and the routing of every layer.
+
+        Args:
+            tokens: whole numbers below V.
+            plan: the experts that run in this call; None takes the model's plan.
+            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+        """
+        return self.engine.forward(tokens, self._plan(plan), mask=mask)
+
     def logits(
         self, tokens: Tensor, *, mask: Tensor | None = None, plan: SelectionPlan | None = None
     ) -> Tensor:
-        """Logits `[B, T, V]` of the token after each of `[B, T]`; `mask` is false for padding."""
-        logits: Tensor = self.decoder(tokens, self.plan if plan is None else plan, mask=mask).logits
-        return logits
+        """Logits `[B, T, V]` of the token after each of `[B, T]`; see `forward`."""
+        return self.forward(tokens, plan, mask=mask).logits
 
     def generate(
         self,
@@ -95,10 +116,19 @@ class SparseModel(nn.Module):
         plan: SelectionPlan | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue prompts `[B, T]`; for the options see `lightning_dsmoe.inference.generate`."""
-        plan = self.plan if plan is None else plan
+        """Continue prompts `[B, T]`; for the options see `lightning_dsmoe.inference.generate`.
+
+        Up to `switch_points.gather_up_to` prompts at once use the compiled decode step, which
+        takes some seconds to compile when a machine first meets a model, a plan and a number of
+        prompts.
+        """
         options.setdefault("context", self.context)
-        return generate(self.decoder, tokens, max_new_tokens, plan=plan, **options)
+        return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
+
+    def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
+        if plan is not None:
+            plan.check(*self.decoder.plan_sizes)
+        return self.plan if plan is None else plan
 
     def report(self) -> WeightReport:
         """What the weights take, and which of them are quantised."""
@@ -116,13 +146,14 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is in the way.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
+        config["switch_points"] = list(self.switch_points)
         card = model_card(self.decoder, self.plan, *self.report(), certificate or {})
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
         )
 
 
-_CONFIG_OPTIONS = ("architecture", "quantization", "context", "tokenizer")
+_CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context", "tokenizer")
 
 
 def compile_sparse(
@@ -130,6 +161,8 @@ def compile_sparse(
     plan: SelectionPlan,
     *,
     quantization: Quantization | None = None,
+    quantize_head: bool = False,
+    switch_points: SwitchPoints = SwitchPoints(),
     context: int | None = None,
     tokenizer: dict[str, Any] | None = None,
 ) -> SparseModel:
@@ -139,6 +172,9 @@ def compile_sparse(
         model: a `Decoder`, or a module with one as `decoder`, such as `DSMoELanguageModel`.
         plan: the experts that run in each layer.
         quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
+        quantize_head: put the last projection into 8 bits too.
+        switch_points: numbers of tokens at which one way of running the experts gives way to the
+            next; `SwitchPoints(gather_up_to=0)` never compiles anything.
         context: tokens the model can look back on; None takes the decoder's learned positions.
         tokenizer: description of the tokenizer, kept with the model.
 
@@ -157,13 +193,14 @@ def compile_sparse(
     plan.check(*decoder.plan_sizes)
     architecture = describe_decoder(decoder)
     decoder = copy.deepcopy(decoder).eval().requires_grad_(False)
-    if quantization == "int8":
-        quantize_experts(decoder)
+    pack(decoder, quantization=quantization, quantize_head=quantize_head)
     return SparseModel(
         decoder,
         plan,
         architecture=architecture,
         quantization=quantization,
+        quantize_head=quantize_head,
+        switch_points=switch_points,
         context=context,
         tokenizer=tokenizer,
     )

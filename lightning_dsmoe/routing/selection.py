@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 
+_FEW_TOKENS = 16
+
+
 class Gates(NamedTuple):
     """What a selection makes of probabilities.
 
@@ -169,6 +172,10 @@ class TopP(Selection):
         """The shortest prefix of the sorted row that holds p."""
         if self.p == 1:
             return torch.ones_like(probs, dtype=torch.bool)
+        ahead = _ahead(probs)
+        if ahead is not None:
+            before = torch.where(ahead, probs[..., None, :], 0.0).sum(-1)
+            return (before < self.p) | ~ahead.any(-1)
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         kept = before < self.p
@@ -178,9 +185,25 @@ class TopP(Selection):
 
 def _rank(probs: Tensor) -> Tensor:
     """Rank of each expert in its row, 0 for the most probable; lower numbers win ties."""
+    ahead = _ahead(probs)
+    if ahead is not None:
+        return ahead.sum(-1)
     order = probs.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(probs.shape[-1], device=probs.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _ahead(probs: Tensor) -> Tensor | None:
+    """Whether expert j is ranked before expert i, bool `[..., i, j]`; None for many tokens.
+
+    For few tokens, counting who is ahead beats sorting, and compiles into one loop.
+    """
+    n_experts = probs.shape[-1]
+    if probs.numel() > _FEW_TOKENS * n_experts:
+        return None
+    places = torch.arange(n_experts, device=probs.device)
+    own, other = probs[..., :, None], probs[..., None, :]
+    return (other > own) | ((other == own) & (places < places[:, None]))
 
 
 def _above(probs: Tensor, eps: float) -> Tensor:

@@ -3,17 +3,32 @@
 Shapes: L layers, S capacity, B sequences, H KV heads, C head width.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lightning_dsmoe.attention import KVCache
 from lightning_dsmoe.decoder import Block, Decoder
-from lightning_dsmoe.inference.engine.gather import Past
 
 _BLOCK = 64
+
+
+class Slots(NamedTuple):
+    """The part of a cache in use, with the slot that new tokens are to be written to.
+
+    Shape:
+        keys: `[S, T, H, C]` of each layer.
+        values: `[S, T, H, C]` of each layer.
+        seen_ST: bool, the slots that hold a token and not padding, the new ones among them.
+        at_1: int64, the slot of the new tokens.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    seen_ST: Tensor
+    at_1: Tensor
 
 
 class DecoderCache:
@@ -35,35 +50,30 @@ class DecoderCache:
             raise ValueError(f"the layers of this decoder differ in their KV heads: {shapes}")
         weight = decoder.embedding.weight
         shape = (len(blocks), capacity, batch_size, *shapes.pop())
-        self.keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.seen = torch.zeros(capacity, batch_size, device=weight.device, dtype=torch.bool)
+        self._keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self._values = torch.zeros_like(self._keys)
+        self._seen = torch.zeros(capacity, batch_size, device=weight.device, dtype=torch.bool)
+        self._at = torch.zeros(1, device=weight.device, dtype=torch.int64)
+        self._slots = Slots([], [], self._seen[:0], self._at)
         self.layers = [
-            KVCache.over(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), self.seen.T)
-            for keys, values in zip(self.keys, self.values, strict=True)
+            KVCache.over(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), self._seen.T)
+            for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
-        return self.keys.shape[1]
+        return self._keys.shape[1]
 
     @property
     def length(self) -> int:
         """Tokens held, padding included."""
         return self.layers[0].length
 
-    def used(self) -> list[Past]:
-        """The part in use of each layer, whose length changes only every few tokens."""
-        size = min(self.capacity, -(-max(self.length, 1) // _BLOCK) * _BLOCK)
-        seen = self.seen[:size]
-        return [
-            Past(keys, values, seen)
-            for keys, values in zip(self.keys[:, :size], self.values[:, :size], strict=True)
-        ]
+    def next_slots(self) -> Slots:
+        """Count one more token of each sequence, whose keys and values the caller writes.
 
-    def append(self, keys_BHC: Sequence[Tensor], values_BHC: Sequence[Tensor]) -> None:
-        """Add one token of each sequence, given its keys and values in every layer.
+        The part in use grows in steps, so that its views are made anew only now and then.
 
         Raises:
             ValueError: if the cache is full.
@@ -71,8 +81,16 @@ class DecoderCache:
         at = self.length
         if at >= self.capacity:
             raise ValueError(f"{at + 1} tokens do not fit a cache of {self.capacity}")
-        torch.stack(tuple(keys_BHC), out=self.keys[:, at])
-        torch.stack(tuple(values_BHC), out=self.values[:, at])
-        self.seen[at] = True
+        self._at.fill_(at)
+        self._seen[at] = True
         for layer in self.layers:
             layer.length = at + 1
+        used = min(self.capacity, (at // _BLOCK + 1) * _BLOCK)
+        if len(self._slots.seen_ST) != used:
+            self._slots = Slots(
+                list(self._keys[:, :used]),
+                list(self._values[:, :used]),
+                self._seen[:used],
+                self._at,
+            )
+        return self._slots

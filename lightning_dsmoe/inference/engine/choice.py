@@ -11,12 +11,15 @@ from torch import Tensor
 from lightning_dsmoe.inference.engine.spelling import kept
 from lightning_dsmoe.routing import AllExperts, Selection, TopK
 
+_FEWEST_SLOTS = 2  # sizes known only at run time may not be 1 in a compiled graph
+
 
 class Choice(NamedTuple):
     """Experts to run, and their gates.
 
     Shape:
-        experts_K: numbers of the experts that any token runs, ascending; None for all.
+        experts_K: numbers of the experts that any token runs, ascending; None for all. A single
+            one can stand twice, the second time under gates of zero.
         gates_TK: gate of each of them for each token, zero where a token does not run it.
     """
 
@@ -25,35 +28,32 @@ class Choice(NamedTuple):
 
 
 def choose(selection: Selection, probs_TN: Tensor) -> Choice:
-    """Apply a selection to the probabilities of a few tokens."""
-    n_tokens, n_experts = probs_TN.shape
+    """Apply a selection to the probabilities of a few tokens.
+
+    The number of chosen experts is a constant for one token and `TopK`; otherwise it depends on
+    the probabilities, so that no more weights are read than are needed.
+    """
     if isinstance(selection, AllExperts):
         return Choice(None, probs_TN)
-    if isinstance(selection, TopK):
-        active_TN = _top(probs_TN, selection.k)
-    else:
-        active_TN = selection.mask(probs_TN)
+    n_experts = probs_TN.shape[1]
+    active_TN = kept(selection.mask(probs_TN))
     gates_TN = kept(selection.weigh(probs_TN, active_TN))
-    if isinstance(selection, TopK) and n_tokens == 1:
-        experts_K = _positions(active_TN[0], selection.k)
-    else:
-        experts_K = active_TN.any(0).nonzero()[:, 0]
-        torch._check(experts_K.shape[0] >= 1)
-        torch._check(experts_K.shape[0] <= n_experts)
+    any_N = active_TN.any(0)
+    if isinstance(selection, TopK) and len(probs_TN) == 1:
+        return _pick(gates_TN, any_N, torch.arange(selection.k, device=probs_TN.device))
+    count = any_N.sum()
+    n_slots = count.clamp_min(_FEWEST_SLOTS).item()
+    torch._check(n_slots >= _FEWEST_SLOTS)
+    torch._check(n_slots <= max(n_experts, _FEWEST_SLOTS))
+    slots = torch.arange(n_slots, device=probs_TN.device)
+    experts_K, gates_TK = _pick(gates_TN, any_N, slots.minimum(count - 1))
+    return Choice(experts_K, kept(gates_TK * (slots < count)))
+
+
+def _pick(gates_TN: Tensor, any_N: Tensor, slots_K: Tensor) -> Choice:
+    """The experts that stand at given places among those that run, and their gates."""
+    places = torch.arange(len(any_N), device=any_N.device)
+    before_N = kept((any_N & (places < places[:, None])).sum(-1))
+    at_KN = (before_N == slots_K[:, None]) & any_N
+    experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
     return Choice(experts_K, kept(gates_TN[:, experts_K]))
-
-
-def _top(probs_TN: Tensor, k: int) -> Tensor:
-    """The k largest of each row, lower numbers first among equals, by counting larger ones."""
-    places = torch.arange(probs_TN.shape[1], device=probs_TN.device)
-    other, own = probs_TN[:, None, :], probs_TN[:, :, None]
-    ahead = (other > own) | ((other == own) & (places < places[:, None]))
-    return kept(ahead.sum(-1)) < k
-
-
-def _positions(active_N: Tensor, k: int) -> Tensor:
-    """Numbers of the k true entries, ascending."""
-    places = torch.arange(active_N.shape[0], device=active_N.device)
-    before_N = kept((active_N & (places < places[:, None])).sum(-1))
-    slots = torch.arange(k, device=active_N.device)[:, None]
-    return kept(((before_N == slots) & active_N).to(places.dtype).mul(places).sum(-1))

@@ -1,89 +1,111 @@
 """The compiled decode step.
 
-Shapes: T sequences, one new token of each; V vocabulary.
+Shapes: T sequences, one new token of each; L layers, S tokens in the cache, H KV heads, C head
+width, D width, V vocabulary.
 """
 
-import os
-import time
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterable
+from typing import cast
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.rows import Int8Rows
-from lightning_dsmoe.inference.engine.step import Step, decode_step
+from lightning_dsmoe.inference.engine.kernels import (
+    Kernel,
+    Part,
+    compile_kernel,
+    export_part,
+    kernel_path,
+    load_kernel,
+    tensors_of,
+)
+from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
-CompiledStep = Callable[[Tensor, DecoderCache], Tensor]
-_EXAMPLE_CAPACITY = 192
-_EXAMPLE_LENGTH = 100
+_EXAMPLE_LENGTH = 64
 
 
 class CannotCompile(RuntimeError):
     """The compiler is missing or refuses; everything works without it, more slowly."""
 
 
-def compile_step(decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> CompiledStep:
-    """Compile one decode step of a packed decoder for a plan and a number of sequences.
+class CompiledStep:
+    """One new token of each of a few sequences: the embedding, each block, and the head, compiled.
 
-    The compiler's results are kept in `~/.cache/lightning_dsmoe`, or where TORCHINDUCTOR_CACHE_DIR
-    says, so that the next process starts in seconds.
+    Blocks that differ in their weights alone share one kernel. Kernels are kept on disk, so that
+    the next process starts in seconds.
 
-    Returns:
-        A function of new tokens `[T]` and a cache, to which it adds them, that gives logits
-        `[T, V]`.
+    Args:
+        decoder: the packed decoder, whose blocks are made alike.
+        plan: the experts that run in each layer.
+        n_sequences: number of sequences T.
 
     Raises:
-        CannotCompile: if there is no working compiler.
+        CannotCompile: if there is no working compiler, or a layer is not one of this library.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_folder()))
-    for module in decoder.modules():
-        if isinstance(module, Int8Rows):
-            module.join_codes()
 
-    def step(tokens_T: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Step:
-        return decode_step(decoder, plan, tokens_T, keys, values, seen)
-
-    compiled = torch.compile(
-        step,
-        fullgraph=True,
-        isolate_recompiles=True,
-        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-    )
+    def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
+        kinds = list(zip(plan.experts, plan.attention, strict=True))
+        blocks = list(cast(Iterable[Block], decoder.blocks))
+        try:
+            steps = [BlockStep(b, *kind) for b, kind in zip(blocks, kinds, strict=True)]
+            embed, predict = EmbedStep(decoder), PredictStep(decoder)
+            different = dict(zip(kinds, steps, strict=True))
+            with torch.inference_mode(False), torch.no_grad():
+                parts = _parts(decoder, embed, different, predict, n_sequences)
+                kernels = _kernels(parts, n_sequences)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CannotCompile(reason[:300]) from error
+        self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
+        self._blocks = [
+            (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
+        ]
+        self._predict, self._predict_weights = kernels["predict"], tensors_of(predict)
 
     @torch.inference_mode()
-    def call(tokens_T: Tensor, cache: DecoderCache) -> Tensor:
-        logits_TV, keys, values = compiled(tokens_T, *cache.used())
-        cache.append(keys, values)
+    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
+        """Add one token to each sequence of a cache; gives logits `[T, V]`."""
+        slots = cache.next_slots()
+        x_TD, *by = self._embed([tokens_T.contiguous(), slots.seen_ST, *self._embed_weights])
+        place = (slots.seen_ST, slots.at_1, *by)
+        for (run, weights), keys, values in zip(self._blocks, slots.keys, slots.values):
+            (x_TD,) = run([x_TD, keys, values, *place, *weights])
+        (logits_TV,) = self._predict([x_TD, *self._predict_weights])
         return logits_TV
 
-    try:
-        _trace(compiled, decoder, n_sequences)
-    except Exception as error:
-        raise CannotCompile(str(error).splitlines()[0]) from error
-    return call
+
+def _parts(
+    decoder: Decoder,
+    embed: EmbedStep,
+    steps: dict[object, BlockStep],
+    predict: PredictStep,
+    n_sequences: int,
+) -> dict[object, Part]:
+    """What to compile, with example inputs."""
+    slots = DecoderCache(decoder, n_sequences, _EXAMPLE_LENGTH).next_slots()
+    tokens_T = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
+    x_TD, *by = embed(tokens_T, slots.seen_ST)
+    inputs = (x_TD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by)
+    return {
+        "embed": Part(embed, (tokens_T, slots.seen_ST), frozenset({1})),
+        **{kind: Part(step, inputs, frozenset({1, 2, 3})) for kind, step in steps.items()},
+        "predict": Part(predict, (x_TD,), frozenset()),
+    }
 
 
-@torch.inference_mode()
-def _trace(compiled: Callable[..., Step], decoder: Decoder, n_sequences: int) -> None:
-    """Compile by a first call, with the length of the cache left open."""
-    cache = DecoderCache(decoder, n_sequences, _EXAMPLE_CAPACITY)
-    for layer in cache.layers:
-        layer.length = _EXAMPLE_LENGTH
-    cache.seen[:, :_EXAMPLE_LENGTH] = True
-    keys, values, seen = cache.used()
-    torch._dynamo.mark_dynamic(keys, 3)
-    torch._dynamo.mark_dynamic(values, 3)
-    torch._dynamo.mark_dynamic(seen, 1)
-    tokens_T = torch.zeros(n_sequences, dtype=torch.long, device=keys.device)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled(tokens_T, keys, values, seen)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lightning_dsmoe" / "compiled"
+def _kernels(parts: dict[object, Part], n_sequences: int) -> dict[object, Kernel]:
+    """Load the parts' kernels, compiling those that are new to this machine."""
+    programs = {name: export_part(part) for name, part in parts.items()}
+    paths = {name: kernel_path(program) for name, program in programs.items()}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if missing:
+        sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
+        title = f"Compiling decoding of {sequences}, once for this machine"
+        for name in track(missing, title, console=Console(stderr=True)):
+            compile_kernel(programs[name], paths[name])
+    return {name: load_kernel(path) for name, path in paths.items()}

@@ -1,11 +1,13 @@
 """Expressions spelled so that the compiler makes one fast loop of each.
 
-A matrix-vector product is a sum over a broadcast product, with the summed axis last in memory; what
-goes into it is computed once and kept, not again for every row.
+A matrix-vector product is a sum over a broadcast product, with the summed axis last in memory. A
+few rows are summed side by side, which keeps as many reads from memory under way. What goes into a
+product is computed once and kept, not again for every row.
 
-Shapes: T tokens, R rows, C columns.
+Shapes: T tokens, R rows, C columns, J rows summed side by side, r = R / J.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.precision import at_least_float32
 
+_SIDE_BY_SIDE = 4
+
 
 def kept(x: Tensor) -> Tensor:
     """The same values, held in memory instead of being computed again where they are used."""
@@ -23,10 +27,19 @@ def kept(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
+def side_by_side(n_rows: int, n_tokens: int) -> int:
+    """How many of a matrix's rows to sum at once: few if they meet many tokens."""
+    return math.gcd(n_rows, max(1, _SIDE_BY_SIDE // n_tokens))
+
+
 def rows_times(x_TC: Tensor, rows_RC: Tensor) -> Tensor:
     """Product of a matrix and a vector of every token, `[T, R]`, reading the matrix once."""
-    rows_RC = at_least_float32(rows_RC)
-    return torch.stack([(x_C * rows_RC).sum(-1) for x_C in at_least_float32(x_TC)])
+    rows_JrC = rows_RC.unflatten(0, (side_by_side(len(rows_RC), len(x_TC)), -1))
+    x_TC = kept(at_least_float32(x_TC))
+    sums_TJr = torch.stack(
+        [torch.stack([(x_C * rows_rC.to(x_C.dtype)).sum(-1) for rows_rC in rows_JrC]) for x_C in x_TC]
+    )
+    return kept(sums_TJr).flatten(1)
 
 
 def spelled_out(module: nn.Module, x: Tensor) -> Any:
@@ -49,5 +62,5 @@ class _SpelledOut(TorchFunctionMode):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = rows_times(kept(x.flatten(0, -2)), weight).to(x.dtype).unflatten(0, x.shape[:-1])
+    y = rows_times(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
     return kept(y if bias is None else y + bias)

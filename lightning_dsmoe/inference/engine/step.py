@@ -4,8 +4,9 @@ Shapes: T sequences, one new token of each; D width, H KV heads, S tokens in the
 width, V vocabulary.
 """
 
-from typing import NamedTuple, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
@@ -13,25 +14,13 @@ from lightning_dsmoe.attention.rotary import Rotation, rotation
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
 from lightning_dsmoe.inference.engine.choice import Choice, choose
-from lightning_dsmoe.inference.engine.gather import Past, gather_experts, gather_heads
+from lightning_dsmoe.inference.engine.gather import LayerSlots, gather_experts, gather_heads
+from lightning_dsmoe.inference.engine.head import Int8Head
 from lightning_dsmoe.inference.engine.spelling import kept, spelled_out
 from lightning_dsmoe.routing import AllExperts, Selection
 
-_Layer = MixtureOfExperts | FeedForward | MixtureOfAttentionHeads | GroupedQueryAttention
-
-
-class BlockStep(NamedTuple):
-    """What a block makes of a token.
-
-    Shape:
-        x_TD: the tokens after the block.
-        keys_THC: their keys.
-        values_THC: their values.
-    """
-
-    x_TD: Tensor
-    keys_THC: Tensor
-    values_THC: Tensor
+_ATTENTION = (GroupedQueryAttention, MixtureOfAttentionHeads)
+_FEED_FORWARD = (FeedForward, MixtureOfExperts)
 
 
 class EmbedStep(nn.Module):
@@ -50,7 +39,7 @@ class EmbedStep(nn.Module):
 
     def forward(self, tokens_T: Tensor, seen_ST: Tensor) -> tuple[Tensor, ...]:
         """The tokens `[T, D]`, and with rotary positions a `Rotation` of `[T, 1, C]`."""
-        positions_T = kept(seen_ST.sum(0))
+        positions_T = kept(seen_ST.sum(0) - 1)
         x_TD = self.embedding(tokens_T)
         if self.positions is not None:
             x_TD = x_TD + self.positions(positions_T)
@@ -59,42 +48,53 @@ class EmbedStep(nn.Module):
         return (x_TD, *rotation(positions_T[:, None], self.d_head, self.rope_theta))
 
 
-class RunBlock(nn.Module):
+class BlockStep(nn.Module):
     """Runs one block under selections.
 
     Args:
-        block: the block.
+        block: the block, whose layers are the library's own.
         experts: its selection of feed-forward experts.
         attention: its selection of attention experts.
+
+    Raises:
+        TypeError: if a layer is of another class.
     """
 
     def __init__(self, block: Block, experts: Selection, attention: Selection) -> None:
         super().__init__()
+        for layer, known in ((block.attention, _ATTENTION), (block.feed_forward, _FEED_FORWARD)):
+            if not isinstance(layer, known):
+                raise TypeError(f"a {type(layer).__name__} has no decode step of its own")
         self.block = block
         self.experts = experts
         self.attention = attention
 
     def forward(
-        self, x_TD: Tensor, keys_STHC: Tensor, values_STHC: Tensor, seen_ST: Tensor, *by: Tensor
-    ) -> BlockStep:
-        """Transform tokens `[T, D]` that look back on a cache."""
-        past = Past(keys_STHC, values_STHC, seen_ST)
+        self,
+        x_TD: Tensor,
+        keys_STHC: Tensor,
+        values_STHC: Tensor,
+        seen_ST: Tensor,
+        at_1: Tensor,
+        *by: Tensor,
+    ) -> Tensor:
+        """Transform tokens `[T, D]`, whose keys and values are written to a cache."""
+        slots = LayerSlots(keys_STHC, values_STHC, seen_ST, at_1)
         attention = cast(MixtureOfAttentionHeads, self.block.attention)
         normed_TD = kept(self.block.attention_norm(x_TD))
         choice = _choice(attention, self.attention, normed_TD)
         rotation_by = Rotation(*by) if by else None
-        attended = gather_heads(attention.heads, normed_TD, choice, rotation_by, past)
-        x_TD = kept(x_TD + attended.y_TD.to(x_TD.dtype))
+        attended_TD = gather_heads(attention.heads, normed_TD, choice, rotation_by, slots)
+        x_TD = kept(x_TD + attended_TD.to(x_TD.dtype))
         fed_TD = self._feed_forward(kept(self.block.feed_forward_norm(x_TD)))
-        x_TD = kept(x_TD + fed_TD.to(x_TD.dtype))
-        return BlockStep(x_TD, attended.keys_THC.to(x_TD.dtype), attended.values_THC)
+        return kept(x_TD + fed_TD.to(x_TD.dtype))
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         layer = cast(MixtureOfExperts, self.block.feed_forward)
         y_TD = gather_experts(layer.experts, x_TD, _choice(layer, self.experts, x_TD))
-        shared = getattr(layer, "shared", None)
-        if shared is not None:
-            y_TD = y_TD + gather_experts(shared.experts, x_TD, _choice(shared, AllExperts(), x_TD))
+        if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
+            every = _choice(layer.shared, AllExperts(), x_TD)
+            y_TD = y_TD + gather_experts(layer.shared.experts, x_TD, every)
         return y_TD
 
 
@@ -108,17 +108,20 @@ class PredictStep(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.norm = decoder.norm
-        self.head = decoder.head
+        self.head: nn.Module = decoder.head
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits `[T, V]`."""
-        logits_TV: Tensor = spelled_out(self.head, kept(self.norm(x_TD)))
+        normed_TD = kept(self.norm(x_TD))
+        if isinstance(self.head, Int8Head):
+            return self.head.few(normed_TD)
+        logits_TV: Tensor = spelled_out(self.head, normed_TD)
         return logits_TV
 
 
-def _choice(layer: _Layer, selection: Selection, x_TD: Tensor) -> Choice:
+def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> Choice:
     if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
         chosen = choose(selection, kept(spelled_out(layer.router, x_TD).probs))
         return Choice(chosen.experts_K, chosen.gates_TK * layer.gate_factor)
     n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
-    return Choice(None, x_TD.new_ones(x_TD.shape[0], n_groups))
+    return Choice(None, torch.ones(x_TD.shape[0], n_groups, device=x_TD.device))

@@ -1,0 +1,109 @@
+"""Compiled functions of tensors, kept on disk.
+
+A module's weights are inputs of its kernel, so that layers alike share one and no weight is copied.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+
+Kernel = Callable[[list[Tensor]], list[Tensor]]
+"""Takes the inputs, then the weights; empties the list that it is given."""
+
+_OPTIONS = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "assert_indirect_indexing": False,  # experts are numbered by the selection itself
+}
+
+
+class Part(NamedTuple):
+    """A module to compile, with example inputs; those in `growing` vary in their first size."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    growing: frozenset[int]
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Weights of a module in the order in which its kernel takes them."""
+    return [tensor for _, tensor in _named_tensors(module)]
+
+
+def export_part(part: Part) -> ExportedProgram:
+    """Trace a part into a graph in which its weights are inputs."""
+    size = Dim("size", min=2, max=2**30)
+    inputs_vary = tuple({0: size} if i in part.growing else None for i in range(len(part.inputs)))
+    weights = tensors_of(part.module)
+    return torch.export.export(
+        _WithWeights(part.module),
+        (part.inputs, weights),
+        dynamic_shapes=(inputs_vary, [None] * len(weights)),
+    )
+
+
+def kernel_path(program: ExportedProgram) -> Path:
+    """Where the kernel of a graph is kept: by the graph, the machine and the version of PyTorch.
+
+    The folder is `~/.cache/lightning_dsmoe/kernels`, in XDG_CACHE_HOME if that is set.
+    """
+    inputs = [
+        (tuple(map(str, value.shape)), value.stride(), str(value.dtype), str(value.device))
+        for value in (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
+        if isinstance(value, Tensor)
+    ]
+    constants = [(name, repr(value.tolist())) for name, value in program.constants.items()]
+    devices = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    facts = (
+        program.graph_module.code,
+        [str(input) for input in inputs],
+        constants,
+        sorted(_OPTIONS.items()),
+        torch.__version__,
+        torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+        devices,
+    )
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lightning_dsmoe" / "kernels" / f"{digest[:40]}.pt2"
+
+
+def compile_kernel(program: ExportedProgram, path: Path) -> None:
+    """Compile a graph into a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder) / path.name), inductor_configs=dict(_OPTIONS)
+        )
+        Path(made).replace(path)
+
+
+def load_kernel(path: Path) -> Kernel:
+    """Load a kernel that was compiled on this machine."""
+    kernel: Kernel = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return kernel
+
+
+class _WithWeights(nn.Module):
+    """A module as a function of its inputs and its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._call = (module,)  # in a tuple, so that the weights are nobody's parameters
+        self._names = [name for name, _ in _named_tensors(module)]
+
+    def forward(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        named = dict(zip(self._names, weights, strict=True))
+        return functional_call(self._call[0], named, tuple(inputs))
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

@@ -1,0 +1,84 @@
+"""Layers on many tokens that read all weights: for plans of all experts, and as the masked path.
+
+Experts that a selection drops have gate zero.
+
+Shapes: X tokens, E experts, R rows of one expert, D width; B batch, T new tokens, H KV heads,
+S tokens so far, C head width.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dsmoe.attention.attention import Scope
+from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.experts import Experts
+from lightning_dsmoe.inference.engine.rows import Rows
+
+
+def wide_experts(experts: Experts, x_XD: Tensor, gates_XE: Tensor | None) -> Tensor:
+    """Sum of all experts' outputs under their gates, None for gates of 1: `[X, D]`."""
+    rows_ERD = experts.w_in.rows(slice(None))
+    b_in = None if experts.b_in is None else experts.b_in.flatten()
+    projected_XR = F.linear(x_XD, rows_ERD.flatten(0, 1), b_in)
+    hidden_XEF = experts.hidden(projected_XR.unflatten(1, (experts.n_experts, -1)))
+    return wide_sum(experts.w_out, hidden_XEF, gates_XE, experts.b_out)
+
+
+def wide_heads(
+    heads: HeadGroups,
+    x_BTD: Tensor,
+    scope: Scope,
+    keys_BHSC: Tensor,
+    values_BHSC: Tensor,
+    gates_XE: Tensor | None,
+) -> Tensor:
+    """Attention with all groups of heads under their gates: `[X, D]`."""
+    b_q = None if heads.b_q is None else heads.b_q.flatten()
+    q_BTR = F.linear(x_BTD, heads.w_q.rows(slice(None)).flatten(0, 1), b_q)
+    q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
+    heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
+    return wide_sum(heads.w_o, heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
+
+
+def attend_groups(
+    heads: HeadGroups, q_BTEHC: Tensor, scope: Scope, keys_BHSC: Tensor, values_BHSC: Tensor
+) -> Tensor:
+    """Attention of several groups of queries per token over shared keys and values.
+
+    Returns:
+        `[B, T, E, H C]`.
+    """
+    n_groups = q_BTEHC.shape[2]
+    q_BTEHC = heads.place(heads.q_norm(q_BTEHC), scope.positions_BT[:, :, None, None])
+    attend = scope.attend_BTS
+    if attend is not None and q_BTEHC.shape[1] == 1:
+        # Groups of one token see the same keys, so that they can be rows of one product.
+        q_BHEC = rearrange(q_BTEHC, "b 1 e h c -> b h e c")
+        heads_BHEC = F.scaled_dot_product_attention(
+            q_BHEC, keys_BHSC, values_BHSC, attn_mask=attend[:, None]
+        )
+        return rearrange(heads_BHEC, "b h e c -> b 1 e (h c)")
+    heads_BGTC = F.scaled_dot_product_attention(
+        rearrange(q_BTEHC, "b t e h c -> b (h e) t c"),
+        keys_BHSC,
+        values_BHSC,
+        attn_mask=None if attend is None else attend[:, None],
+        is_causal=attend is None,
+        enable_gqa=n_groups > 1,
+    )
+    return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)
+
+
+def wide_sum(
+    w_out: Rows, hidden_XEF: Tensor, gates_XE: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Sum of the experts' outputs, given their hidden units: `[X, D]`."""
+    if gates_XE is not None:
+        hidden_XEF = hidden_XEF * gates_XE[..., None].to(hidden_XEF.dtype)
+    matrices_EFD = w_out.of(range(hidden_XEF.shape[1]))
+    y_XD = torch.mm(hidden_XEF[:, 0], matrices_EFD[0])
+    for e, matrix_FD in enumerate(matrices_EFD[1:], start=1):
+        y_XD.addmm_(hidden_XEF[:, e], matrix_FD)
+    return y_XD if bias is None else y_XD + bias
