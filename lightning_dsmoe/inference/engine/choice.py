@@ -20,11 +20,11 @@ class Choice(NamedTuple):
     Shape:
         experts_K: numbers of the experts that any token runs, ascending; None for all. A single
             one can stand twice, the second time under gates of zero.
-        gates_TK: gate of each of them for each token, zero where a token does not run it.
+        gates_KT: gate of each of them for each token, zero where a token does not run it.
     """
 
     experts_K: Tensor | None
-    gates_TK: Tensor
+    gates_KT: Tensor
 
 
 def choose(selection: Selection, probs_TN: Tensor) -> Choice:
@@ -34,7 +34,7 @@ def choose(selection: Selection, probs_TN: Tensor) -> Choice:
     the probabilities, so that no more weights are read than are needed.
     """
     if isinstance(selection, AllExperts):
-        return Choice(None, probs_TN)
+        return Choice(None, probs_TN.T)
     n_experts = probs_TN.shape[1]
     active_TN = kept(selection.mask(probs_TN))
     gates_TN = kept(selection.weigh(probs_TN, active_TN))
@@ -46,8 +46,8 @@ def choose(selection: Selection, probs_TN: Tensor) -> Choice:
     torch._check(n_slots >= _FEWEST_SLOTS)
     torch._check(n_slots <= max(n_experts, _FEWEST_SLOTS))
     slots = torch.arange(n_slots, device=probs_TN.device)
-    experts_K, gates_TK = _pick(gates_TN, any_N, slots.minimum(count - 1))
-    return Choice(experts_K, kept(gates_TK * (slots < count)))
+    experts_K, gates_KT = _pick(gates_TN, any_N, slots.minimum(count - 1))
+    return Choice(experts_K, kept(gates_KT * (slots < count)[:, None]))
 
 
 def _pick(gates_TN: Tensor, any_N: Tensor, slots_K: Tensor) -> Choice:
@@ -56,4 +56,4 @@ def _pick(gates_TN: Tensor, any_N: Tensor, slots_K: Tensor) -> Choice:
     before_N = kept((any_N & (places < places[:, None])).sum(-1))
     at_KN = (before_N == slots_K[:, None]) & any_N
     experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
-    return Choice(experts_K, kept(gates_TN[:, experts_K]))
+    return Choice(experts_K, kept(gates_TN.T[experts_K]))

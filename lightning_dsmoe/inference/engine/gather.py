@@ -34,11 +34,11 @@ class LayerSlots(NamedTuple):
 
 def gather_experts(experts: Experts, x_TD: Tensor, choice: Choice) -> Tensor:
     """Sum of the chosen experts' outputs under their gates: `[T, D]`."""
-    projected_TKR = experts.w_in.products(x_TD, choice.experts_K)
+    projected_KTR = experts.w_in.products(x_TD, choice.experts_K)
     if experts.b_in is not None:
-        projected_TKR = kept(projected_TKR + _of(experts.b_in, choice.experts_K))
-    hidden_TKF = kept(experts.hidden(projected_TKR) * choice.gates_TK[..., None])
-    y_TD: Tensor = experts.w_out.summed_products(hidden_TKF, choice.experts_K)
+        projected_KTR = projected_KTR + _of(experts.b_in, choice.experts_K)[:, None]
+    hidden_KTF = experts.hidden(kept(projected_KTR)) * choice.gates_KT[..., None]
+    y_TD: Tensor = experts.w_out.summed_products(hidden_KTF, choice.experts_K)
     return y_TD if experts.b_out is None else y_TD + experts.b_out
 
 
@@ -56,31 +56,30 @@ def gather_heads(
     """
     kv_T2HC = spelled_out(heads.kv, x_TD).unflatten(-1, (2, heads.n_heads, heads.d_head))
     keys_THC = heads.k_norm(kv_T2HC[:, 0])
-    q_TKR = heads.w_q.products(x_TD, choice.experts_K)
+    q_KTR = heads.w_q.products(x_TD, choice.experts_K)
     if heads.b_q is not None:
-        q_TKR = q_TKR + _of(heads.b_q, choice.experts_K)
-    q_TKHC = heads.q_norm(q_TKR.unflatten(-1, (heads.n_heads, heads.d_head)))
+        q_KTR = q_KTR + _of(heads.b_q, choice.experts_K)[:, None]
+    q_KTHC = heads.q_norm(q_KTR.unflatten(-1, (heads.n_heads, heads.d_head)))
     if by is not None:
-        keys_THC = rotate(keys_THC, by)
-        q_TKHC = rotate(q_TKHC, Rotation(by.cos[:, None], by.sin[:, None]))
+        keys_THC, q_KTHC = rotate(keys_THC, by), rotate(q_KTHC, by)
     slots.keys_STHC.index_copy_(0, slots.at_1, keys_THC[None].to(slots.keys_STHC.dtype))
     slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1])
-    heads_TKHC = _attend(kept(q_TKHC), slots)
-    gated_TKR = kept((heads_TKHC * choice.gates_TK[..., None, None]).flatten(-2))
-    y_TD: Tensor = heads.w_o.summed_products(gated_TKR, choice.experts_K)
+    heads_KTHC = _attend(kept(q_KTHC), slots)
+    gated_KTR = (heads_KTHC * choice.gates_KT[..., None, None]).flatten(-2)
+    y_TD: Tensor = heads.w_o.summed_products(gated_KTR, choice.experts_K)
     return y_TD if heads.b_o is None else y_TD + heads.b_o
 
 
-def _attend(q_TKHC: Tensor, slots: LayerSlots) -> Tensor:
+def _attend(q_KTHC: Tensor, slots: LayerSlots) -> Tensor:
     """Softmax attention to all tokens seen."""
     keys_THSC = slots.keys_STHC.permute(1, 2, 0, 3)
     values_THSC = slots.values_STHC.permute(1, 2, 0, 3)
-    products_TKHS = (q_TKHC[..., None, :] * keys_THSC[:, None]).sum(-1)
-    scores_TKHS = products_TKHS * q_TKHC.shape[-1] ** -0.5
-    scores_TKHS = kept(scores_TKHS.masked_fill(~slots.seen_ST.T[:, None, None], -torch.inf))
-    weights_TKHS = kept((scores_TKHS - kept(scores_TKHS.amax(-1, keepdim=True))).exp())
-    total_TKH = kept(weights_TKHS.sum(-1))
-    return (weights_TKHS[..., None] * values_THSC[:, None]).sum(-2) / total_TKH[..., None]
+    products_KTHS = (q_KTHC[..., None, :] * keys_THSC).sum(-1)
+    scores_KTHS = products_KTHS * q_KTHC.shape[-1] ** -0.5
+    scores_KTHS = kept(scores_KTHS.masked_fill(~slots.seen_ST.T[:, None], -torch.inf))
+    weights_KTHS = kept((scores_KTHS - kept(scores_KTHS.amax(-1, keepdim=True))).exp())
+    total_KTH = kept(weights_KTHS.sum(-1))
+    return (weights_KTHS[..., None] * values_THSC).sum(-2) / total_KTH[..., None]
 
 
 def _of(weight_EX: Tensor, experts_K: Tensor | None) -> Tensor:

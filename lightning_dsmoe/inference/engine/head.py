@@ -26,4 +26,4 @@ class Int8Head(nn.Module):
 
     def few(self, x_TD: Tensor) -> Tensor:
         """Logits `[T, V]` of few tokens, reading the codes once."""
-        return self.rows.products(x_TD, None)[:, 0].to(x_TD.dtype)
+        return self.rows.products(x_TD, None)[0].to(x_TD.dtype)

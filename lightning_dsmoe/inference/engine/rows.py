@@ -1,17 +1,16 @@
 """Matrices of many experts, stored row by row as decoding reads them.
 
 Shapes: E experts, R rows of one expert, C columns, K chosen experts, T tokens, J rows summed side
-by side, P shares of the threads, r = R / (P J).
+by side, r = R / J, Z = K r.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.spelling import kept, side_by_side
+from lightning_dsmoe.inference.engine.spelling import kept, row_sums, side_by_side
 from lightning_dsmoe.precision import at_least_float32
 
 
@@ -54,49 +53,43 @@ class Rows(nn.Module):
             experts_K: numbers of the chosen experts; None for all of them.
 
         Returns:
-            `[T, K, R]` in at least float32.
+            `[K, T, R]` in at least float32.
         """
-        x_TC = kept(at_least_float32(x_TC))
-        beside = side_by_side(self.weight.shape[1], len(x_TC))
-        rows_KJrC = _chosen(self.weight.unflatten(1, (beside, -1)), experts_K)
-        n_chosen = rows_KJrC.shape[0]
-        rows_JZC = [rows_KJrC[:, j].flatten(0, 1).to(x_TC.dtype) for j in range(beside)]
-        sums_TJZ = torch.stack(
-            [torch.stack([(x_C * rows_ZC).sum(-1) for rows_ZC in rows_JZC]) for x_C in x_TC]
-        )
-        sums_TKJr = kept(sums_TJZ).unflatten(-1, (n_chosen, -1)).transpose(1, 2)
-        return self._scaled(sums_TKJr.flatten(2), experts_K)
+        rows_JKrC = self._beside(len(x_TC), experts_K)
+        sums_ZTJ = row_sums(kept(at_least_float32(x_TC)), [r.flatten(0, 1) for r in rows_JKrC])
+        sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
+        return self._scaled(sums_KrTJ, experts_K).permute(0, 2, 3, 1).flatten(2)
 
-    def summed_products(self, x_TKC: Tensor, experts_K: Tensor | None) -> Tensor:
+    def summed_products(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the chosen experts' rows with a vector of each, summed over experts.
 
         Args:
-            x_TKC: a vector for each token and chosen expert.
+            x_KTC: a vector for each chosen expert and token.
             experts_K: numbers of the chosen experts; None for all of them.
 
         Returns:
             `[T, R]` in at least float32.
         """
-        x_TKC = kept(at_least_float32(x_TKC))
-        n_rows = self.weight.shape[1]
-        beside = side_by_side(n_rows, len(x_TKC))
-        shares = math.gcd(n_rows // beside, torch.get_num_threads())
-        rows_KPJrC = _chosen(self.weight.unflatten(1, (shares, beside, -1)), experts_K)
-        rows_JPKrC = [
-            rows_KPJrC[:, :, j].transpose(0, 1).to(x_TKC.dtype) for j in range(beside)
+        n_tokens = x_KTC.shape[1]
+        rows_JKrC = self._beside(n_tokens, experts_K)
+        n_rows = rows_JKrC[0].shape[1]
+        x_KTC = kept(at_least_float32(x_KTC))
+        x_TZC = [
+            x_KTC[:, t, None].expand(-1, n_rows, -1).flatten(0, 1) for t in range(n_tokens)
         ]
-        sums_TJPKr = torch.stack(
-            [
-                torch.stack([(x_KC[:, None] * rows_PKrC).sum(-1) for rows_PKrC in rows_JPKrC])
-                for x_KC in x_TKC
-            ]
-        )
-        sums_TKR = kept(sums_TJPKr).permute(0, 3, 2, 1, 4).flatten(2)
-        return kept(self._scaled(sums_TKR, experts_K).sum(1))
+        sums_ZTJ = row_sums(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
+        sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
+        return kept(self._scaled(sums_KrTJ, experts_K).sum(0)).permute(1, 2, 0).flatten(1)
 
-    def _scaled(self, sums_TKR: Tensor, experts_K: Tensor | None) -> Tensor:
+    def _beside(self, n_tokens: int, experts_K: Tensor | None) -> list[Tensor]:
+        """The chosen experts' rows `[K, r, C]`, in as many parts as are summed side by side."""
+        beside = side_by_side(self.weight.shape[1], n_tokens)
+        rows_KJrC = _chosen(self.weight.unflatten(1, (beside, -1)), experts_K)
+        return [rows_KJrC[:, j] for j in range(beside)]
+
+    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
         del experts_K
-        return sums_TKR
+        return sums_KrTJ
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
@@ -131,8 +124,9 @@ class Int8Rows(Rows):
         scales = (self.scales[experts] / 127).to(self.dtype)
         return self.weight[experts].to(self.dtype) * scales[..., None]
 
-    def _scaled(self, sums_TKR: Tensor, experts_K: Tensor | None) -> Tensor:
-        return sums_TKR * (_chosen(self.scales, experts_K) / 127)
+    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
+        scales_KJr = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))
+        return sums_KrTJ * (scales_KJr / 127).mT[:, :, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scales = self.scales

@@ -4,7 +4,8 @@ A matrix-vector product is a sum over a broadcast product, with the summed axis 
 few rows are summed side by side, which keeps as many reads from memory under way. What goes into a
 product is computed once and kept, not again for every row.
 
-Shapes: T tokens, R rows, C columns, J rows summed side by side, r = R / J.
+Shapes: T tokens, R rows, C columns, J parts of the rows, summed side by side, r = R / J; Z rows of
+a part, of any number of matrices.
 """
 
 import math
@@ -32,14 +33,31 @@ def side_by_side(n_rows: int, n_tokens: int) -> int:
     return math.gcd(n_rows, max(1, _SIDE_BY_SIDE // n_tokens))
 
 
+def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
+    """Sums of products of rows and a vector of every token.
+
+    Args:
+        vectors: `[C]` or `[Z, C]` of each token.
+        rows: J parts `[Z, C]` of a matrix, in any type; they are read once for all tokens.
+
+    Returns:
+        `[Z, T, J]`, in the type of the vectors. Z comes first because it may be known only at run
+        time: the compiler lays nothing out along such a size.
+    """
+    parts = list(rows)
+    return kept(
+        torch.stack(
+            [torch.stack([(x * part.to(x.dtype)).sum(-1) for part in parts], -1) for x in vectors],
+            -2,
+        )
+    )
+
+
 def rows_times(x_TC: Tensor, rows_RC: Tensor) -> Tensor:
     """Product of a matrix and a vector of every token, `[T, R]`, reading the matrix once."""
     rows_JrC = rows_RC.unflatten(0, (side_by_side(len(rows_RC), len(x_TC)), -1))
-    x_TC = kept(at_least_float32(x_TC))
-    sums_TJr = torch.stack(
-        [torch.stack([(x_C * rows_rC.to(x_C.dtype)).sum(-1) for rows_rC in rows_JrC]) for x_C in x_TC]
-    )
-    return kept(sums_TJr).flatten(1)
+    sums_rTJ = row_sums(kept(at_least_float32(x_TC)), rows_JrC)
+    return sums_rTJ.permute(1, 2, 0).flatten(1)
 
 
 def spelled_out(module: nn.Module, x: Tensor) -> Any:

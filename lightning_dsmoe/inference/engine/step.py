@@ -122,6 +122,6 @@ class PredictStep(nn.Module):
 def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> Choice:
     if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
         chosen = choose(selection, kept(spelled_out(layer.router, x_TD).probs))
-        return Choice(chosen.experts_K, chosen.gates_TK * layer.gate_factor)
+        return Choice(chosen.experts_K, chosen.gates_KT * layer.gate_factor)
     n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
-    return Choice(None, torch.ones(x_TD.shape[0], n_groups, device=x_TD.device))
+    return Choice(None, torch.ones(n_groups, x_TD.shape[0], device=x_TD.device))
