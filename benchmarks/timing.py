@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -61,6 +61,30 @@ def interleave(
         for which in (0, 1) if number % 2 else (1, 0):
             seconds[which].append(seconds_per_call(sides[which], calls))
     return compare(*seconds)
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Time blocks of calls of several sides in turn, in another order each round.
+
+    Returns:
+        Seconds per call of each side, one entry a round.
+    """
+    for side in sides.values():
+        seconds_per_call(side, warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(seconds_per_call(sides[name], calls))
+    return seconds
+
+
+def ratio(reference: list[float], candidate: list[float]) -> float:
+    """Median over rounds of reference / candidate: above 1, the candidate is faster."""
+    return median(r / c for r, c in zip(reference, candidate, strict=True))
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:

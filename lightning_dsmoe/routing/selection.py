@@ -98,7 +98,7 @@ class TopK(Selection):
     def mask(self, probs: Tensor) -> Tensor:
         """The k largest of each row."""
         self.check(probs.shape[-1])
-        return _rank(probs) < self.k
+        return rank(probs) < self.k
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class ThresholdTopK(Threshold):
         if probs.numel() == 0:
             return torch.ones_like(probs, dtype=torch.bool)
         k = _above(probs, self.eps).sum(-1).double().mean().round()
-        return _rank(probs) < k
+        return rank(probs) < k
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class TopP(Selection):
         return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def _rank(probs: Tensor) -> Tensor:
-    """Rank of each expert in its row, 0 for the most probable; lower numbers win ties."""
+def rank(probs: Tensor) -> Tensor:
+    """Rank of each expert in its row `[..., N]`, 0 for the largest; lower numbers win ties."""
     ahead = _ahead(probs)
     if ahead is not None:
         return ahead.sum(-1)

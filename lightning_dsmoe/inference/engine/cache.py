@@ -66,6 +66,11 @@ class DecoderCache:
         return self._keys.shape[1]
 
     @property
+    def batch_size(self) -> int:
+        """Sequences B."""
+        return self._keys.shape[2]
+
+    @property
     def length(self) -> int:
         """Tokens held, padding included."""
         return self.layers[0].length

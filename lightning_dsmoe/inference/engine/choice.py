@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.inference.engine.spelling import kept
-from lightning_dsmoe.routing import AllExperts, Selection, TopK
+from lightning_dsmoe.routing import AllExperts, Routing, Selection, TopK
+from lightning_dsmoe.routing.selection import rank
 
 _FEWEST_SLOTS = 2  # sizes known only at run time may not be 1 in a compiled graph
 
@@ -18,8 +19,8 @@ class Choice(NamedTuple):
     """Experts to run, and their gates.
 
     Shape:
-        experts_K: numbers of the experts that any token runs, ascending; None for all. A single
-            one can stand twice, the second time under gates of zero.
+        experts_K: numbers of the experts that any token runs; None for all. A single one can stand
+            twice, the second time under gates of zero.
         gates_KT: gate of each of them for each token, zero where a token does not run it.
     """
 
@@ -27,33 +28,39 @@ class Choice(NamedTuple):
     gates_KT: Tensor
 
 
-def choose(selection: Selection, probs_TN: Tensor) -> Choice:
-    """Apply a selection to the probabilities of a few tokens.
+def choose(selection: Selection, routing: Routing) -> Choice:
+    """Apply a selection to the routing of a few tokens.
 
     The number of chosen experts is a constant for one token and `TopK`; otherwise it depends on
     the probabilities, so that no more weights are read than are needed.
     """
+    probs_TN = routing.probs
+    n_tokens, n_experts = probs_TN.shape
     if isinstance(selection, AllExperts):
         return Choice(None, probs_TN.T)
-    n_experts = probs_TN.shape[1]
+    if isinstance(selection, TopK) and n_tokens == 1:
+        return _best(selection, routing)
     active_TN = kept(selection.mask(probs_TN))
     gates_TN = kept(selection.weigh(probs_TN, active_TN))
     any_N = active_TN.any(0)
-    if isinstance(selection, TopK) and len(probs_TN) == 1:
-        return _pick(gates_TN, any_N, torch.arange(selection.k, device=probs_TN.device))
     count = any_N.sum()
     n_slots = count.clamp_min(_FEWEST_SLOTS).item()
     torch._check(n_slots >= _FEWEST_SLOTS)
     torch._check(n_slots <= max(n_experts, _FEWEST_SLOTS))
-    slots = torch.arange(n_slots, device=probs_TN.device)
-    experts_K, gates_KT = _pick(gates_TN, any_N, slots.minimum(count - 1))
-    return Choice(experts_K, kept(gates_KT * (slots < count)[:, None]))
-
-
-def _pick(gates_TN: Tensor, any_N: Tensor, slots_K: Tensor) -> Choice:
-    """The experts that stand at given places among those that run, and their gates."""
-    places = torch.arange(len(any_N), device=any_N.device)
+    places = torch.arange(n_experts, device=probs_TN.device)
     before_N = kept((any_N & (places < places[:, None])).sum(-1))
-    at_KN = (before_N == slots_K[:, None]) & any_N
+    slots_K = torch.arange(n_slots, device=probs_TN.device)
+    at_KN = (before_N == slots_K.minimum(count - 1)[:, None]) & any_N
     experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
-    return Choice(experts_K, kept(gates_TN.T[experts_K]))
+    return Choice(experts_K, kept(gates_TN.T[experts_K] * (slots_K < count)[:, None]))
+
+
+def _best(selection: TopK, routing: Routing) -> Choice:
+    """The most probable experts of one token, ranked by their logits, which takes fewer steps."""
+    ranks_N = kept(rank(routing.logits)[0])
+    slots_K = torch.arange(selection.k, device=ranks_N.device)
+    at_KN = ranks_N == slots_K[:, None]
+    places = torch.arange(len(ranks_N), device=ranks_N.device)
+    experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
+    gates_K1 = kept(torch.where(at_KN, routing.probs, 0.0).sum(-1, keepdim=True))
+    return Choice(experts_K, gates_K1 / gates_K1.sum() if selection.renormalize else gates_K1)

@@ -13,24 +13,27 @@ from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.many import run_many
+from lightning_dsmoe.inference.engine.packing import tiled
 from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 1024
+_AT_ONCE = 16
 
 
 class SwitchPoints(NamedTuple):
     """Numbers of tokens at which one way of running experts gives way to the next.
 
     Args:
-        gather_up_to: most sequences that decode with the compiled step, which reads each chosen
-            expert once; it is compiled for a number of sequences when that is first met.
-            0 compiles nothing.
+        gather_up_to: most sequences that decode with the compiled step, up to 16 at a time, which
+            reads each expert once that any of them needs. It is compiled for a number of sequences
+            when that is first met, and keeps a second copy of the expert weights for more than
+            one. 0 compiles nothing.
         grouped_from: fewest tokens for which each expert runs on its own tokens only; below, all
             experts run on all tokens, those not chosen under gates of zero.
     """
 
-    gather_up_to: int = 8
-    grouped_from: int = 9
+    gather_up_to: int = 64
+    grouped_from: int = 1
 
 
 class Engine:
@@ -45,6 +48,7 @@ class Engine:
         self.decoder = decoder
         self.switch_points = switch_points
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep] = {}
+        self._tiled: Decoder | None = None
         self._cannot_compile = False
 
     def forward(
@@ -69,21 +73,35 @@ class Engine:
 
     def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
         """The compiled step for a plan, made at its first use; None where there is none."""
-        if n_sequences > self.switch_points.gather_up_to or self._cannot_compile:
+        if self._cannot_compile:
             return None
         key = plan, n_sequences
         if key not in self._steps:
             try:
-                self._steps[key] = CompiledStep(self.decoder, plan, n_sequences)
+                self._steps[key] = CompiledStep(self._layout(n_sequences), plan, n_sequences)
             except CannotCompile as error:
                 self._cannot_compile = True
                 warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
                 return None
         return self._steps[key]
 
+    def _layout(self, n_sequences: int) -> Decoder:
+        """The decoder with its weights as the compiled step likes them."""
+        if n_sequences == 1:
+            return self.decoder
+        if self._tiled is None:
+            self._tiled = tiled(self.decoder)
+        return self._tiled
+
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineContext":
         """Start sequences under a plan, with room for `capacity` tokens each."""
-        return EngineContext(self, DecoderCache(self.decoder, batch_size, capacity), plan)
+        sizes = [batch_size]
+        gathers = batch_size <= self.switch_points.gather_up_to
+        if gathers:
+            groups = -(-batch_size // _AT_ONCE)
+            sizes = [(batch_size + group) // groups for group in range(groups)]
+        caches = [DecoderCache(self.decoder, size, capacity) for size in sizes]
+        return EngineContext(self, caches, plan, gathers=gathers)
 
 
 class EngineContext:
@@ -91,42 +109,52 @@ class EngineContext:
 
     Args:
         engine: the engine.
-        cache: an empty cache.
+        caches: empty caches, each for some of the sequences.
         plan: the experts that run.
+        gathers: whether single tokens take the compiled step.
     """
 
-    def __init__(self, engine: Engine, cache: DecoderCache, plan: SelectionPlan) -> None:
+    def __init__(
+        self, engine: Engine, caches: list[DecoderCache], plan: SelectionPlan, *, gathers: bool
+    ) -> None:
         self._engine = engine
-        self._cache = cache
+        self._caches = caches
         self._plan = plan
+        self._gathers = gathers
 
     @property
     def length(self) -> int:
         """Tokens read, padding included."""
-        return self._cache.length
+        return self._caches[0].length
 
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """Read new tokens and give the logits `[B, V]` of the one after them.
 
         Args:
-            tokens_BT: new tokens.
+            tokens_BT: new tokens, one or more.
             mask_BT: false for padding, on the left of what is read first; None for no padding.
         """
+        sizes = [cache.batch_size for cache in self._caches]
+        masks = [None] * len(sizes) if mask_BT is None else mask_BT.split(sizes)
+        parts = zip(tokens_BT.split(sizes), masks, self._caches, strict=True)
+        logits = [self._read(*part) for part in parts]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _read(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: DecoderCache) -> Tensor:
         batch_size, length = tokens_BT.shape
-        if length == 1 and self.length and mask_BT is None:
+        if self._gathers and length == 1 and cache.length and mask_BT is None:
             step = self._engine.compiled_step(self._plan, batch_size)
             if step is not None:
-                return step(tokens_BT[:, 0], self._cache)
-        logits_BV = tokens_BT.new_zeros(0)
+                return step(tokens_BT[:, 0], cache)
         chunk = max(1, _CHUNK // batch_size)
         for start in range(0, length, chunk):
-            stop = start + chunk
-            logits_BV = self._engine.forward(
-                tokens_BT[:, start:stop],
+            part = slice(start, start + chunk)
+            logits = self._engine.forward(
+                tokens_BT[:, part],
                 self._plan,
-                mask=None if mask_BT is None else mask_BT[:, start:stop],
-                cache=self._cache,
+                mask=None if mask_BT is None else mask_BT[:, part],
+                cache=cache,
                 only_last=True,
-            ).logits[:, -1]
-        return logits_BV
+            ).logits
+        return logits[:, -1]

@@ -74,9 +74,9 @@ def _attend(q_KTHC: Tensor, slots: LayerSlots) -> Tensor:
     """Softmax attention to all tokens seen."""
     keys_THSC = slots.keys_STHC.permute(1, 2, 0, 3)
     values_THSC = slots.values_STHC.permute(1, 2, 0, 3)
-    products_KTHS = (q_KTHC[..., None, :] * keys_THSC).sum(-1)
+    products_KTHS = kept((q_KTHC[..., None, :] * keys_THSC).sum(-1))
     scores_KTHS = products_KTHS * q_KTHC.shape[-1] ** -0.5
-    scores_KTHS = kept(scores_KTHS.masked_fill(~slots.seen_ST.T[:, None], -torch.inf))
+    scores_KTHS = scores_KTHS.masked_fill(~slots.seen_ST.T[:, None], -torch.inf)
     weights_KTHS = kept((scores_KTHS - kept(scores_KTHS.amax(-1, keepdim=True))).exp())
     total_KTH = kept(weights_KTHS.sum(-1))
     return (weights_KTHS[..., None] * values_THSC).sum(-2) / total_KTH[..., None]

@@ -1,5 +1,6 @@
 """Repacking a decoder for inference, in place: weights row by row, some of them in 8 bits."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
 from lightning_dsmoe.inference.engine.head import Int8Head
 from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.tiles import Tiles
 from lightning_dsmoe.stacked import StackedWeight
 
 Quantization = Literal["int8"]
@@ -58,6 +60,17 @@ def expect_packed(
         return Int8Rows(codes, scales, transposed=rows.transposed, dtype=dtype)
 
     _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
+
+
+def tiled(decoder: Decoder) -> Decoder:
+    """A packed decoder with a copy of its expert weights in tiles; all else is shared."""
+    shared = {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]}
+    copied = copy.deepcopy(decoder, shared)
+    for module in list(copied.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Rows) and not isinstance(module, Int8Head):
+                setattr(module, name, Tiles.of(child))
+    return copied
 
 
 def quantized_bytes(decoder: Decoder) -> dict[str, int]:

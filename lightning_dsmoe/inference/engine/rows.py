@@ -17,6 +17,8 @@ from lightning_dsmoe.precision import at_least_float32
 class Rows(nn.Module):
     """One matrix per expert whose rows are contiguous and are summed over when decoding.
 
+    The products suit one token; `Tiles` has the same for more.
+
     Args:
         weight: `[E, R, C]`.
         transposed: whether a row is a column of the matrix given out, as for output weights.
@@ -79,7 +81,7 @@ class Rows(nn.Module):
         ]
         sums_ZTJ = row_sums(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
         sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
-        return kept(self._scaled(sums_KrTJ, experts_K).sum(0)).permute(1, 2, 0).flatten(1)
+        return self._scaled(sums_KrTJ, experts_K).sum(0).permute(1, 2, 0).flatten(1)
 
     def _beside(self, n_tokens: int, experts_K: Tensor | None) -> list[Tensor]:
         """The chosen experts' rows `[K, r, C]`, in as many parts as are summed side by side."""

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_dsmoe.precision import at_least_float32
 
 _SIDE_BY_SIDE = 4
+_MANY_ROWS = 64
 
 
 def kept(x: Tensor) -> Tensor:
@@ -29,7 +30,9 @@ def kept(x: Tensor) -> Tensor:
 
 
 def side_by_side(n_rows: int, n_tokens: int) -> int:
-    """How many of a matrix's rows to sum at once: few if they meet many tokens."""
+    """How many of a matrix's rows to sum at once: few if they meet many tokens or are few."""
+    if n_rows < _MANY_ROWS:
+        return 1
     return math.gcd(n_rows, max(1, _SIDE_BY_SIDE // n_tokens))
 
 
