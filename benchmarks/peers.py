@@ -21,13 +21,15 @@ Transformers' best path is the fastest one in the median. What does not run is i
 
 import argparse
 import json
+import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +64,7 @@ BATCH_SIZES = (1, 8)
 STEPS = 8
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class Reader(Protocol):
@@ -91,7 +94,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("error", message="decoding runs uncompiled")
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled
+    torch._logging.set_logs(dynamo=logging.ERROR)
     transformers.logging.set_verbosity_error()
     size = TINY if options.tiny else FULL
     results: dict[str, Any] = {
@@ -166,28 +170,29 @@ class Decoding:
 
     Args:
         reader: the reader.
-        text_BT: the tokens that it reads.
+        text_BT: the `CAPACITY` tokens that it reads.
     """
 
     def __init__(self, reader: Reader, text_BT: Tensor) -> None:
         self._reader = reader
         self._text_BT = text_BT
-        self._length = text_BT.shape[1]
+        self._tokens_TB1 = [tokens_B1.clone() for tokens_B1 in text_BT.split(1, dim=1)]
+        self._length = CAPACITY
 
+    @torch.inference_mode()
     def turn(self) -> float:
         """Seconds per step of a few in a row, after one that does not count."""
-        if self._length + 1 + STEPS > self._text_BT.shape[1]:
+        if self._length + 1 + STEPS > CAPACITY:
             self._reader.start(self._text_BT[:, :PROMPT])
             self._length = PROMPT
         self._step()
         return seconds_per_call(self._step, STEPS)
 
     def _step(self) -> None:
-        self._reader.step(self._text_BT[:, self._length, None])
+        self._reader.step(self._tokens_TB1[self._length])
         self._length += 1
 
 
-@torch.inference_mode()
 def take_turns(
     makers: dict[str, Callable[[], Reader]], text_BT: Tensor, *, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -196,25 +201,33 @@ def take_turns(
     Returns:
         Seconds per step of each side, one entry a round, and of those that do not run the reason.
     """
-    sides: dict[str, Decoding] = {}
     seconds: dict[str, list[float]] = {}
     reasons: dict[str, str] = {}
+
+    def attempt(name: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except Exception as error:
+            reasons[name] = _reason(error)
+            seconds.pop(name, None)
+            return None
+
+    readers = {name: attempt(name, make) for name, make in makers.items()}
+    sides = {name: Decoding(reader, text_BT) for name, reader in readers.items() if reader}
     for number in range(1 + rounds):
-        names = [name for name in makers if name not in reasons]
-        first = number % len(names)
+        names = [name for name in sides if name not in reasons]
+        first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            try:
-                if name not in sides:
-                    sides[name] = Decoding(makers[name](), text_BT)
-                taken = sides[name].turn()
-            except Exception as error:
-                words = " ".join(str(error).split())
-                reasons[name] = f"{type(error).__name__}: {words}"[:160]
-                seconds.pop(name, None)
-                continue
-            if number:
+            taken = attempt(name, sides[name].turn)
+            if taken is not None and number:
                 seconds.setdefault(name, []).append(taken)
     return seconds, reasons
+
+
+def _reason(error: BaseException) -> str:
+    error = error.__cause__ or error
+    words = " ".join(str(error).replace("|", "/").split())
+    return textwrap.shorten(f"{type(error).__name__}: {words}", 160, placeholder=" ...")
 
 
 def compare_group(group: Group, vocabulary: int, *, batch_size: int, rounds: int) -> list[Row]:
@@ -262,8 +275,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _line(row: Row) -> str:
     if "reason" in row:
-        why = row["reason"].replace("|", "/")
-        return f"| {row['batch_size']} | {row['side']} | does not run: {why} | | | | |"
+        return f"| {row['batch_size']} | {row['side']} | does not run: {row['reason']} | | | | |"
     peer = f"**{row['peer']}**" if row["best_path"] else row["peer"]
     low, high = row["spread"]
     return (

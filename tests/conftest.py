@@ -26,6 +26,24 @@ def seed() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache out of it; processes that run tests side by side share this one."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no switch points can be given: the engine has tests of its own for what it compiles."""
+    engine = "lightning_dsmoe.inference.engine.engine.Engine"
+    monkeypatch.setattr(f"{engine}.compiled_step", lambda *args: None)
+
+
 @pytest.fixture(autouse=True)
 def poison_fresh_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make every read of memory that was never written visible as NaN.

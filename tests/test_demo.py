@@ -49,6 +49,7 @@ def test_all_of_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    nothing_compiles: None,
 ) -> None:
     shipped = ROOT / "cli_configs" / "quickstart.yaml"
     options = yaml.safe_load(shipped.read_text())

@@ -49,7 +49,7 @@ def start(words: list[str]) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_compiles: None) -> Path:
     """A folder with what the commands expect to find."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-dsmoe"])

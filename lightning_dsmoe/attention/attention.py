@@ -60,7 +60,7 @@ def causal_scope(x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Scope
     """
     batch, length, _ = x.shape
     steps = torch.arange(length, device=x.device)
-    if mask is None and cache is None:
+    if mask is None and (cache is None or cache.length == 0):
         return Scope(steps[None], None)
     valid_BT = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
     start = 0

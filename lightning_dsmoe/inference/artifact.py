@@ -188,9 +188,7 @@ def _check_config(path: Path, config: object) -> None:
         raise ValueError(f"{path}: quantize_head must be true or false")
     points = config["switch_points"]
     if not isinstance(points, list) or [type(p) for p in points] != [int, int] or min(points) < 0:
-        raise ValueError(
-            f"{path}: switch_points must be two whole numbers, got {points!r:.200}"
-        )
+        raise ValueError(f"{path}: switch_points must be two whole numbers, got {points!r:.200}")
     try:
         check_text_options(config["tokenizer"], config["context"])
     except ValueError as error:

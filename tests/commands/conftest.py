@@ -62,6 +62,11 @@ def run(*words: str, environment: dict[str, str] | None = None) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(nothing_compiles: None) -> None:
+    """Commands take no switch points."""
+
+
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Outcome]:
     """Run a command in this process, which is much faster than starting another one."""

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.inference.engine.engine import SwitchPoints
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.stacked import StackedWeight
 
 MakeDecoder = Callable[..., Decoder]
+
+UNCOMPILED = SwitchPoints(gather_up_to=0)
 
 ROUTER = partial(LinearRouter, init_std=0.5)
 ATTENTION = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4, router=ROUTER)
@@ -41,6 +44,13 @@ def without_routers(**options: object) -> Decoder:
         "feed_forward": partial(FeedForward, d_hidden=10),
     }
     return louder(Decoder(29, 12, 2, **parts | options))
+
+
+def assert_near(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
+    """Equal but for rounding, measured by the largest value."""
+    assert found.dtype == expected.dtype
+    bound = relative * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 def louder(decoder: Decoder) -> Decoder:

@@ -71,7 +71,7 @@ def test_the_files(artifact: Path) -> None:
     )
     assert json.loads((artifact / "certificate.json").read_text()) == CERTIFICATE
     config = json.loads((artifact / "config.json").read_text())
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     sums = (artifact / "SHA256SUMS").read_bytes()
     sign(artifact)
     assert (artifact / "SHA256SUMS").read_bytes() == sums
@@ -197,19 +197,27 @@ def test_an_endless_json(float_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 2, r"has format 2, this version reads 1; a newer lightning_dsmoe may"),
-        ("format_version", 0, "has format 0, this version reads 1"),
-        ("format_version", "x" * 999, "has format 'x{0,19}, this version reads 1"),
+        ("format_version", 3, r"has format 3, this version reads 2; a newer lightning_dsmoe may"),
+        ("format_version", 1, "has format 1, this version reads 2"),
+        ("format_version", "x" * 999, "has format 'x{0,19}, this version reads 2"),
         ("format_version", ..., "must be an object with a format_version"),
         ("context", ..., "must have the fields"),
         ("surprise", 1, "must have the fields"),
         ("quantization", "int4", "quantization must be null or int8, got 'int4'"),
         ("quantization", ["int8"], "quantization must be null or int8, got"),
+        ("quantize_head", 1, "quantize_head must be true or false"),
+        ("quantize_head", ..., "must have the fields"),
+        ("switch_points", [8], r"switch_points must be two whole numbers, got \[8\]"),
+        ("switch_points", [8, -1], "switch_points must be two whole numbers"),
+        ("switch_points", [8, 9.0], "switch_points must be two whole numbers"),
+        ("switch_points", [True, 9], "switch_points must be two whole numbers"),
+        ("switch_points", None, "switch_points must be two whole numbers, got None"),
         ("context", 0, "context must be null or at least 1, got 0"),
         ("context", 8.5, r"context must be null or at least 1, got 8\.5"),
         ("tokenizer", "gpt2", "tokenizer must be null or an object, got 'gpt2'"),
         ("architecture", None, "an architecture is an object"),
-        ("quantization", "int8", r"missing blocks\.0\..*w_in\.codes; .*unknown .*w_in\.weight"),
+        ("quantization", "int8", r"missing .*w_in\.scales; .*w_in\.weight is torch\.float32, not"),
+        ("quantize_head", True, r"missing head\.rows\.weight; missing head\.rows\.scales$"),
     ],
 )
 def test_other_configurations(
@@ -227,7 +235,9 @@ def test_eight_bit_weights_for_a_float_model(originals: dict[str, Path], tmp_pat
     path = Path(shutil.copytree(originals["int8"], tmp_path / "artifact"))
     shutil.copy(originals["float"] / "config.json", path)
     sign(path)
-    with pytest.raises(ValueError, match=r"missing .*w_in\.weight; .*unknown .*w_in\.codes"):
+    with pytest.raises(
+        ValueError, match=r"unknown .*w_in\.scales; .*w_in\.weight is torch\.int8, not"
+    ):
         read_artifact(path)
 
 
@@ -347,8 +357,8 @@ def test_weights_of_another_model_are_refused_with_one_list(artifact: Path) -> N
     forge(**{norm: weights[norm].to(torch.float8_e4m3fn)})
     with pytest.raises(ValueError, match=rf"{norm} is F8_E4M3, allowed are F64, F32, "):
         read_artifact(artifact)
-    codes = "blocks.0.feed_forward.experts.w_in.codes"
-    if codes in weights:
+    codes = "blocks.0.feed_forward.experts.w_in.weight"
+    if weights[codes].dtype == torch.int8:
         for dtype in (torch.float32, torch.uint8):
             forge(**{codes: weights[codes].to(dtype)})
             with pytest.raises(ValueError, match=rf"{codes} is {dtype}, not torch\.int8$"):
@@ -363,10 +373,12 @@ def save(path: Path, decoder: Decoder, **options: Any) -> None:
     config = {
         "architecture": model.architecture,
         "quantization": None,
+        "quantize_head": False,
+        "switch_points": list(model.switch_points),
         "context": None,
         "tokenizer": None,
     }
-    write_artifact(path, decoder, plan, config, **{"card": "A card.", **options})
+    write_artifact(path, model.decoder, plan, config, **{"card": "A card.", **options})
 
 
 def failing(*args: Any, **kwargs: Any) -> None:

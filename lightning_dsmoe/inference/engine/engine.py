@@ -16,7 +16,7 @@ from lightning_dsmoe.inference.engine.many import run_many
 from lightning_dsmoe.inference.engine.packing import tiled
 from lightning_dsmoe.routing import SelectionPlan
 
-_CHUNK = 1024
+_CHUNK = 2048
 _AT_ONCE = 16
 
 

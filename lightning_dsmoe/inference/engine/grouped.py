@@ -1,107 +1,151 @@
 """Layers on many tokens that run each expert on just its own tokens.
 
-Shapes: X tokens, E experts, P pairs of a token and an expert that it runs, R rows of one expert,
-F hidden units, D width; B batch, T new tokens, K most groups of one token, H KV heads, S tokens so
-far, C head width.
+Experts are taken two by two, those with the most tokens first: a batch of two matrix products keeps
+more cores busy than one does, and two experts are always evenly spaced in memory, so that nothing
+is copied. Of two experts the one with fewer tokens is given some of its neighbour's at the end,
+whose results are dropped.
+
+Shapes: X tokens, E experts, P pairs of a token and an expert, in the order in which they run; G
+experts taken together (one or two), M tokens of each, R rows of one expert, F hidden units, D
+width; B batch, T new tokens, K most groups of heads of one token, H KV heads, S tokens so far,
+C head width.
 """
 
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
 
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.rows import Rows
 from lightning_dsmoe.inference.engine.wide import attend_groups
 
 
-class Pairs(NamedTuple):
-    """Which token runs which expert, one entry a pair, sorted by expert.
+class Group(NamedTuple):
+    """Experts taken together.
 
     Shape:
-        running: the experts with at least one token.
-        counts: number of tokens of each of them.
-        token_P: token of each pair.
-        gate_P: its gate.
-        by_token_P: the pairs in the order of their tokens.
-        first_X: where each token's pairs begin in that order.
+        experts: their numbers, ascending.
+        counts: how many tokens each runs on, M at the most.
+        pairs: where their G M pairs stand among all.
     """
 
-    running: list[int]
+    experts: list[int]
     counts: list[int]
+    pairs: slice
+
+
+class Pairs(NamedTuple):
+    """Which token runs which expert under which gate, one entry a pair.
+
+    Shape:
+        token_P: token of each pair.
+        gate_P: its gate.
+        slot_P: a number that no other pair of its token has.
+        n_slots: how many such numbers there are.
+        groups: the experts with at least one token.
+    """
+
     token_P: Tensor
     gate_P: Tensor
-    by_token_P: Tensor
-    first_X: Tensor
+    slot_P: Tensor
+    n_slots: int
+    groups: list[Group]
 
 
 def pair_up(gates_XE: Tensor, active_XE: Tensor) -> Pairs:
-    """List the pairs of tokens and experts that run."""
+    """List the pairs of tokens and experts that run, in groups of one or two experts."""
     expert_P, token_P = active_XE.T.nonzero(as_tuple=True)
-    counts_E = active_XE.sum(0).tolist()
-    running = [e for e, count in enumerate(counts_E) if count]
-    counts_X = active_XE.sum(1)
+    so_far_XE = active_XE.cumsum(1)
+    counts = active_XE.sum(0).tolist()
+    starts = [0, *accumulate(counts)]
+    order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
+    groups, shifts, lengths = [], [], []
+    for first in range(0, len(order), 2):
+        experts = sorted(order[first : first + 2])
+        most = max(counts[e] for e in experts)
+        at = sum(lengths)
+        for expert in experts:
+            shifts.append(starts[expert] - sum(lengths))
+            lengths.append(most)
+        pairs = slice(at, at + most * len(experts))
+        groups.append(Group(experts, [counts[e] for e in experts], pairs))
+    options = {"device": token_P.device}
+    shift_P = torch.tensor(shifts, **options).repeat_interleave(torch.tensor(lengths, **options))
+    at_P = torch.arange(len(shift_P), **options).add_(shift_P).clamp_(max=len(token_P) - 1)
+    token_P, expert_P = token_P[at_P], expert_P[at_P]
     return Pairs(
-        running,
-        [counts_E[e] for e in running],
         token_P,
         gates_XE[token_P, expert_P],
-        token_P.argsort(stable=True),
-        counts_X.cumsum(0) - counts_X,
+        so_far_XE[token_P, expert_P] - 1,
+        int(so_far_XE[:, -1].max()),
+        groups,
     )
 
 
-def grouped_experts(experts: Experts, x_XD: Tensor, pairs: Pairs) -> Tensor:
-    """Sum of each token's experts under their gates: `[X, D]`."""
-    projected_PR = _products(x_XD[pairs.token_P], experts.w_in, pairs, experts.b_in)
-    y_XD = _summed_products(experts.hidden(projected_PR), experts.w_out, pairs)
-    return y_XD if experts.b_out is None else y_XD + experts.b_out
+def add_grouped_experts(into_XD: Tensor, experts: Experts, x_XD: Tensor, pairs: Pairs) -> None:
+    """Add the outputs of each token's experts under their gates, in place."""
+    for group, x_GMD, gate_GM1 in _tokens_of_each(pairs, x_XD):
+        projected_GMR = torch.bmm(x_GMD, experts.w_in.some(group.experts).mT)
+        if experts.b_in is not None:
+            projected_GMR += experts.b_in[group.experts][:, None]
+        hidden_GMF = experts.hidden(projected_GMR)
+        hidden_GMF *= gate_GM1.to(hidden_GMF.dtype)
+        out_GMD = torch.bmm(hidden_GMF, experts.w_out.some(group.experts).mT)
+        _add(into_XD, pairs, group, out_GMD)
+    if experts.b_out is not None:
+        into_XD += experts.b_out
 
 
-def grouped_heads(
+def add_grouped_heads(
+    into_XD: Tensor,
     heads: HeadGroups,
     x_BTD: Tensor,
     scope: Scope,
     keys_BHSC: Tensor,
     values_BHSC: Tensor,
     pairs: Pairs,
-) -> Tensor:
-    """Attention with each token's groups of heads under their gates: `[X, D]`."""
+) -> None:
+    """Add the attention of each token's groups of heads under their gates, in place."""
     batch, length, _ = x_BTD.shape
-    q_PR = _products(x_BTD.flatten(0, 1)[pairs.token_P], heads.w_q, pairs, heads.b_q)
-    slot_P = torch.empty_like(pairs.token_P)
-    steps_P = torch.arange(len(slot_P), device=slot_P.device)
-    slot_P[pairs.by_token_P] = steps_P - pairs.first_X[pairs.token_P[pairs.by_token_P]]
-    q_XKR = q_PR.new_zeros(batch * length, int(slot_P.max()) + 1, q_PR.shape[1])
-    q_XKR[pairs.token_P, slot_P] = q_PR
-    q_BTKHC = q_XKR.view(batch, length, -1, heads.n_heads, heads.d_head)
-    heads_BTKR = attend_groups(heads, q_BTKHC, scope, keys_BHSC, values_BHSC)
-    heads_PR = heads_BTKR.flatten(0, 1)[pairs.token_P, slot_P]
-    y_XD = _summed_products(heads_PR, heads.w_o, pairs)
-    return y_XD if heads.b_o is None else y_XD + heads.b_o
+    x_XD = x_BTD.flatten(0, 1)
+    n_rows = heads.n_heads * heads.d_head
+    place_P = pairs.token_P * pairs.n_slots + pairs.slot_P
+    q_ZR = x_XD.new_zeros(len(x_XD) * pairs.n_slots, n_rows)
+    for group, x_GMD, _ in _tokens_of_each(pairs, x_XD):
+        q_GMR = torch.bmm(x_GMD, heads.w_q.some(group.experts).mT)
+        if heads.b_q is not None:
+            q_GMR += heads.b_q[group.experts][:, None]
+        place_GM = place_P[group.pairs].view(q_GMR.shape[:2])
+        for place_M, q_MR, count in zip(place_GM, q_GMR, group.counts, strict=True):
+            q_ZR.index_copy_(0, place_M[:count], q_MR[:count])
+    q_BTKHC = q_ZR.view(batch, length, -1, heads.n_heads, heads.d_head)
+    heads_ZR = attend_groups(heads, q_BTKHC, scope, keys_BHSC, values_BHSC).flatten(0, 2)
+    for group in pairs.groups:
+        heads_MR = heads_ZR.index_select(0, place_P[group.pairs])
+        heads_MR *= pairs.gate_P[group.pairs, None].to(heads_MR.dtype)
+        heads_GMR = heads_MR.view(len(group.experts), -1, n_rows)
+        _add(into_XD, pairs, group, torch.bmm(heads_GMR, heads.w_o.some(group.experts).mT))
+    if heads.b_o is not None:
+        into_XD += heads.b_o
 
 
-def _products(x_PD: Tensor, w_in: Rows, pairs: Pairs, b_ER: Tensor | None) -> Tensor:
-    """Each pair's token times its expert's rows: `[P, R]`."""
-    y_PR = x_PD.new_empty(len(x_PD), w_in.weight.shape[1])
-    for x_MD, y_MR, e in zip(x_PD.split(pairs.counts), y_PR.split(pairs.counts), pairs.running):
-        torch.mm(x_MD, w_in.rows(e).T, out=y_MR)
-        if b_ER is not None:
-            y_MR += b_ER[e]
-    return y_PR
+def _tokens_of_each(pairs: Pairs, x_XD: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
+    """Each group, its tokens `[G, M, D]`, overwritten by the next one's, and gates `[G, M, 1]`."""
+    sizes = [group.pairs.stop - group.pairs.start for group in pairs.groups]
+    room = x_XD.new_empty(max(sizes, default=0), x_XD.shape[1])
+    for group, size in zip(pairs.groups, sizes, strict=True):
+        shape = len(group.experts), size // len(group.experts), -1
+        picked = torch.index_select(x_XD, 0, pairs.token_P[group.pairs], out=room[:size])
+        yield group, picked.view(shape), pairs.gate_P[group.pairs].view(shape)
 
 
-def _summed_products(hidden_PF: Tensor, w_out: Rows, pairs: Pairs) -> Tensor:
-    """Each pair's hidden units times its expert's output weights, summed under gates: `[X, D]`."""
-    y_PD = hidden_PF.new_empty(len(hidden_PF), w_out.weight.shape[1])
-    for hidden_MF, y_MD, e in zip(
-        hidden_PF.split(pairs.counts), y_PD.split(pairs.counts), pairs.running
-    ):
-        torch.mm(hidden_MF, w_out.rows(e).T, out=y_MD)
-    gate_P = pairs.gate_P[pairs.by_token_P].to(y_PD.dtype)
-    return F.embedding_bag(
-        pairs.by_token_P, y_PD, pairs.first_X, mode="sum", per_sample_weights=gate_P
-    )
+def _add(into_XD: Tensor, pairs: Pairs, group: Group, out_GMD: Tensor) -> None:
+    """Add outputs at their tokens."""
+    tokens_GM = pairs.token_P[group.pairs].view(out_GMD.shape[:2])
+    for tokens_M, out_MD, count in zip(tokens_GM, out_GMD, group.counts, strict=True):
+        into_XD.index_add_(0, tokens_M[:count], out_MD[:count].to(into_XD.dtype))

@@ -8,13 +8,18 @@ from typing import cast
 
 from torch import Tensor
 
-from lightning_dsmoe.attention import Attention, GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
+from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.attention import Scope, causal_scope
 from lightning_dsmoe.decoder import Block, Decoder, DecoderOutput, Routings
-from lightning_dsmoe.experts import FeedForward, FeedForwardLayer, MixtureOfExperts
-from lightning_dsmoe.inference.engine.grouped import Pairs, grouped_experts, grouped_heads, pair_up
-from lightning_dsmoe.inference.engine.wide import wide_experts, wide_heads
-from lightning_dsmoe.routing import AllExperts, MixtureOutput, Routing, Selection, SelectionPlan
+from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
+from lightning_dsmoe.inference.engine.grouped import (
+    Pairs,
+    add_grouped_experts,
+    add_grouped_heads,
+    pair_up,
+)
+from lightning_dsmoe.inference.engine.wide import add_wide_experts, add_wide_heads
+from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 
 
 def run_many(
@@ -45,60 +50,63 @@ def run_many(
     experts, attention = [], []
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
         cache = None if caches is None else caches[layer]
-        attended = _attend(
-            block.attention, block.attention_norm(x), plan.attention[layer], grouped, scope, cache, mask
-        )
-        x = x + attended.output
-        fed = _feed(block.feed_forward, block.feed_forward_norm(x), plan.experts[layer], grouped)
-        x = x + fed.output
-        experts.append(fed.routing)
-        attention.append(attended.routing)
+        choose = plan.attention[layer], grouped
+        attention.append(_attend(x, block, *choose, scope, cache, mask))
+        experts.append(_feed(x, block, plan.experts[layer], grouped))
     x = decoder.norm(x[:, -1:] if only_last else x)
     return DecoderOutput(decoder.head(x), Routings(tuple(experts), tuple(attention)))
 
 
 def _attend(
-    layer: Attention,
-    x_BTD: Tensor,
+    into_BTD: Tensor,
+    block: Block,
     selection: Selection,
     grouped: bool,
     scope: Scope,
     cache: KVCache | None,
     mask: Tensor | None,
-) -> MixtureOutput:
+) -> Routing | None:
+    """Add the attention of a block to the residual stream, in place."""
+    layer, x_BTD = block.attention, block.attention_norm(into_BTD)
     if not isinstance(layer, MixtureOfAttentionHeads | GroupedQueryAttention):
-        return layer(x_BTD, selection, mask=mask, cache=cache)
-    if isinstance(layer, GroupedQueryAttention):
-        keys, values = layer.heads.keys_and_values(x_BTD, scope, cache, mask)
-        y_XD = wide_heads(layer.heads, x_BTD, scope, keys, values, None)
-        return MixtureOutput(y_XD.view_as(x_BTD), None)
-    routing = layer.router(x_BTD)
-    gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
+        output, routing = layer(x_BTD, selection, mask=mask, cache=cache)
+        into_BTD += output
+        return routing
+    into_XD = into_BTD.view(-1, into_BTD.shape[-1])
     keys, values = layer.heads.keys_and_values(x_BTD, scope, cache, mask)
-    if pairs is None:
-        y_XD = wide_heads(layer.heads, x_BTD, scope, keys, values, gates_XE)
-    else:
-        y_XD = grouped_heads(layer.heads, x_BTD, scope, keys, values, pairs)
-    return MixtureOutput(y_XD.view_as(x_BTD), routing)
-
-
-def _feed(
-    layer: FeedForwardLayer, x_BTD: Tensor, selection: Selection, grouped: bool
-) -> MixtureOutput:
-    if not isinstance(layer, MixtureOfExperts | FeedForward):
-        return layer(x_BTD, selection)
-    x_XD = x_BTD.flatten(0, 1)
-    if isinstance(layer, FeedForward):
-        return MixtureOutput(wide_experts(layer.experts, x_XD, None).view_as(x_BTD), None)
+    attended = layer.heads, x_BTD, scope, keys, values
+    if isinstance(layer, GroupedQueryAttention):
+        add_wide_heads(into_XD, *attended, None)
+        return None
     routing = layer.router(x_BTD)
     gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
     if pairs is None:
-        y_XD = wide_experts(layer.experts, x_XD, gates_XE)
+        add_wide_heads(into_XD, *attended, gates_XE)
     else:
-        y_XD = grouped_experts(layer.experts, x_XD, pairs)
+        add_grouped_heads(into_XD, *attended, pairs)
+    return routing
+
+
+def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -> Routing | None:
+    """Add the feed-forward layer of a block to the residual stream, in place."""
+    layer, x_BTD = block.feed_forward, block.feed_forward_norm(into_BTD)
+    if not isinstance(layer, MixtureOfExperts | FeedForward):
+        output, routing = layer(x_BTD, selection)
+        into_BTD += output
+        return routing
+    into_XD, x_XD = into_BTD.view(-1, into_BTD.shape[-1]), x_BTD.flatten(0, 1)
+    if isinstance(layer, FeedForward):
+        add_wide_experts(into_XD, layer.experts, x_XD, None)
+        return None
+    routing = layer.router(x_BTD)
+    gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
+    if pairs is None:
+        add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)
+    else:
+        add_grouped_experts(into_XD, layer.experts, x_XD, pairs)
     if layer.shared is not None:
-        y_XD = y_XD + wide_experts(layer.shared.experts, x_XD, None)
-    return MixtureOutput(y_XD.view_as(x_BTD), routing)
+        add_wide_experts(into_XD, layer.shared.experts, x_XD, None)
+    return routing
 
 
 def _gates(

@@ -91,7 +91,11 @@ class _Stacked(NamedTuple):
 
 
 def _pack(
-    decoder: Decoder, quantizer: Quantizer, *, quantization: Quantization | None, quantize_head: bool
+    decoder: Decoder,
+    quantizer: Quantizer,
+    *,
+    quantization: Quantization | None,
+    quantize_head: bool,
 ) -> None:
     for owner, name, weight, transposed, routed in list(_stacked_weights(decoder)):
         matrices = weight.weight.detach()
@@ -120,4 +124,3 @@ def _stacked_weights(decoder: Decoder) -> Iterator[_Stacked]:
             weight = getattr(module, name)
             if isinstance(weight, StackedWeight):
                 yield _Stacked(module, name, weight, transposed, module in routed)
-

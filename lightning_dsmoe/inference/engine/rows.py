@@ -35,6 +35,12 @@ class Rows(nn.Module):
         """Rows `[..., R, C]` of one or more experts as floating point."""
         return self.weight[experts]
 
+    def some(self, experts: Sequence[int]) -> Tensor:
+        """Rows `[G, R, C]` of one or two experts, in ascending order; a view if in one piece."""
+        first, *others = experts
+        step = others[0] - first if others else 1
+        return self.rows(slice(first, first + step * len(experts), step))
+
     def forward(self) -> Tensor:
         """The matrices of all experts, `[E, R, C]` or transposed `[E, C, R]`."""
         return self._matrix(slice(None))
@@ -76,9 +82,7 @@ class Rows(nn.Module):
         rows_JKrC = self._beside(n_tokens, experts_K)
         n_rows = rows_JKrC[0].shape[1]
         x_KTC = kept(at_least_float32(x_KTC))
-        x_TZC = [
-            x_KTC[:, t, None].expand(-1, n_rows, -1).flatten(0, 1) for t in range(n_tokens)
-        ]
+        x_TZC = [x_KTC[:, t, None].expand(-1, n_rows, -1).flatten(0, 1) for t in range(n_tokens)]
         sums_ZTJ = row_sums(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
         sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
         return self._scaled(sums_KrTJ, experts_K).sum(0).permute(1, 2, 0).flatten(1)

@@ -6,7 +6,6 @@ Shapes: X tokens, E experts, R rows of one expert, D width; B batch, T new token
 S tokens so far, C head width.
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,29 +16,32 @@ from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.rows import Rows
 
 
-def wide_experts(experts: Experts, x_XD: Tensor, gates_XE: Tensor | None) -> Tensor:
-    """Sum of all experts' outputs under their gates, None for gates of 1: `[X, D]`."""
+def add_wide_experts(
+    into_XD: Tensor, experts: Experts, x_XD: Tensor, gates_XE: Tensor | None
+) -> None:
+    """Add all experts' outputs under their gates, None for gates of 1, in place."""
     rows_ERD = experts.w_in.rows(slice(None))
     b_in = None if experts.b_in is None else experts.b_in.flatten()
     projected_XR = F.linear(x_XD, rows_ERD.flatten(0, 1), b_in)
     hidden_XEF = experts.hidden(projected_XR.unflatten(1, (experts.n_experts, -1)))
-    return wide_sum(experts.w_out, hidden_XEF, gates_XE, experts.b_out)
+    _add_wide_sum(into_XD, experts.w_out, hidden_XEF, gates_XE, experts.b_out)
 
 
-def wide_heads(
+def add_wide_heads(
+    into_XD: Tensor,
     heads: HeadGroups,
     x_BTD: Tensor,
     scope: Scope,
     keys_BHSC: Tensor,
     values_BHSC: Tensor,
     gates_XE: Tensor | None,
-) -> Tensor:
-    """Attention with all groups of heads under their gates: `[X, D]`."""
+) -> None:
+    """Add the attention of all groups of heads under their gates, in place."""
     b_q = None if heads.b_q is None else heads.b_q.flatten()
     q_BTR = F.linear(x_BTD, heads.w_q.rows(slice(None)).flatten(0, 1), b_q)
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
-    return wide_sum(heads.w_o, heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
+    _add_wide_sum(into_XD, heads.w_o, heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
 
 
 def attend_groups(
@@ -71,14 +73,18 @@ def attend_groups(
     return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)
 
 
-def wide_sum(
-    w_out: Rows, hidden_XEF: Tensor, gates_XE: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Sum of the experts' outputs, given their hidden units: `[X, D]`."""
+def _add_wide_sum(
+    into_XD: Tensor,
+    w_out: Rows,
+    hidden_XEF: Tensor,
+    gates_XE: Tensor | None,
+    bias: Tensor | None,
+) -> None:
     if gates_XE is not None:
         hidden_XEF = hidden_XEF * gates_XE[..., None].to(hidden_XEF.dtype)
-    matrices_EFD = w_out.of(range(hidden_XEF.shape[1]))
-    y_XD = torch.mm(hidden_XEF[:, 0], matrices_EFD[0])
-    for e, matrix_FD in enumerate(matrices_EFD[1:], start=1):
-        y_XD.addmm_(hidden_XEF[:, e], matrix_FD)
-    return y_XD if bias is None else y_XD + bias
+    for hidden_XF, matrix_FD in zip(
+        hidden_XEF.unbind(1), w_out.of(range(hidden_XEF.shape[1])), strict=True
+    ):
+        into_XD.addmm_(hidden_XF, matrix_FD)
+    if bias is not None:
+        into_XD += bias

@@ -1,0 +1,186 @@
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.inference.engine.cache import DecoderCache
+from lightning_dsmoe.inference.engine.many import run_many
+from lightning_dsmoe.inference.engine.packing import pack
+from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
+from lightning_dsmoe.routing import (
+    AllExperts,
+    LinearRouter,
+    Selection,
+    SelectionPlan,
+    Threshold,
+    ThresholdTopK,
+    TopK,
+    TopP,
+)
+
+MakeDecoder = Callable[[], Decoder]
+
+V = 66
+SELECTIONS: list[Selection] = [
+    AllExperts(),
+    TopK(1),
+    TopK(2),
+    TopK(2, renormalize=True),
+    Threshold(0.8),
+    Threshold(0.8, renormalize=True),
+    ThresholdTopK(0.8),
+    ThresholdTopK(0.8, renormalize=True),
+    TopP(0.6),
+    TopP(0.6, renormalize=True),
+]
+
+ROUTER = partial(LinearRouter, init_std=0.5)
+ATTENTION = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=2, d_head=8, router=ROUTER)
+FEED_FORWARD = partial(MixtureOfExperts, n_experts=5, d_expert=20, router=ROUTER)
+
+
+def rotary_mlp() -> Decoder:
+    """Odd sizes, biases and a shared expert."""
+    mlp = partial(MLPExperts, bias=True)
+    feed_forward = partial(FEED_FORWARD, experts=mlp, d_shared=12)
+    return uneven(Decoder(V, 48, 2, attention=ATTENTION, feed_forward=feed_forward))
+
+
+def learned_positions_glu() -> Decoder:
+    """Rows enough to be summed side by side, norms of heads, and gates of the paper's size."""
+    glu = partial(GLUExperts, activation="silu")
+    return uneven(
+        Decoder(
+            V,
+            72,
+            2,
+            attention=partial(
+                ATTENTION, rope_theta=None, qk_norm=True, bias=True, gate_scale="sum_to_one"
+            ),
+            feed_forward=partial(FEED_FORWARD, d_expert=34, experts=glu),
+            norm=nn.LayerNorm,
+            max_positions=90,
+            tie_embeddings=False,
+        )
+    )
+
+
+def without_routers() -> Decoder:
+    attention = partial(GroupedQueryAttention, n_heads=6, n_kv_heads=2, d_head=6, bias=True)
+    feed_forward = partial(FeedForward, d_hidden=21)
+    return uneven(Decoder(V, 30, 2, attention=attention, feed_forward=feed_forward))
+
+
+def uneven(decoder: Decoder) -> Decoder:
+    """Draw what starts at zero or one, and what is too small to be seen, anew."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                loud = any(part in name for part in ("router", "embedding", "positions", "head."))
+                std = 0.5 if loud else 0.12
+                parameter.normal_(std=std, generator=generator)
+    return decoder.eval()
+
+
+def packed(decoder: Decoder, *, int8: bool = False) -> Decoder:
+    twin = copy.deepcopy(decoder).requires_grad_(False)
+    pack(twin, quantization="int8" if int8 else None, quantize_head=int8)
+    return twin
+
+
+def uniform(selection: Selection) -> SelectionPlan:
+    return SelectionPlan.uniform(2, experts=selection, attention=selection)
+
+
+def assert_near(found: Tensor, expected: Tensor, relative: float = 4e-6) -> None:
+    """Equal but for rounding, measured by the largest value."""
+    assert found.dtype == expected.dtype
+    bound = relative * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+class Steps:
+    """All parts of a decode step, uncompiled."""
+
+    def __init__(self, decoder: Decoder, plan: SelectionPlan) -> None:
+        self.embed, self.predict = EmbedStep(decoder), PredictStep(decoder)
+        selections = zip(decoder.blocks, plan.experts, plan.attention, strict=True)
+        self.blocks = [BlockStep(*arguments) for arguments in selections]
+
+    @torch.no_grad()
+    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
+        slots = cache.next_slots()
+        x_TD, *by = self.embed(tokens_T, slots.seen_ST)
+        for block, keys, values in zip(self.blocks, slots.keys, slots.values, strict=True):
+            x_TD = block(x_TD, keys, values, slots.seen_ST, slots.at_1, *by)
+        return self.predict(x_TD)
+
+
+@torch.no_grad()
+def token_by_token(
+    decoder: Decoder, plan: SelectionPlan, tokens: Tensor, prompt: int, mask: Tensor | None = None
+) -> Tensor:
+    """What the plain decoder says of each token, the first `prompt` at once."""
+    caches = decoder.new_caches(*tokens.shape)
+    first = None if mask is None else mask[:, :prompt]
+    logits = []
+    if prompt:
+        logits = [decoder(tokens[:, :prompt], plan, mask=first, caches=caches).logits]
+    for tokens_B1 in tokens[:, prompt:].split(1, dim=1):
+        logits.append(decoder(tokens_B1, plan, caches=caches).logits)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def in_steps(
+    decoder: Decoder, plan: SelectionPlan, tokens: Tensor, prompt: int, mask: Tensor | None = None
+) -> Tensor:
+    """What the parts of a packed decoder say of each token after the prompt."""
+    cache = DecoderCache(decoder, *tokens.shape)
+    if prompt:
+        first = None if mask is None else mask[:, :prompt]
+        start = tokens[:, :prompt]
+        run_many(decoder, start, plan, grouped=False, mask=first, caches=cache.layers)
+    step = Steps(decoder, plan)
+    return torch.stack([step(tokens_T, cache) for tokens_T in tokens[:, prompt:].T], 1)
+
+
+@pytest.fixture(params=[rotary_mlp, learned_positions_glu, without_routers])
+def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
+    return request.param
+
+
+@pytest.fixture
+def decoder(make_decoder: MakeDecoder) -> Decoder:
+    return make_decoder()
+
+
+@pytest.fixture
+def one_decoder() -> Decoder:
+    return rotary_mlp()
+
+
+@pytest.fixture(params=SELECTIONS, ids=str)
+def selection(request: pytest.FixtureRequest) -> Selection:
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(V, (3, 14), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    """Prompts of 9, 4 and 1 tokens, padded on the left, and 5 tokens more."""
+    starts = torch.tensor([0, 5, 8])
+    return torch.arange(14) >= starts[:, None]

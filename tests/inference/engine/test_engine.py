@@ -1,0 +1,250 @@
+"""Which way runs when, and that prompts in pieces and in batches are what they are alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference import compile_sparse
+from lightning_dsmoe.inference.engine import engine as engine_module
+from lightning_dsmoe.inference.engine.cache import DecoderCache
+from lightning_dsmoe.inference.engine.compiled import CannotCompile
+from lightning_dsmoe.inference.engine.engine import Engine, SwitchPoints
+from lightning_dsmoe.routing import (
+    AllExperts,
+    Selection,
+    SelectionPlan,
+    Threshold,
+    ThresholdTopK,
+    TopK,
+    TopP,
+)
+
+from .conftest import Steps, V, assert_near, packed, rotary_mlp, uniform
+
+UNCOMPILED = SwitchPoints(gather_up_to=0)
+# ThresholdTopK counts over all tokens of a call, so it may choose others for another batch.
+OF_ONE_TOKEN = [AllExperts(), TopK(1), TopK(2, renormalize=True), Threshold(0.8), TopP(0.6)]
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of what the decoder is run on."""
+    seen = []
+    run_many = engine_module.run_many
+
+    def recorded(decoder: Decoder, tokens_BT: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(tokens_BT.shape[1])
+        return run_many(decoder, tokens_BT, *args, **options)
+
+    monkeypatch.setattr(engine_module, "run_many", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 13])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("chosen", OF_ONE_TOKEN, ids=str)
+@torch.no_grad()
+def test_a_prompt_in_pieces_is_the_prompt_at_once(
+    chosen: Selection,
+    padded: bool,
+    chunk: int,
+    decoder: Decoder,
+    tokens: Tensor,
+    mask: Tensor,
+    lengths: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, some = Engine(packed(decoder), UNCOMPILED), mask if padded else None
+    whole = engine.open(3, 14, uniform(chosen)).read(tokens, some)
+    assert lengths == [14]
+    monkeypatch.setattr(engine_module, "_CHUNK", 3 * chunk + 2)
+    pieces = engine.open(3, 14, uniform(chosen))
+    found = pieces.read(tokens, some)
+    assert lengths[1:] == [chunk] * (14 // chunk) + ([14 % chunk] if 14 % chunk else [])
+    assert pieces.length == 14
+    assert_near(found, whole)
+    assert_near(found, decoder(tokens, uniform(chosen), mask=some).logits[:, -1])
+
+
+def test_more_sequences_than_a_chunk_holds(
+    one_decoder: Decoder, tokens: Tensor, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_CHUNK", 2)
+    Engine(packed(one_decoder), UNCOMPILED).open(3, 4, uniform(TopK(1))).read(tokens[:, :4])
+    assert lengths == [1] * 4
+
+
+@pytest.mark.parametrize("chosen", OF_ONE_TOKEN, ids=str)
+@torch.no_grad()
+def test_a_prompt_does_not_feel_its_batch(
+    chosen: Selection, decoder: Decoder, tokens: Tensor, mask: Tensor
+) -> None:
+    engine, plan = Engine(packed(decoder), UNCOMPILED), uniform(chosen)
+    together = engine.open(3, 14, plan)
+    for part, some in ((slice(9), mask[:, :9]), *((slice(n, n + 1), None) for n in range(9, 14))):
+        logits = together.read(tokens[:, part], some)
+        for row, start in enumerate((0, 5, 8)):
+            alone = engine.open(1, 14, plan).read(tokens[row : row + 1, start : part.stop])
+            assert_near(logits[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_reading_is_that_of_the_plain_decoder(
+    batch: int, selection: Selection, decoder: Decoder, tokens: Tensor
+) -> None:
+    plan, caches = uniform(selection), decoder.new_caches(batch, 14)
+    context = Engine(packed(decoder), UNCOMPILED).open(batch, 14, plan)
+    for part in tokens[:batch].split((6, 1, 1, 3, 1, 1, 1), dim=1):
+        expected = decoder(part, plan, caches=caches).logits[:, -1]
+        assert_near(context.read(part), expected)
+        assert context.length == caches[0].length
+
+
+class FakeStep:
+    """Stands in for a compiled step; says which token it was given."""
+
+    made: list[tuple[SelectionPlan, int]]
+
+    def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
+        self.made.append((plan, n_sequences))
+
+    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
+        cache.next_slots()
+        return torch.nn.functional.one_hot(tokens_T, V) * 100.0
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SelectionPlan, int]]:
+    monkeypatch.setattr(FakeStep, "made", [], raising=False)
+    monkeypatch.setattr(engine_module, "CompiledStep", FakeStep)
+    return FakeStep.made
+
+
+def decoded(engine: Engine, plan: SelectionPlan, batch: int) -> bool:
+    """Whether a token after a prompt goes through the compiled step."""
+    context = engine.open(batch, 8, plan)
+    context.read(torch.zeros(batch, 3, dtype=torch.long))
+    new = torch.arange(batch)[:, None] % V
+    return torch.equal(context.read(new).amax(1), torch.full((batch,), 100.0))
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 8])
+def test_up_to_the_first_switch_point_the_step_is_compiled(
+    most: int, one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+) -> None:
+    engine, plan = Engine(packed(one_decoder), SwitchPoints(gather_up_to=most)), uniform(TopK(1))
+    for batch in (1, 3, 8, 9):
+        assert decoded(engine, plan, batch) == (batch <= most)
+    assert made == [(plan, n) for n in (1, 3, 8) if n <= most]
+
+
+def test_a_step_is_made_once_for_each_plan_and_number_of_sequences(
+    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+) -> None:
+    engine = Engine(packed(one_decoder), SwitchPoints())
+    plans = [uniform(TopK(1)), uniform(TopK(2)), uniform(TopK(1))]
+    for plan in plans:
+        for batch in (2, 1, 2):
+            assert decoded(engine, plan, batch)
+    assert made == [(plan, batch) for plan in plans[:2] for batch in (2, 1)]
+
+
+def test_only_single_tokens_after_others_go_through_the_step(
+    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+) -> None:
+    context = Engine(packed(one_decoder), SwitchPoints()).open(2, 9, uniform(TopK(1)))
+    one = torch.zeros(2, 1, dtype=torch.long)
+    context.read(one)
+    context.read(one.expand(2, 2))
+    context.read(one, torch.ones(2, 1, dtype=torch.bool))
+    assert not made
+    context.read(one)
+    assert len(made) == 1
+    assert context.length == 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (40, [13, 14]), (48, [16])]
+)
+@torch.no_grad()
+def test_many_sequences_decode_in_groups(
+    batch: int, sizes: list[int], one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def uncompiled_step(decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> Steps:
+        made.append(n_sequences)
+        return Steps(decoder, plan)
+
+    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_step)
+    tokens, plan = torch.randint(V, (batch, 8)), uniform(TopK(2))
+    mask = torch.arange(5) >= torch.randint(4, (batch, 1))
+    caches = one_decoder.new_caches(batch, 8)
+    context = Engine(packed(one_decoder), SwitchPoints(gather_up_to=48)).open(batch, 8, plan)
+    for part, some in ((slice(5), mask), *((slice(n, n + 1), None) for n in range(5, 8))):
+        expected = one_decoder(tokens[:, part], plan, mask=some, caches=caches).logits[:, -1]
+        assert_near(context.read(tokens[:, part], some), expected)
+    assert context.length == 8
+    assert sorted(made) == sizes
+
+
+def test_a_model_moved_to_another_type_gets_new_steps(
+    one_decoder: Decoder, tokens: Tensor, made: list[tuple[SelectionPlan, int]]
+) -> None:
+    plan = uniform(TopK(1))
+    model = compile_sparse(one_decoder, plan)
+    for n_sequences in (1, 3):
+        model.generate(tokens[:n_sequences, :4], 3)
+    model.bfloat16()
+    for n_sequences in (1, 3):
+        model.generate(tokens[:n_sequences, :4], 3)
+    assert made == [(plan, 1), (plan, 3)] * 2
+
+
+@pytest.mark.parametrize("first", [0, 1, 6, 9])
+def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
+    first: int, one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    run_many = engine_module.run_many
+
+    def recorded(*args: Any, grouped: bool, **options: Any) -> Any:
+        seen.append(grouped)
+        return run_many(*args, grouped=grouped, **options)
+
+    monkeypatch.setattr(engine_module, "run_many", recorded)
+    engine = Engine(packed(one_decoder), SwitchPoints(gather_up_to=0, grouped_from=first))
+    shapes = [(1, 1), (1, 5), (5, 1), (1, 6), (2, 3), (3, 3)]
+    for shape in shapes:
+        engine.forward(torch.zeros(shape, dtype=torch.long), uniform(ThresholdTopK(0.5)))
+    assert seen == [batch * length >= first for batch, length in shapes]
+
+
+def test_what_cannot_be_compiled_is_said_once_and_not_tried_again(
+    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(*args: Any) -> None:
+        tried.append(args)
+        raise CannotCompile("no compiler here")
+
+    monkeypatch.setattr(engine_module, "CompiledStep", refuse)
+    engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
+    with pytest.warns(UserWarning, match="runs uncompiled, more slowly: no compiler here"):
+        found = [decoded(engine, plan, 1)]
+    found += [decoded(engine, uniform(TopK(2)), 1), decoded(engine, plan, 2)]
+    assert found == [False] * 3
+    assert len(tried) == 1
+
+
+def test_a_full_context(tokens: Tensor) -> None:
+    context = Engine(packed(rotary_mlp()), UNCOMPILED).open(3, 15, uniform(AllExperts()))
+    context.read(tokens)
+    context.read(tokens[:, :1])
+    with pytest.raises(ValueError, match="16 tokens do not fit a cache of 15"):
+        context.read(tokens[:, :1])
