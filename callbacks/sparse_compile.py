@@ -17,19 +17,26 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import check_free
-from lightning_dsmoe.inference.sparse_model import Quantization
-from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+from lightning_dsmoe.inference.engine.packing import Quantization
+from lightning_dsmoe.metrics import (
+    ActiveParameters,
+    active_masks,
+    count_parameters,
+    routing_agreement,
+)
 
 
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 
-    The measurement runs the compiled model, quantised if so asked, and the trained one on the same
-    validation batches; it goes into the artifact's `certificate.json` and its model card.
+    The measurement runs the compiled model and the trained one on the same validation batches. Of a
+    quantised model it also tells the loss without quantisation and how often both choose the same
+    experts. It goes into the artifact's `certificate.json` and its model card.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
         quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
+        quantize_head: put the last projection into 8 bits too.
         path: directory of the artifact; by default `sparse` in the run's log directory. An earlier
             artifact there is replaced.
         max_batches: validation batches to measure on; 0 measures nothing.
@@ -46,6 +53,7 @@ class SparseCompile(Callback):
         plan: PlanSpec,
         *,
         quantization: Quantization | None = None,
+        quantize_head: bool = False,
         path: str | None = None,
         max_batches: int = 50,
     ) -> None:
@@ -53,6 +61,7 @@ class SparseCompile(Callback):
             raise ValueError(f"max_batches must be 0 or more, got {max_batches}")
         self.plan = load_plan("SparseCompile", plan)
         self.quantization = quantization
+        self.quantize_head = quantize_head
         self.path = path
         self.max_batches = max_batches
         self.artifact: Path | None = None
@@ -81,6 +90,7 @@ class SparseCompile(Callback):
                 decoder,
                 plan_for("SparseCompile", self.plan, decoder),
                 quantization=self.quantization,
+                quantize_head=self.quantize_head,
                 context=getattr(data, "context", None),
                 tokenizer=None if tokenizer is None else tokenizer.to_dict(),
             )
@@ -103,8 +113,10 @@ class SparseCompile(Callback):
         if loader is None or not self.max_batches:
             return None
         device = decoder.embedding.weight.device
+        quantized = bool(model.report().quantized)
         active = ActiveParameters(count_parameters(decoder)).to(device)
-        dense_nll = sparse_nll = torch.zeros((), dtype=torch.float64, device=device)
+        dense_nll = sparse_nll = exact_nll = torch.zeros((), dtype=torch.float64, device=device)
+        routed_alike = torch.zeros((), dtype=torch.float64, device=device)
         agreed = tokens = torch.zeros((), dtype=torch.int64, device=device)
         was_training = decoder.training
         decoder.eval()
@@ -112,7 +124,12 @@ class SparseCompile(Callback):
             inputs, labels = batch["input_ids"].to(device), batch["labels"].to(device)
             mask_BT = labels != IGNORED
             dense_BTV, _ = decoder(inputs)
-            sparse_BTV, routings = model.decoder(inputs, model.plan)
+            sparse_BTV, routings = model(inputs)
+            if quantized:
+                exact_BTV, exact_routings = decoder(inputs, model.plan)
+                exact_nll = exact_nll + _nll(exact_BTV, labels)
+                alike = routing_agreement(routings, exact_routings, model.plan, mask_BT)
+                routed_alike = routed_alike + alike * mask_BT.sum()
             dense_nll = dense_nll + _nll(dense_BTV, labels)
             sparse_nll = sparse_nll + _nll(sparse_BTV, labels)
             agreed = agreed + (dense_BTV.argmax(-1) == sparse_BTV.argmax(-1))[mask_BT].sum()
@@ -127,7 +144,7 @@ class SparseCompile(Callback):
                 f"{(sparse_nll / tokens).item()}; no sparse model was written"
             )
         share = active.compute()
-        return {
+        measured = {
             "tokens": int(tokens),
             "dense_loss": (dense_nll / tokens).item(),
             "sparse_loss": (sparse_nll / tokens).item(),
@@ -137,6 +154,15 @@ class SparseCompile(Callback):
             "active_share_p50": share.p50.item(),
             "active_share_p95": share.p95.item(),
         }
+        if quantized:
+            measured["loss_before_quantization"] = (exact_nll / tokens).item()
+            measured["routing_agreement"] = (routed_alike / tokens).item()
+            rank_zero_info(
+                f"In 8 bits the loss is {measured['sparse_loss']:.4f} instead of "
+                f"{measured['loss_before_quantization']:.4f}; "
+                f"{measured['routing_agreement']:.2%} of all choices of experts are the same"
+            )
+        return measured
 
 
 def _decoder(pl_module: LightningModule) -> Decoder:

@@ -228,10 +228,7 @@ class Decoder(nn.Module):
             plan = SelectionPlan.uniform(self.n_layers)
         elif plan.n_layers != self.n_layers:
             raise ValueError(f"a plan of {plan.n_layers} layers, a model of {self.n_layers}")
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions(self._positions(x, mask, caches))
-        x = self.dropout(x)
+        x = self.dropout(self.embed(tokens, mask=mask, caches=caches))
         experts, attention = [], []
         for layer, block in enumerate(self.blocks):
             cache = None if caches is None else caches[layer]
@@ -245,15 +242,35 @@ class Decoder(nn.Module):
             attention.append(out.attention)
         return DecoderOutput(self.head(self.norm(x)), Routings(tuple(experts), tuple(attention)))
 
-    def _positions(
-        self, x: Tensor, mask: Tensor | None, caches: Sequence[KVCache] | None
+    def embed(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
+        """Embeddings `[B, T, D]` of new tokens, with learned positions where the model has them.
+
+        Args:
+            tokens: `[B, T]`, those that follow what the caches hold.
+            mask: bool `[B, T]`, false for padding; None for no padding.
+            caches: one KV cache per layer.
+
+        Raises:
+            ValueError: if there are more tokens than learned positions.
+        """
+        x: Tensor = self.embedding(tokens)
+        if self.positions is None:
+            return x
         seen = x.shape[1] + (caches[0].length if caches else 0)
         if self.max_positions is not None and seen > self.max_positions:
             raise ValueError(
                 f"{seen} tokens, but this model has {self.max_positions} learned positions"
             )
-        return causal_scope(x, mask, caches[0] if caches else None).positions_BT
+        placed: Tensor = x + self.positions(
+            causal_scope(x, mask, caches[0] if caches else None).positions_BT
+        )
+        return placed
 
     def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""

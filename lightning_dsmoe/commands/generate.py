@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.data.tokenizers import Tokenizer
-from lightning_dsmoe.inference import SparseModel, load_decoder, load_sparse
-from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference import SparseModel, compile_sparse, load_decoder, load_sparse
+from lightning_dsmoe.inference.engine.engine import SwitchPoints
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -81,11 +81,10 @@ class _Printer:
 
 def _model_of_checkpoint(path: str) -> SparseModel:
     decoder, tokenizer, context = load_decoder(path)
-    plan = SelectionPlan.uniform(decoder.n_layers)
-    return SparseModel(
+    return compile_sparse(
         decoder,
-        plan,
-        architecture=describe_decoder(decoder),
+        SelectionPlan.uniform(decoder.n_layers),
+        switch_points=SwitchPoints(gather_up_to=0),  # nothing to compile for one text
         tokenizer=tokenizer,
         context=context,
     )

@@ -113,8 +113,8 @@ def sample(
     logits = logits_BV.float()
     order = None
     if top_k is not None and top_k < logits.shape[-1]:
-        logits, order = logits.topk(top_k, dim=-1)
-    elif top_p is not None:
+        logits = logits.masked_fill(~_largest(logits, top_k), -torch.inf)
+    if top_p is not None:
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None:
@@ -123,6 +123,13 @@ def sample(
         probs = probs.masked_fill(dropped, 0.0)
     drawn = torch.multinomial(probs, 1, generator=generator)
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+
+
+def _largest(logits_BV: Tensor, k: int) -> Tensor:
+    """The k largest of each row; of equal ones those of lower number."""
+    least_B1 = logits_BV.topk(k, dim=-1).values[:, -1:]
+    above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+    return above_BV | (equal_BV & (equal_BV.cumsum(-1) <= k - above_BV.sum(-1, keepdim=True)))
 
 
 def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tensor]:

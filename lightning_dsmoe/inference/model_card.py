@@ -53,10 +53,14 @@ def model_card(
 
 
 def _quantized(n_bytes: dict[str, int]) -> str:
-    kinds = sorted({".".join(name.split(".")[2:]) for name in n_bytes})
-    if not kinds:
+    in_layers = [name for name in n_bytes if name.startswith("blocks.")]
+    kinds = sorted({name.split(".", 2)[2] for name in in_layers})
+    parts = [f"{', '.join(kinds)} of every layer"] if kinds else []
+    if len(n_bytes) > len(in_layers):
+        parts.append("the head")
+    if not parts:
         return "nothing"
-    return f"{', '.join(kinds)} of every layer, {sum(n_bytes.values()) / 2**20:.1f} MiB of them"
+    return f"{' and '.join(parts)}, {sum(n_bytes.values()) / 2**20:.1f} MiB of them"
 
 
 def _sizes(counts: list[int | None]) -> str:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -124,6 +125,11 @@ class SparseModel(nn.Module):
         """
         options.setdefault("context", self.context)
         return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.engine = Engine(self.decoder, self.switch_points)
+        return self
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
         if plan is not None:

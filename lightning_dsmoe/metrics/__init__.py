@@ -10,4 +10,5 @@ from lightning_dsmoe.metrics.expert_utilization import expert_utilization as exp
 from lightning_dsmoe.metrics.parameter_counts import ParameterCounts as ParameterCounts
 from lightning_dsmoe.metrics.parameter_counts import RoutedParameters as RoutedParameters
 from lightning_dsmoe.metrics.parameter_counts import count_parameters as count_parameters
+from lightning_dsmoe.metrics.routing_agreement import routing_agreement as routing_agreement
 from lightning_dsmoe.metrics.utilization_figure import utilization_figure as utilization_figure

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from torch.nn import functional as F
 
 from lightning_dsmoe.callbacks import LayerSelections, SparseCompile, SparseEvaluation
 from lightning_dsmoe.inference import load_sparse
@@ -57,7 +58,7 @@ def test_artifact_is_the_trained_model_under_the_plan(
     assert bool(loaded.report().quantized) == (quantization == "int8")
 
     batches = list(make_loader(2, seed=1))
-    losses, agreed = [], []
+    losses, exact_losses, agreed = [], [], []
     model.eval()
     for batch in batches:
         tokens, labels = batch["input_ids"], batch["labels"]
@@ -72,11 +73,20 @@ def test_artifact_is_the_trained_model_under_the_plan(
         counted = labels != -100
         chances = logits.log_softmax(-1)[counted]
         losses.append(-chances.gather(-1, labels[counted][:, None]).flatten())
+        with torch.no_grad():
+            exact = model(tokens, PLAN).logits[counted]
+        exact_losses.append(F.cross_entropy(exact, labels[counted], reduction="none"))
         agreed.append((logits.argmax(-1) == dense.argmax(-1))[counted])
     measured = certificate(compiling.artifact)
     assert measured["sparse_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     share = torch.cat(agreed).double().mean().item()
     assert measured["top_1_agreement"] == pytest.approx(share)
+    assert ("routing_agreement" in measured) == (quantization == "int8")
+    if quantization == "int8":
+        before = torch.cat(exact_losses).mean().item()
+        assert measured["loss_before_quantization"] == pytest.approx(before, rel=1e-5)
+        assert measured["sparse_loss"] != pytest.approx(before, rel=1e-6)
+        assert 0.9 < measured["routing_agreement"] <= 1
 
 
 def test_plan_that_does_not_fit_stops_before_the_first_step(

@@ -4,8 +4,9 @@ Shapes: T sequences, one new token of each; L layers, S tokens in the cache, H K
 width, D width, V vocabulary.
 """
 
-from collections.abc import Iterable
-from typing import cast
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -55,7 +56,8 @@ class CompiledStep:
             steps = [BlockStep(b, *kind) for b, kind in zip(blocks, kinds, strict=True)]
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             different = dict(zip(kinds, steps, strict=True))
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
                 parts = _parts(decoder, embed, different, predict, n_sequences)
                 kernels = _kernels(parts, n_sequences)
         except Exception as error:
@@ -73,7 +75,9 @@ class CompiledStep:
         slots = cache.next_slots()
         x_TD, *by = self._embed([tokens_T.contiguous(), slots.seen_ST, *self._embed_weights])
         place = (slots.seen_ST, slots.at_1, *by)
-        for (run, weights), keys, values in zip(self._blocks, slots.keys, slots.values):
+        for (run, weights), keys, values in zip(
+            self._blocks, slots.keys, slots.values, strict=True
+        ):
             (x_TD,) = run([x_TD, keys, values, *place, *weights])
         (logits_TV,) = self._predict([x_TD, *self._predict_weights])
         return logits_TV
@@ -82,7 +86,7 @@ class CompiledStep:
 def _parts(
     decoder: Decoder,
     embed: EmbedStep,
-    steps: dict[object, BlockStep],
+    steps: Mapping[Any, BlockStep],
     predict: PredictStep,
     n_sequences: int,
 ) -> dict[object, Part]:

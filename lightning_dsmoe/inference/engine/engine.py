@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, V vocabulary.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,10 @@ class Engine:
                 warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
                 return None
         return self._steps[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: nothing compiled."""
+        return {**self.__dict__, "_steps": {}, "_tiled": None}
 
     def _layout(self, n_sequences: int) -> Decoder:
         """The decoder with its weights as the compiled step likes them."""

@@ -7,13 +7,15 @@ cache, C head width.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import Rotation, rotate
 from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.choice import Choice
+from lightning_dsmoe.inference.engine.rows import Rows
 from lightning_dsmoe.inference.engine.spelling import kept, spelled_out
+from lightning_dsmoe.inference.engine.tiles import Tiles
 
 
 class LayerSlots(NamedTuple):
@@ -34,11 +36,11 @@ class LayerSlots(NamedTuple):
 
 def gather_experts(experts: Experts, x_TD: Tensor, choice: Choice) -> Tensor:
     """Sum of the chosen experts' outputs under their gates: `[T, D]`."""
-    projected_KTR = experts.w_in.products(x_TD, choice.experts_K)
+    projected_KTR = _packed(experts.w_in).products(x_TD, choice.experts_K)
     if experts.b_in is not None:
         projected_KTR = projected_KTR + _of(experts.b_in, choice.experts_K)[:, None]
     hidden_KTF = experts.hidden(kept(projected_KTR)) * choice.gates_KT[..., None]
-    y_TD: Tensor = experts.w_out.summed_products(hidden_KTF, choice.experts_K)
+    y_TD = _packed(experts.w_out).summed_products(hidden_KTF, choice.experts_K)
     return y_TD if experts.b_out is None else y_TD + experts.b_out
 
 
@@ -56,7 +58,7 @@ def gather_heads(
     """
     kv_T2HC = spelled_out(heads.kv, x_TD).unflatten(-1, (2, heads.n_heads, heads.d_head))
     keys_THC = heads.k_norm(kv_T2HC[:, 0])
-    q_KTR = heads.w_q.products(x_TD, choice.experts_K)
+    q_KTR = _packed(heads.w_q).products(x_TD, choice.experts_K)
     if heads.b_q is not None:
         q_KTR = q_KTR + _of(heads.b_q, choice.experts_K)[:, None]
     q_KTHC = heads.q_norm(q_KTR.unflatten(-1, (heads.n_heads, heads.d_head)))
@@ -66,7 +68,7 @@ def gather_heads(
     slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1])
     heads_KTHC = _attend(kept(q_KTHC), slots)
     gated_KTR = (heads_KTHC * choice.gates_KT[..., None, None]).flatten(-2)
-    y_TD: Tensor = heads.w_o.summed_products(gated_KTR, choice.experts_K)
+    y_TD = _packed(heads.w_o).summed_products(gated_KTR, choice.experts_K)
     return y_TD if heads.b_o is None else y_TD + heads.b_o
 
 
@@ -80,6 +82,11 @@ def _attend(q_KTHC: Tensor, slots: LayerSlots) -> Tensor:
     weights_KTHS = kept((scores_KTHS - kept(scores_KTHS.amax(-1, keepdim=True))).exp())
     total_KTH = kept(weights_KTHS.sum(-1))
     return (weights_KTHS[..., None] * values_THSC).sum(-2) / total_KTH[..., None]
+
+
+def _packed(weight: nn.Module) -> Rows | Tiles:
+    assert isinstance(weight, Rows | Tiles)
+    return weight
 
 
 def _of(weight_EX: Tensor, experts_K: Tensor | None) -> Tensor:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
+from lightning_dsmoe.inference.engine.rows import rows_of
 from lightning_dsmoe.inference.engine.wide import attend_groups
 
 
@@ -64,7 +64,9 @@ def pair_up(gates_XE: Tensor, active_XE: Tensor) -> Pairs:
     counts = active_XE.sum(0).tolist()
     starts = [0, *accumulate(counts)]
     order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
-    groups, shifts, lengths = [], [], []
+    groups: list[Group] = []
+    shifts: list[int] = []
+    lengths: list[int] = []
     for first in range(0, len(order), 2):
         experts = sorted(order[first : first + 2])
         most = max(counts[e] for e in experts)
@@ -74,9 +76,9 @@ def pair_up(gates_XE: Tensor, active_XE: Tensor) -> Pairs:
             lengths.append(most)
         pairs = slice(at, at + most * len(experts))
         groups.append(Group(experts, [counts[e] for e in experts], pairs))
-    options = {"device": token_P.device}
-    shift_P = torch.tensor(shifts, **options).repeat_interleave(torch.tensor(lengths, **options))
-    at_P = torch.arange(len(shift_P), **options).add_(shift_P).clamp_(max=len(token_P) - 1)
+    shift_P = torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
+    at_P = torch.arange(len(shift_P)).add_(shift_P).clamp_(max=len(token_P) - 1)
+    at_P = at_P.to(token_P.device)
     token_P, expert_P = token_P[at_P], expert_P[at_P]
     return Pairs(
         token_P,
@@ -90,12 +92,12 @@ def pair_up(gates_XE: Tensor, active_XE: Tensor) -> Pairs:
 def add_grouped_experts(into_XD: Tensor, experts: Experts, x_XD: Tensor, pairs: Pairs) -> None:
     """Add the outputs of each token's experts under their gates, in place."""
     for group, x_GMD, gate_GM1 in _tokens_of_each(pairs, x_XD):
-        projected_GMR = torch.bmm(x_GMD, experts.w_in.some(group.experts).mT)
+        projected_GMR = torch.bmm(x_GMD, rows_of(experts.w_in).some(group.experts).mT)
         if experts.b_in is not None:
             projected_GMR += experts.b_in[group.experts][:, None]
         hidden_GMF = experts.hidden(projected_GMR)
         hidden_GMF *= gate_GM1.to(hidden_GMF.dtype)
-        out_GMD = torch.bmm(hidden_GMF, experts.w_out.some(group.experts).mT)
+        out_GMD = torch.bmm(hidden_GMF, rows_of(experts.w_out).some(group.experts).mT)
         _add(into_XD, pairs, group, out_GMD)
     if experts.b_out is not None:
         into_XD += experts.b_out
@@ -117,7 +119,7 @@ def add_grouped_heads(
     place_P = pairs.token_P * pairs.n_slots + pairs.slot_P
     q_ZR = x_XD.new_zeros(len(x_XD) * pairs.n_slots, n_rows)
     for group, x_GMD, _ in _tokens_of_each(pairs, x_XD):
-        q_GMR = torch.bmm(x_GMD, heads.w_q.some(group.experts).mT)
+        q_GMR = torch.bmm(x_GMD, rows_of(heads.w_q).some(group.experts).mT)
         if heads.b_q is not None:
             q_GMR += heads.b_q[group.experts][:, None]
         place_GM = place_P[group.pairs].view(q_GMR.shape[:2])
@@ -129,7 +131,7 @@ def add_grouped_heads(
         heads_MR = heads_ZR.index_select(0, place_P[group.pairs])
         heads_MR *= pairs.gate_P[group.pairs, None].to(heads_MR.dtype)
         heads_GMR = heads_MR.view(len(group.experts), -1, n_rows)
-        _add(into_XD, pairs, group, torch.bmm(heads_GMR, heads.w_o.some(group.experts).mT))
+        _add(into_XD, pairs, group, torch.bmm(heads_GMR, rows_of(heads.w_o).some(group.experts).mT))
     if heads.b_o is not None:
         into_XD += heads.b_o
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.attention import Scope, causal_scope
+from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.decoder import Block, Decoder, DecoderOutput, Routings
-from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
+from lightning_dsmoe.experts import Experts, FeedForward, MixtureOfExperts
 from lightning_dsmoe.inference.engine.grouped import (
     Pairs,
     add_grouped_experts,
@@ -20,6 +21,7 @@ from lightning_dsmoe.inference.engine.grouped import (
 )
 from lightning_dsmoe.inference.engine.wide import add_wide_experts, add_wide_heads
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing.routing import MixtureOutput
 
 
 def run_many(
@@ -43,10 +45,8 @@ def run_many(
         caches: one KV cache per layer, to which the new tokens are added.
         only_last: give the logits of the last position only, `[B, 1, V]`.
     """
-    x = decoder.embedding(tokens_BT)
+    x = decoder.embed(tokens_BT, mask=mask, caches=caches)
     scope = causal_scope(x, mask, caches[0] if caches else None)
-    if decoder.positions is not None:
-        x = x + decoder.positions(scope.positions_BT)
     experts, attention = [], []
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
         cache = None if caches is None else caches[layer]
@@ -68,17 +68,18 @@ def _attend(
 ) -> Routing | None:
     """Add the attention of a block to the residual stream, in place."""
     layer, x_BTD = block.attention, block.attention_norm(into_BTD)
-    if not isinstance(layer, MixtureOfAttentionHeads | GroupedQueryAttention):
-        output, routing = layer(x_BTD, selection, mask=mask, cache=cache)
-        into_BTD += output
-        return routing
+    if type(layer) not in (MixtureOfAttentionHeads, GroupedQueryAttention):
+        mixture: MixtureOutput = layer(x_BTD, selection, mask=mask, cache=cache)
+        into_BTD += mixture.output
+        return mixture.routing
     into_XD = into_BTD.view(-1, into_BTD.shape[-1])
-    keys, values = layer.heads.keys_and_values(x_BTD, scope, cache, mask)
-    attended = layer.heads, x_BTD, scope, keys, values
-    if isinstance(layer, GroupedQueryAttention):
+    heads = cast(HeadGroups, layer.heads)
+    keys, values = heads.keys_and_values(x_BTD, scope, cache, mask)
+    attended = heads, x_BTD, scope, keys, values
+    if not isinstance(layer, MixtureOfAttentionHeads):
         add_wide_heads(into_XD, *attended, None)
         return None
-    routing = layer.router(x_BTD)
+    routing: Routing = layer.router(x_BTD)
     gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
     if pairs is None:
         add_wide_heads(into_XD, *attended, gates_XE)
@@ -90,15 +91,15 @@ def _attend(
 def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -> Routing | None:
     """Add the feed-forward layer of a block to the residual stream, in place."""
     layer, x_BTD = block.feed_forward, block.feed_forward_norm(into_BTD)
-    if not isinstance(layer, MixtureOfExperts | FeedForward):
-        output, routing = layer(x_BTD, selection)
-        into_BTD += output
-        return routing
+    if type(layer) not in (MixtureOfExperts, FeedForward):
+        mixture: MixtureOutput = layer(x_BTD, selection)
+        into_BTD += mixture.output
+        return mixture.routing
     into_XD, x_XD = into_BTD.view(-1, into_BTD.shape[-1]), x_BTD.flatten(0, 1)
-    if isinstance(layer, FeedForward):
-        add_wide_experts(into_XD, layer.experts, x_XD, None)
+    if not isinstance(layer, MixtureOfExperts):
+        add_wide_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
         return None
-    routing = layer.router(x_BTD)
+    routing: Routing = layer.router(x_BTD)
     gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
     if pairs is None:
         add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)

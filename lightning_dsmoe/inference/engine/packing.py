@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.attention.head_groups import HeadGroups
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Decoder, TokenHead
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
 from lightning_dsmoe.inference.engine.head import Int8Head
 from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8
@@ -103,7 +103,7 @@ def _pack(
         setattr(owner, name, quantizer(rows) if routed and quantization == "int8" else rows)
     if quantize_head:
         rows = Rows(decoder.head.weight.detach()[None], transposed=False)
-        decoder.head = Int8Head(quantizer(rows))
+        decoder.head = cast(TokenHead, Int8Head(quantizer(rows)))
         decoder.tie_embeddings = False
 
 

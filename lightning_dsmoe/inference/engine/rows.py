@@ -131,7 +131,7 @@ class Int8Rows(Rows):
         return self.weight[experts].to(self.dtype) * scales[..., None]
 
     def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
-        scales_KJr = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))
+        scales_KJr: Tensor = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))
         return sums_KrTJ * (scales_KJr / 127).mT[:, :, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -141,6 +141,12 @@ class Int8Rows(Rows):
             self.scales = scales.to(self.scales.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
         return self
+
+
+def rows_of(weight: nn.Module) -> Rows:
+    """A weight of a packed decoder, which has rows."""
+    assert isinstance(weight, Rows)
+    return weight
 
 
 def quantize_int8(rows: Rows) -> Int8Rows:

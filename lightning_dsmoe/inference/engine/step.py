@@ -63,7 +63,7 @@ class BlockStep(nn.Module):
     def __init__(self, block: Block, experts: Selection, attention: Selection) -> None:
         super().__init__()
         for layer, known in ((block.attention, _ATTENTION), (block.feed_forward, _FEED_FORWARD)):
-            if not isinstance(layer, known):
+            if type(layer) not in known:
                 raise TypeError(f"a {type(layer).__name__} has no decode step of its own")
         self.block = block
         self.experts = experts

@@ -60,7 +60,7 @@ class Tiles(nn.Module):
         sums_ZTt = kept(
             torch.stack([(x_C[:, None] * tiles_ZCt.to(x_C.dtype)).sum(1) for x_C in x_TC], 1)
         )
-        sums_KNTt = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
+        sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
         if scales_KNt is not None:
             sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
         return sums_KNTt.transpose(1, 2).flatten(2)
@@ -88,7 +88,7 @@ class Tiles(nn.Module):
             x_KTC[:, t, None].expand(-1, n_tiles, -1).flatten(0, 1) for t in range(x_KTC.shape[1])
         ]
         sums_ZTt = kept(torch.stack([(x_ZC[..., None] * tiles_ZCt).sum(1) for x_ZC in x_TZC], 1))
-        sums_KNTt = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
+        sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
         if scales_KNt is not None:
             sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
         return sums_KNTt.sum(0)

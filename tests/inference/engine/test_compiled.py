@@ -39,7 +39,6 @@ from .conftest import (
 )
 
 # torch 2.13 warns about its own modules when it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning")
 
 TOP_K = SelectionPlan((TopK(2), TopK(1, renormalize=True)), (TopK(1), TopK(2)))
 SWAPPED = SelectionPlan(TOP_K.experts[::-1], TOP_K.attention[::-1])

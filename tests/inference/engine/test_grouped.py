@@ -1,120 +1,144 @@
-"""Layers that run each expert on its own tokens, against loops over tokens and experts."""
-
-from functools import partial
+"""Layers that run each expert on its own tokens, against loops over tokens, experts and heads."""
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
-from lightning_dsmoe.experts import GLUExperts, MLPExperts
+from lightning_dsmoe.experts import MLPExperts
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory
-from lightning_dsmoe.inference.engine.grouped import grouped_experts, grouped_heads, pair_up
-from lightning_dsmoe.inference.engine.rows import Rows
-from lightning_dsmoe.inference.engine.wide import wide_heads
+from lightning_dsmoe.inference.engine.grouped import (
+    add_grouped_experts,
+    add_grouped_heads,
+    pair_up,
+)
+from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows
 
-from .conftest import assert_near
+from .loops import (
+    CONTEXTS,
+    EXPERTS,
+    HEADS,
+    WEIGHTS,
+    assert_adds,
+    drawn,
+    loop_over_experts,
+    loop_over_heads,
+    read,
+)
 
-_ACTIVE = {
-    "mixed": [[1, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1, 0, 1, 1], [0, 1, 0, 0, 0]],
-    "same": [[0, 1, 0, 0, 1]] * 4,
-    "one each": [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]],
-    "every": [[1] * 5] * 4,
-    "one token": [[0, 0, 1, 1, 0]],
+# How many tokens run each expert, at the most; attention has the first three.
+COUNTS = {
+    "few before many": [1, 0, 23, 2, 0],
+    "many before few": [0, 23, 1, 0, 2],
+    "far apart": [23, 1, 0, 0, 12],
+    "an odd one": [3, 17, 1, 23, 2],
+    "one alone": [0, 0, 4, 0, 0],
+    "every": [23, 23, 23, 23, 23],
 }
 
 
-@pytest.fixture(params=_ACTIVE)
-def active(request: pytest.FixtureRequest) -> Tensor:
-    return torch.tensor(_ACTIVE[request.param]).bool()
+@pytest.fixture(params=COUNTS)
+def counts(request: pytest.FixtureRequest) -> list[int]:
+    return COUNTS[request.param]
 
 
-@pytest.fixture
-def gates(active: Tensor) -> Tensor:
-    return (torch.rand(active.shape) + 0.1) * active
+def active_of(counts: list[int], n_tokens: int) -> Tensor:
+    active = torch.zeros(n_tokens, len(counts), dtype=torch.bool)
+    for e, count in enumerate(counts):
+        active[torch.randperm(n_tokens)[:count], e] = True
+    return active
 
 
-def drawn(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
+def gates_like(active: Tensor) -> Tensor:
+    return torch.rand(active.shape) + 0.1
 
 
-def poison(weights: list[Tensor], active: Tensor) -> None:
+def poison(layer: nn.Module, active: Tensor) -> None:
     """Make the experts that no token runs visible as NaN."""
-    for weight in weights:
-        weight[~active.any(0)] = torch.nan
+    idle = ~active.any(0)
+    for rows in layer.children():
+        if isinstance(rows, Rows):
+            (rows.scales if isinstance(rows, Int8Rows) else rows.weight)[idle] = torch.nan
+    for name in ("b_in", "b_q"):
+        if getattr(layer, name, None) is not None:
+            getattr(layer, name)[idle] = torch.nan
 
 
-def test_pairs(active: Tensor) -> None:
-    pairs = pair_up(active)
-    expected = [(e, x) for e in range(5) for x in range(len(active)) if active[x, e]]
-    assert pairs.token_P.tolist() == [x for _, x in expected]
-    running = []
+@pytest.mark.parametrize("n_tokens", [1, 4, 23])
+def test_pairs(n_tokens: int, counts: list[int]) -> None:
+    active = active_of(counts, n_tokens)
+    gates = gates_like(active)
+    pairs = pair_up(gates, active)
+    end, sizes, running = 0, [], []
+    slots: dict[int, list[int]] = {x: [] for x in range(n_tokens)}
     for group in pairs.groups:
+        most = max(group.counts)
+        assert group.pairs == slice(end, end + most * len(group.experts))
+        for e, count in zip(group.experts, group.counts, strict=True):
+            own = slice(end, end + count)
+            tokens = active[:, e].nonzero().flatten()
+            assert torch.equal(pairs.token_P[own], tokens)
+            assert torch.equal(pairs.gate_P[own], gates[tokens, e])
+            for x, slot in zip(tokens.tolist(), pairs.slot_P[own].tolist(), strict=True):
+                slots[x].append(slot)
+            end += most
         assert group.experts == sorted(group.experts)
-        assert len(group.experts) <= 2
-        assert group.tokens_GM.shape == (len(group.experts), max(group.counts))
-        every = zip(group.experts, group.counts, group.pairs, group.tokens_GM, strict=True)
-        for e, count, start, tokens_M in every:
-            own = [x for x in range(len(active)) if active[x, e]]
-            assert tokens_M[:count].tolist() == own
-            assert expected[start : start + count] == [(e, x) for x in own]
-            running.append(e)
+        running += group.experts
+        sizes += sorted(group.counts, reverse=True)
+    assert len(pairs.token_P) == len(pairs.gate_P) == len(pairs.slot_P) == end
     assert sorted(running) == active.any(0).nonzero().flatten().tolist()
+    assert sizes == sorted(sizes, reverse=True)
+    assert [len(group.experts) for group in pairs.groups[:-1]] == [2] * (len(pairs.groups) - 1)
+    assert len(pairs.groups[-1].experts) in (1, 2)
+    assert pairs.n_slots == active.sum(1).max()
+    assert all(sorted(own) == sorted({*own} & {*range(pairs.n_slots)}) for own in slots.values())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(MLPExperts, bias=True),
-        partial(GLUExperts, activation="silu"),
-        partial(GLUExperts, activation="silu", bias=True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("n_tokens", [1, 4, 23])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("make", EXPERTS, ids=str)
 @torch.no_grad()
-def test_experts(make: ExpertsFactory, active: Tensor, gates: Tensor) -> None:
+def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: list[int]) -> None:
     experts = make(24, 5, 7)
-    drawn(experts)
-    x_XD = torch.randn(len(active), 24)
-    expected = torch.zeros(len(active), 24, dtype=torch.double)
-    for x, e in active.nonzero().tolist():
-        b_in = None if experts.b_in is None else experts.b_in[e].double()
-        hidden = experts.hidden(F.linear(x_XD[x].double(), experts.w_in.weight[e].double(), b_in))
-        expected[x] += gates[x, e].double() * (hidden @ experts.w_out.weight[e].double())
-    if experts.b_out is not None:
-        expected += experts.b_out
-    experts.w_in = Rows(experts.w_in.weight, transposed=False)
-    experts.w_out = Rows(experts.w_out.weight.mT, transposed=True)
-    biases = [] if experts.b_in is None else [experts.b_in]
-    poison([experts.w_in.weight, experts.w_out.weight, *biases], active)
-    found = grouped_experts(experts, x_XD, gates, pair_up(active))
-    assert_near(found, expected.float(), 1e-6)
+    drawn(experts, weights)
+    active = active_of(counts, n_tokens)
+    x_XD, gates = torch.randn(n_tokens, 24), gates_like(active)
+    expected = loop_over_experts(experts, x_XD, gates * active)
+    poison(experts, active)
+    pairs = pair_up(gates, active)
+    assert_adds(lambda into: add_grouped_experts(into, experts, x_XD, pairs), expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"qk_norm": True, "bias": True, "rope_theta": None}], ids=str
-)
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("options", HEADS, ids=str)
 @torch.no_grad()
-def test_heads(batch: int, options: dict[str, object], active: Tensor, gates: Tensor) -> None:
-    if len(active) % batch:
-        active, gates = active.repeat(batch, 1), gates.repeat(batch, 1)
-    length = len(active) // batch
-    heads = HeadGroups(24, 5, 2, 6, **options)
-    drawn(heads)
-    x_BTD = torch.randn(batch, length, 24)
-    keys, values = torch.randn(2, batch, 2, length + 3, 6)
-    attend = torch.arange(length + 3) <= torch.arange(length)[:, None] + 3
-    attend = attend.repeat(batch, 1, 1)
-    attend[-1, :, :2] = False
-    scope = Scope((torch.arange(length) + 3).repeat(batch, 1), attend)
-    w_q, w_o = heads.w_q.weight, heads.w_o.weight
-    heads.w_q, heads.w_o = Rows(w_q, transposed=False), Rows(w_o.mT, transposed=True)
-    expected = wide_heads(heads, x_BTD, scope, keys, values, gates)
-    biases = [] if heads.b_q is None else [heads.b_q]
-    poison([heads.w_q.weight, heads.w_o.weight, *biases], active)
-    found = grouped_heads(heads, x_BTD, scope, keys, values, gates, pair_up(active))
-    assert_near(found, expected, 2e-6)
+def test_heads(options: dict[str, object], weights: str, context: str, counts: list[int]) -> None:
+    heads = HeadGroups(24, 3, 2, 6, **options)
+    drawn(heads, weights)
+    seen = read(heads, context)
+    active = active_of(counts[:3], seen.x_BTD[..., 0].numel())
+    gates = gates_like(active)
+    expected = loop_over_heads(heads, seen, gates * active)
+    poison(heads, active)
+    pairs = pair_up(gates, active)
+    assert_adds(lambda into: add_grouped_heads(into, heads, *seen.attended, pairs), expected, 3e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.xfail(raises=NotImplementedError, reason="pairs of no experts are not made")
+@torch.no_grad()
+def test_no_expert_runs(bias: bool) -> None:
+    active = active_of([0, 0, 0], 5)
+    pairs = pair_up(gates_like(active), active)
+    experts, heads = MLPExperts(24, 3, 7, bias=bias), HeadGroups(24, 3, 2, 6, bias=bias)
+    seen = read(heads, "one sequence")
+    for layer in (experts, heads):
+        drawn(layer, "float32")
+        poison(layer, active)
+    for shared, add in (
+        (experts.b_out, lambda into: add_grouped_experts(into, experts, seen.x_BTD[0], pairs)),
+        (heads.b_o, lambda into: add_grouped_heads(into, heads, *seen.attended, pairs)),
+    ):
+        sums = torch.zeros(5, 24, dtype=torch.double)
+        assert_adds(add, sums if shared is None else sums + shared)

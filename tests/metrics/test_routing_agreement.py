@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.decoder import Routings
+from lightning_dsmoe.metrics import routing_agreement
+from lightning_dsmoe.routing import Routing
+
+PLAN = SelectionPlan((TopK(1), TopK(1)), (Threshold(1.5), TopK(1)))
+
+
+def routing(*best: int) -> Routing:
+    logits = 3.0 * torch.eye(3)[list(best)][None]
+    return Routing(logits, logits.softmax(-1))
+
+
+@pytest.fixture
+def mask() -> Tensor:
+    return torch.tensor([[True, True, True, False]])
+
+
+def test_counts_choices_of_tokens_that_count(mask: Tensor) -> None:
+    found = Routings((routing(0, 1, 2, 0), None), (routing(1, 1, 1, 1), routing(2, 2, 2, 2)))
+    other = Routings((routing(0, 2, 2, 1), None), (routing(1, 1, 0, 1), routing(2, 2, 2, 0)))
+    assert routing_agreement(found, found, PLAN, mask).item() == 1
+    assert routing_agreement(found, other, PLAN, mask).item() == pytest.approx(7 / 9)
+
+
+def test_other_gates_of_the_same_experts_agree(mask: Tensor) -> None:
+    logits = torch.randn(1, 4, 3)
+    sharper = Routings((None, None), (None, Routing(2 * logits, (2 * logits).softmax(-1))))
+    found = Routings((None, None), (None, Routing(logits, logits.softmax(-1))))
+    assert routing_agreement(found, sharper, PLAN, mask).item() == 1
+
+
+def test_without_routers_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
+    nothing = Routings((None, None), (None, None))
+    assert routing_agreement(nothing, nothing, PLAN, mask).item() == 1
