@@ -26,9 +26,8 @@ from transformers import (
     StaticCache,
 )
 
-from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts, SelectionPlan
+from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
 from lightning_dsmoe.experts import GLUExperts
-from lightning_dsmoe.inference.sparse_model import SparseModel
 
 _NAMES = ("cache", "past_key_values")
 _CACHE = next(n for n in _NAMES if n in inspect.signature(LlamaForCausalLM.forward).parameters)
@@ -160,28 +159,6 @@ def _frozen(
 def parameters(model: nn.Module) -> int:
     """Parameters, those that are shared counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-class Ours:
-    """Reads with the engine of this library.
-
-    Args:
-        model: the model.
-        plan: the experts that run.
-        capacity: most tokens of a sequence.
-    """
-
-    def __init__(self, model: SparseModel, plan: SelectionPlan, capacity: int) -> None:
-        self._model, self._plan, self._capacity = model, plan, capacity
-
-    def start(self, prompt_BT: Tensor) -> None:
-        """Forget everything and read prompts."""
-        self._context = self._model.engine.open(len(prompt_BT), self._capacity, self._plan)
-        self._context.read(prompt_BT)
-
-    def step(self, tokens_B1: Tensor) -> Tensor:
-        """Read one token more of each sequence and give the most probable one after it, `[B]`."""
-        return self._context.read(tokens_B1).argmax(-1)
 
 
 class Peer:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,11 +37,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 import transformers
+from decoding import Decoding, Ours, Reader
 from peer_models import (
     FULL,
     TINY,
     CompiledPeer,
-    Ours,
     Peer,
     Size,
     ds_moe,
@@ -52,7 +52,7 @@ from peer_models import (
     parameters,
     qwen3_moe,
 )
-from timing import compare, machine, seconds_per_call
+from timing import compare, machine
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -65,14 +65,6 @@ STEPS = 8
 
 Row = dict[str, Any]
 T = TypeVar("T")
-
-
-class Reader(Protocol):
-    """Reads sequences, first their prompts `[B, T]`, then token by token `[B, 1]`."""
-
-    def start(self, prompt_BT: Tensor) -> None: ...
-
-    def step(self, tokens_B1: Tensor) -> Tensor: ...
 
 
 class Group(NamedTuple):
@@ -165,34 +157,6 @@ def _both_ways(name: str, make: Callable[[], PreTrainedModel]) -> dict[str, Call
     }
 
 
-class Decoding:
-    """Sequences that a reader goes on with, from their prompts again when they are full.
-
-    Args:
-        reader: the reader.
-        text_BT: the `CAPACITY` tokens that it reads.
-    """
-
-    def __init__(self, reader: Reader, text_BT: Tensor) -> None:
-        self._reader = reader
-        self._text_BT = text_BT
-        self._tokens_TB1 = [tokens_B1.clone() for tokens_B1 in text_BT.split(1, dim=1)]
-        self._length = CAPACITY
-
-    @torch.inference_mode()
-    def turn(self) -> float:
-        """Seconds per step of a few in a row, after one that does not count."""
-        if self._length + 1 + STEPS > CAPACITY:
-            self._reader.start(self._text_BT[:, :PROMPT])
-            self._length = PROMPT
-        self._step()
-        return seconds_per_call(self._step, STEPS)
-
-    def _step(self) -> None:
-        self._reader.step(self._tokens_TB1[self._length])
-        self._length += 1
-
-
 def take_turns(
     makers: dict[str, Callable[[], Reader]], text_BT: Tensor, *, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -213,12 +177,12 @@ def take_turns(
             return None
 
     readers = {name: attempt(name, make) for name, make in makers.items()}
-    sides = {name: Decoding(reader, text_BT) for name, reader in readers.items() if reader}
+    sides = {name: Decoding(reader, text_BT, PROMPT) for name, reader in readers.items() if reader}
     for number in range(1 + rounds):
         names = [name for name in sides if name not in reasons]
         first = number % max(1, len(names))
         for name in names[first:] + names[:first]:
-            taken = attempt(name, sides[name].turn)
+            taken = attempt(name, partial(sides[name].turn, STEPS))
             if taken is not None and number:
                 seconds.setdefault(name, []).append(taken)
     return seconds, reasons

@@ -21,7 +21,11 @@ EXPERTS = [
     partial(GLUExperts, activation="silu"),
     partial(GLUExperts, activation="relu", bias=True),
 ]
-HEADS = [{}, {"qk_norm": True, "bias": True}, {"rope_theta": None, "bias": True}]
+HEADS: list[Callable[..., HeadGroups]] = [
+    HeadGroups,
+    partial(HeadGroups, qk_norm=True, bias=True),
+    partial(HeadGroups, rope_theta=None, bias=True),
+]
 WEIGHTS = ["float32", "int8"]
 # Tokens that are new, those before them in the cache, and the first of each sequence.
 CONTEXTS = {
@@ -60,6 +64,7 @@ def exact(rows: nn.Module) -> Tensor:
     """Rows `[E, R, C]` in double precision."""
     if isinstance(rows, Int8Rows):
         return rows.weight.double() * rows.scales.double()[..., None] / 127
+    assert isinstance(rows, Rows)
     return rows.weight.double()
 
 

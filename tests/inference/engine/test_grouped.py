@@ -1,5 +1,7 @@
 """Layers that run each expert on its own tokens, against loops over tokens, experts and heads."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,10 +113,12 @@ def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: list
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("make", HEADS, ids=str)
 @torch.no_grad()
-def test_heads(options: dict[str, object], weights: str, context: str, counts: list[int]) -> None:
-    heads = HeadGroups(24, 3, 2, 6, **options)
+def test_heads(
+    make: Callable[..., HeadGroups], weights: str, context: str, counts: list[int]
+) -> None:
+    heads = make(24, 3, 2, 6)
     drawn(heads, weights)
     seen = read(heads, context)
     active = active_of(counts[:3], seen.x_BTD[..., 0].numel())

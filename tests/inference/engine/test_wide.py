@@ -1,5 +1,7 @@
 """Layers that read all weights, against loops over tokens, experts and heads."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,12 +58,12 @@ def test_experts(
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("n_groups", [1, 3])
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("make", HEADS, ids=str)
 @torch.no_grad()
 def test_heads(
-    options: dict[str, object], weights: str, n_groups: int, context: str, gating: str
+    make: Callable[..., HeadGroups], weights: str, n_groups: int, context: str, gating: str
 ) -> None:
-    heads = HeadGroups(24, n_groups, 2, 6, **options)
+    heads = make(24, n_groups, 2, 6)
     drawn(heads, weights)
     seen = read(heads, context)
     gates = gates_of(gating, seen.x_BTD[..., 0].numel(), n_groups)
@@ -75,12 +77,12 @@ def test_heads(
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("n_groups", [1, 2, 4])
-@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize("make", HEADS, ids=str)
 @torch.no_grad()
 def test_any_number_of_groups_attends(
-    options: dict[str, object], n_groups: int, context: str
+    make: Callable[..., HeadGroups], n_groups: int, context: str
 ) -> None:
-    heads = HeadGroups(24, 3, 2, 6, **options)
+    heads = make(24, 3, 2, 6)
     drawn(heads, "float32")
     seen = read(heads, context)
     batch, length, _ = seen.x_BTD.shape
