@@ -32,10 +32,14 @@ def table(results: dict[str, Any]) -> str:
         f"| {row['share']:.1%} | {row['tokens_per_second']:.0f} | {row['over_twin']:.2f} |"
         for row in results["shares"]
     ]
-    lines += ["", "| experts running | 32, ms | 256, ms | time ratio |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| experts running | 32, ms | 256, ms | ratio of bytes | ratio of times |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {name} | {1e3 * row['candidate']:.2f} | {1e3 * row['reference']:.2f} "
-        f"| {row['ratio']:.2f} |"
+        f"| {row['bytes']:.2f} | {row['ratio']:.2f} |"
         for name, row in results["experts"].items()
     ]
     begun = results["start"]

@@ -1,7 +1,7 @@
 """Sparse inference: plans, the sparse model, 8-bit experts, generation and artifacts."""
 
 from lightning_dsmoe.inference.checkpoint import load_decoder as load_decoder
-from lightning_dsmoe.inference.engine.engine import SwitchPoints as SwitchPoints
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference.generation import generate as generate
 from lightning_dsmoe.inference.generation import left_pad as left_pad
 from lightning_dsmoe.inference.sparse_model import SparseModel as SparseModel

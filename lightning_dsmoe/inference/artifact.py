@@ -21,6 +21,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.checkpoint import check_state, check_text_options, fill
 from lightning_dsmoe.inference.engine.packing import expect_packed
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import SelectionPlan
 
 FORMAT_VERSION = 2
@@ -186,13 +187,23 @@ def _check_config(path: Path, config: object) -> None:
         )
     if not isinstance(config["quantize_head"], bool):
         raise ValueError(f"{path}: quantize_head must be true or false")
-    points = config["switch_points"]
-    if not isinstance(points, list) or [type(p) for p in points] != [int, int] or min(points) < 0:
-        raise ValueError(f"{path}: switch_points must be two whole numbers, got {points!r:.200}")
+    _check_switch_points(path, config["switch_points"])
     try:
         check_text_options(config["tokenizer"], config["context"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check_switch_points(path: Path, points: object) -> None:
+    if not isinstance(points, dict) or set(points) != set(SwitchPoints._fields):
+        raise ValueError(f"{path}: switch_points must have the fields {SwitchPoints._fields}")
+    for name in ("gather_up_to", "grouped_from"):
+        if type(points[name]) is not int or points[name] < 0:
+            raise ValueError(
+                f"{path}: {name} must be a whole number of 0 or more, got {points[name]!r:.200}"
+            )
+    if not isinstance(points["measured_on"], str | None):
+        raise ValueError(f"{path}: measured_on must be null or a text")
 
 
 def _check_sums(path: Path) -> None:

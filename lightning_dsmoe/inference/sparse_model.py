@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
-from lightning_dsmoe.inference.engine.engine import Engine, SwitchPoints
+from lightning_dsmoe.inference.engine.calibration import calibrate
+from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.packing import Quantization, pack, quantized_bytes
+from lightning_dsmoe.inference.engine.portable import export_step
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.generation import generate
 from lightning_dsmoe.inference.model_card import model_card
 from lightning_dsmoe.routing import SelectionPlan
@@ -83,12 +86,25 @@ class SparseModel(nn.Module):
         """
         decoder, plan, config = read_artifact(Path(path))
         options = {key: config[key] for key in _CONFIG_OPTIONS}
-        return cls(decoder, plan, **options, switch_points=SwitchPoints(*config["switch_points"]))
+        return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
 
     @property
     def switch_points(self) -> SwitchPoints:
         """Numbers of tokens at which one way of running experts gives way to the next."""
         return self.engine.switch_points
+
+    @switch_points.setter
+    def switch_points(self, points: SwitchPoints) -> None:
+        self.engine = Engine(self.decoder, points)
+
+    def calibrate(self) -> SwitchPoints:
+        """Measure on this machine where one way of running experts gives way to the next.
+
+        From then on the model runs by that, and `save` keeps it. Takes about a minute, most of it
+        for compiling what this machine has not compiled yet.
+        """
+        self.switch_points = calibrate(self.decoder, self.plan)
+        return self.switch_points
 
     @torch.inference_mode()
     def forward(
@@ -128,7 +144,7 @@ class SparseModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.engine = Engine(self.decoder, self.switch_points)
+        self.switch_points = self.engine.switch_points
         return self
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
@@ -152,11 +168,33 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is in the way.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
-        config["switch_points"] = list(self.switch_points)
+        config["switch_points"] = self.switch_points._asdict()
         card = model_card(self.decoder, self.plan, *self.report(), certificate or {})
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
         )
+
+    def export_step(
+        self, path: str | Path, *, plan: SelectionPlan | None = None, n_sequences: int = 1
+    ) -> None:
+        """Compile one step of decoding with its weights into a `.pt2` file for PyTorch alone.
+
+        `torch._inductor.aoti_load_package(path)` loads it where this library is not installed, on a
+        machine of this kind and with this version of PyTorch. It takes tokens `[T]`, the keys and
+        the values of each layer `[S, T, H, C]`, bool `[S, T]` for the slots that hold a token, and
+        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. The file is
+        native code, so load only your own; it takes a minute or two to compile.
+
+        Args:
+            path: the file, which is replaced.
+            plan: the experts that run; None takes the model's plan.
+            n_sequences: number of sequences T.
+
+        Raises:
+            CannotCompile: if there is no working compiler, or a layer is not one of this library.
+        """
+        layout = self.engine.layout(n_sequences)
+        export_step(layout, self._plan(plan), Path(path), n_sequences)
 
 
 _CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context", "tokenizer")
@@ -180,7 +218,8 @@ def compile_sparse(
         quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
         quantize_head: put the last projection into 8 bits too.
         switch_points: numbers of tokens at which one way of running the experts gives way to the
-            next; `SwitchPoints(gather_up_to=0)` never compiles anything.
+            next; `SwitchPoints(gather_up_to=0)` never compiles anything, and the model's
+            `calibrate` measures them.
         context: tokens the model can look back on; None takes the decoder's learned positions.
         tokenizer: description of the tokenizer, kept with the model.
 

@@ -208,4 +208,5 @@ def _ahead(probs: Tensor) -> Tensor | None:
 def _above(probs: Tensor, eps: float) -> Tensor:
     """Experts with N S_i > eps, and the arg-max of each row."""
     best = probs.argmax(-1, keepdim=True)  # the first of equal ones
-    return (probs * probs.shape[-1] > eps).scatter(-1, best, True)
+    places = torch.arange(probs.shape[-1], device=probs.device)
+    return (probs * probs.shape[-1] > eps) | (places == best)

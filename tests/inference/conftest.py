@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
-from lightning_dsmoe.inference.engine.engine import SwitchPoints
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.stacked import StackedWeight
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import artifact as artifact_module
 from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.sparse_model import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -27,6 +28,10 @@ from .conftest import learned_positions_mlp, rotary_glu
 
 DATA = ("config.json", "plan.json", "model.safetensors")
 CERTIFICATE = {"loss": 1.5, "tokens": 12}
+
+
+def points(**changes: Any) -> dict[str, Any]:
+    return SwitchPoints()._asdict() | changes
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +212,12 @@ def test_an_endless_json(float_artifact: Path) -> None:
         ("quantization", ["int8"], "quantization must be null or int8, got"),
         ("quantize_head", 1, "quantize_head must be true or false"),
         ("quantize_head", ..., "must have the fields"),
-        ("switch_points", [8], r"switch_points must be two whole numbers, got \[8\]"),
-        ("switch_points", [8, -1], "switch_points must be two whole numbers"),
-        ("switch_points", [8, 9.0], "switch_points must be two whole numbers"),
-        ("switch_points", [True, 9], "switch_points must be two whole numbers"),
-        ("switch_points", None, "switch_points must be two whole numbers, got None"),
+        ("switch_points", [8, 9, None], "switch_points must have the fields"),
+        ("switch_points", {"gather_up_to": 8}, "switch_points must have the fields"),
+        ("switch_points", points(gather_up_to=-1), "gather_up_to must be a whole .*, got -1"),
+        ("switch_points", points(gather_up_to=True), "gather_up_to must be a whole .*, got True"),
+        ("switch_points", points(grouped_from=9.0), "grouped_from must be a whole .*, got 9.0"),
+        ("switch_points", points(measured_on=3), "measured_on must be null or a text"),
         ("context", 0, "context must be null or at least 1, got 0"),
         ("context", 8.5, r"context must be null or at least 1, got 8\.5"),
         ("tokenizer", "gpt2", "tokenizer must be null or an object, got 'gpt2'"),
@@ -374,7 +380,7 @@ def save(path: Path, decoder: Decoder, **options: Any) -> None:
         "architecture": model.architecture,
         "quantization": None,
         "quantize_head": False,
-        "switch_points": list(model.switch_points),
+        "switch_points": model.switch_points._asdict(),
         "context": None,
         "tokenizer": None,
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder
-from lightning_dsmoe.inference.engine.engine import SwitchPoints
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.sparse_model import SparseModel, compile_sparse, load_sparse
 from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, TopK
 

@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, V vocabulary.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +14,11 @@ from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.many import run_many
 from lightning_dsmoe.inference.engine.packing import tiled
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
 from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048
 _AT_ONCE = 16
-
-
-class SwitchPoints(NamedTuple):
-    """Numbers of tokens at which one way of running experts gives way to the next.
-
-    Args:
-        gather_up_to: most sequences that decode with the compiled step, up to 16 at a time, which
-            reads each expert once that any of them needs. It is compiled for a number of sequences
-            when that is first met, and keeps a second copy of the expert weights for more than
-            one. 0 compiles nothing.
-        grouped_from: fewest tokens for which each expert runs on its own tokens only; below, all
-            experts run on all tokens, those not chosen under gates of zero.
-    """
-
-    gather_up_to: int = 64
-    grouped_from: int = 1
 
 
 class Engine:
@@ -41,12 +26,12 @@ class Engine:
 
     Args:
         decoder: the packed decoder.
-        switch_points: where one way gives way to the next.
+        switch_points: where one way gives way to the next, if measured here.
     """
 
     def __init__(self, decoder: Decoder, switch_points: SwitchPoints) -> None:
         self.decoder = decoder
-        self.switch_points = switch_points
+        self.switch_points = here(switch_points, decoder)
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep] = {}
         self._tiled: Decoder | None = None
         self._cannot_compile = False
@@ -65,7 +50,7 @@ class Engine:
             self.decoder,
             tokens_BT,
             plan,
-            grouped=tokens_BT.numel() >= self.switch_points.grouped_from,
+            grouped=tokens_BT.numel() >= max(1, self.switch_points.grouped_from),
             mask=mask,
             caches=None if cache is None else cache.layers,
             only_last=only_last,
@@ -78,7 +63,7 @@ class Engine:
         key = plan, n_sequences
         if key not in self._steps:
             try:
-                self._steps[key] = CompiledStep(self._layout(n_sequences), plan, n_sequences)
+                self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
             except CannotCompile as error:
                 self._cannot_compile = True
                 warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
@@ -89,7 +74,7 @@ class Engine:
         """What copies and pickles take along: nothing compiled."""
         return {**self.__dict__, "_steps": {}, "_tiled": None}
 
-    def _layout(self, n_sequences: int) -> Decoder:
+    def layout(self, n_sequences: int) -> Decoder:
         """The decoder with its weights as the compiled step likes them."""
         if n_sequences == 1:
             return self.decoder

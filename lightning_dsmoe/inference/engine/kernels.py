@@ -18,7 +18,7 @@ from torch.func import functional_call
 Kernel = Callable[[list[Tensor]], list[Tensor]]
 """Takes the inputs, then the weights; empties the list that it is given."""
 
-_OPTIONS = {
+OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
     "assert_indirect_indexing": False,  # experts are numbered by the selection itself
 }
@@ -65,7 +65,7 @@ def kernel_path(program: ExportedProgram) -> Path:
         program.graph_module.code,
         [str(input) for input in inputs],
         constants,
-        sorted(_OPTIONS.items()),
+        sorted(OPTIONS.items()),
         torch.__version__,
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
@@ -81,7 +81,7 @@ def compile_kernel(program: ExportedProgram, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / path.name), inductor_configs=dict(_OPTIONS)
+            program, package_path=str(Path(folder) / path.name), inductor_configs=dict(OPTIONS)
         )
         Path(made).replace(path)
 

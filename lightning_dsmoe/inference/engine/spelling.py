@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_dsmoe.precision import at_least_float32
 
 _SIDE_BY_SIDE = 4
-_MANY_ROWS = 64
+_MANY_ROWS = 16
 
 
 def kept(x: Tensor) -> Tensor:

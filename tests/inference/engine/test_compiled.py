@@ -15,7 +15,8 @@ from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.inference import SparseModel, compile_sparse, generate
 from lightning_dsmoe.inference.engine import compiled as compiled_module
 from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
-from lightning_dsmoe.inference.engine.engine import Engine, SwitchPoints
+from lightning_dsmoe.inference.engine.engine import Engine
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import (
     AllExperts,
     MixtureOutput,

@@ -116,7 +116,7 @@ def test_what_a_kernel_depends_on(
     paths = [kernel_path(top_k), *(kernel_path(export_part(part)) for part in parts)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     paths.append(kernel_path(top_k))
-    monkeypatch.setitem(kernels_module._OPTIONS, "cpp.simdlen", 256)
+    monkeypatch.setitem(kernels_module.OPTIONS, "cpp.simdlen", 256)
     paths.append(kernel_path(top_k))
     monkeypatch.setattr(torch, "__version__", "9.9")
     paths.append(kernel_path(top_k))
@@ -149,7 +149,7 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def compiler(program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> str:
         assert program == "a graph"
-        assert inductor_configs == kernels_module._OPTIONS
+        assert inductor_configs == kernels_module.OPTIONS
         assert not path.exists()
         Path(package_path).write_text("machine code")
         return package_path
