@@ -182,8 +182,9 @@ class SparseModel(nn.Module):
         `torch._inductor.aoti_load_package(path)` loads it where this library is not installed, on a
         machine of this kind and with this version of PyTorch. It takes tokens `[T]`, the keys and
         the values of each layer `[S, T, H, C]`, bool `[S, T]` for the slots that hold a token, and
-        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. The file is
-        native code, so load only your own; it takes a minute or two to compile.
+        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. All of them
+        must be contiguous, which is not checked. The file is native code, so load only your own;
+        it takes a minute or two to compile.
 
         Args:
             path: the file, which is replaced.

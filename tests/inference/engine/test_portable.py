@@ -29,7 +29,9 @@ step = torch._inductor.aoti_load_package(str(folder / "step.pt2"))
 keys = [torch.zeros(20, 2, 2, 8) for _ in range(2)]
 values = [torch.zeros(20, 2, 2, 8) for _ in range(2)]
 seen = torch.zeros(20, 2, dtype=torch.bool)
-logits = [step(t, keys, values, seen, torch.tensor([at])) for at, t in enumerate(tokens.T)]
+logits = []
+for at, tokens_T in enumerate(tokens.T.contiguous()):
+    logits.append(step(tokens_T, keys, values, seen, torch.tensor([at])))
 assert seen.sum(0).tolist() == [14, 14]
 torch.save(torch.stack(logits, 1), folder / "logits.pt")
 """
