@@ -96,7 +96,7 @@ def twin() -> SparseModel:
 
 def side(model: SparseModel, plan: SelectionPlan, size: int = 1) -> Callable[[], float]:
     """Decode a few tokens of each of some random texts; gives seconds per step."""
-    prompt, steps, length = (64, 16, 128) if size <= 64 else (4, 1, 8)
+    prompt, steps, length = (64, 16, 128) if size <= 64 else (2, 1, 8)
     torch.manual_seed(0)
     text_BT = torch.randint(VOCABULARY, (size, length))
     return partial(Decoding(Ours(model, plan, length), text_BT, prompt).turn, steps)
