@@ -4,6 +4,7 @@ Shapes: E experts, R rows of one expert, C columns, K chosen experts, T tokens, 
 by side, r = R / J, Z = K r.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -155,6 +156,8 @@ def quantize_int8(rows: Rows) -> Int8Rows:
     Raises:
         ImportError: if bitsandbytes is not installed.
     """
+    # It warns of a kernel for 4 bits, which are not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.functional import int8_vectorwise_quant
     except ImportError as error:
