@@ -18,12 +18,17 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
-from lightning_dsmoe.commands import configs, generate
+from lightning_dsmoe.commands import calibrate, configs, generate, sweep
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
 
-TOOLS: dict[str, Callable[..., None]] = {"generate": generate, "configs": configs}
+TOOLS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "sweep": sweep,
+    "calibrate": calibrate,
+    "configs": configs,
+}
 _DEBUG = "JSONARGPARSE_DEBUG"
 _SIGTERM_EXIT_CODE = 143
 

@@ -1,4 +1,6 @@
 """What the tools of the command line do."""
 
+from lightning_dsmoe.commands.calibrate import calibrate as calibrate
 from lightning_dsmoe.commands.configs import configs as configs
 from lightning_dsmoe.commands.generate import generate as generate
+from lightning_dsmoe.commands.sweep import sweep as sweep

@@ -26,8 +26,8 @@ class TextDataModule(LightningDataModule):
     Args:
         files: A path, a glob, or a list of them; without it the Python sources of the running
             interpreter's standard library.
-        tokenizer: "byte", "char", or the path of a Hugging Face tokenizer JSON (or of one that
-            `Tokenizer.to_dict` wrote).
+        tokenizer: "byte", "char", the path of a Hugging Face tokenizer JSON (or of one that
+            `Tokenizer.to_dict` wrote), or a tokenizer.
         context: Tokens in a window, T.
         batch_size: Windows in a batch, B, on each rank.
         val_fraction: Share of the text in the validation split.
@@ -45,7 +45,7 @@ class TextDataModule(LightningDataModule):
         self,
         files: str | list[str] | None = None,
         *,
-        tokenizer: str = "byte",
+        tokenizer: str | Tokenizer = "byte",
         context: int = 128,
         batch_size: int = 16,
         val_fraction: float = 0.1,
@@ -78,7 +78,9 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = cache_dir
-        self._given_tokenizer = _named_tokenizer(tokenizer)
+        self._given_tokenizer = (
+            tokenizer if isinstance(tokenizer, Tokenizer) else _named_tokenizer(tokenizer)
+        )
         self._token_file: TokenFile | None = None
         self._train_loader: ResumableLoader | None = None
         self._position: tuple[int, int] | None = None

@@ -1,0 +1,64 @@
+"""A model under a plan: its loss and what it costs.
+
+Shapes: B windows, T tokens, V vocabulary.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from lightning_dsmoe.analysis.held_out import HeldOut
+from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
+from lightning_dsmoe.routing import SelectionPlan
+
+
+class PlanResult(NamedTuple):
+    """A model under one plan.
+
+    Args:
+        loss: cross entropy, in nats per token.
+        share: mean share of the hidden parameters that run for a token; embeddings and the head
+            are not among them.
+        share_p50: its median over tokens.
+        share_p95: its 95th percentile.
+        tokens_per_second: speed of reading the text.
+    """
+
+    loss: float
+    share: float
+    share_p50: float
+    share_p95: float
+    tokens_per_second: float
+
+
+@torch.inference_mode()
+def evaluate_plan(
+    model: SparseModel, plan: SelectionPlan, text: HeldOut, counts: ParameterCounts
+) -> PlanResult:
+    """Measure a model under a plan.
+
+    Args:
+        model: the model.
+        plan: the experts that run.
+        text: what to measure it on.
+        counts: parameters of the decoder before it was packed, from `count_parameters`.
+    """
+    active = ActiveParameters(counts)
+    nll, seconds = 0.0, 0.0
+    for inputs_BT, labels_BT in text.batches:
+        start = time.perf_counter()
+        logits_BTV, routings = model(inputs_BT, plan)
+        seconds += time.perf_counter() - start
+        nll += F.cross_entropy(
+            logits_BTV.flatten(0, 1).float(),
+            labels_BT.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        ).item()
+        active.update(*active_masks(routings, plan), labels_BT != IGNORED)
+    share = (value.item() for value in active.compute())
+    return PlanResult(nll / text.n_tokens, *share, text.n_tokens / seconds)

@@ -1,0 +1,94 @@
+"""Text to judge a trained model on.
+
+Shapes: B windows, T tokens.
+"""
+
+import hashlib
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.data.windows import IGNORED
+
+
+class HeldOut(NamedTuple):
+    """Windows of text in batches.
+
+    Args:
+        batches: inputs and labels, int64 `[B, T]`; labels of -100 do not count.
+        n_tokens: labels that count.
+    """
+
+    batches: list[tuple[Tensor, Tensor]]
+    n_tokens: int
+
+    def halves(self) -> "tuple[HeldOut, HeldOut]":
+        """The first and the second half of the batches."""
+        middle = len(self.batches) // 2
+        return _counted(self.batches[:middle]), _counted(self.batches[middle:])
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens."""
+        digest = hashlib.sha256()
+        for inputs_BT, labels_BT in self.batches:
+            digest.update(np.ascontiguousarray(inputs_BT.numpy()).tobytes())
+            digest.update(np.ascontiguousarray(labels_BT.numpy()).tobytes())
+        return digest.hexdigest()
+
+
+def held_out(
+    tokenizer: Tokenizer,
+    files: str | list[str] | None = None,
+    *,
+    context: int = 128,
+    split: Literal["val", "test"] = "val",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    max_tokens: int = 100_000,
+    batch_tokens: int = 2048,
+) -> HeldOut:
+    """Read windows of a split of text files.
+
+    Args:
+        tokenizer: that of the model.
+        files: a path, a glob, or a list of them; None takes the Python sources of the standard
+            library.
+        context: tokens in a window.
+        split: "val" or "test".
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
+        max_tokens: most tokens, rounded up to whole batches.
+        batch_tokens: tokens in a batch.
+
+    Raises:
+        ValueError: if the text is missing or too short for two batches.
+    """
+    data = TextDataModule(
+        files,
+        tokenizer=tokenizer,
+        context=context,
+        batch_size=max(1, batch_tokens // context),
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+    )
+    data.setup("validate" if split == "val" else "test")
+    loader = {"val": data.val_dataloader, "test": data.test_dataloader}[split]()
+    batches, n_tokens = [], 0
+    for batch in loader:
+        if n_tokens >= max_tokens:
+            break
+        batches.append((batch["input_ids"], batch["labels"]))
+        n_tokens += int((batch["labels"] != IGNORED).sum())
+    if len(batches) < 2:
+        raise ValueError(
+            f"the {split} split has {n_tokens} tokens, which is too short to judge a model by: it "
+            f"takes more than {data.batch_size * context}"
+        )
+    return HeldOut(batches, n_tokens)
+
+
+def _counted(batches: list[tuple[Tensor, Tensor]]) -> HeldOut:
+    return HeldOut(batches, sum(int((labels != IGNORED).sum()) for _, labels in batches))

@@ -1,0 +1,110 @@
+"""What every router of a model says of a text, and what a threshold for each would cost.
+
+Shapes: X tokens, N experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.analysis.held_out import HeldOut
+from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.metrics import ParameterCounts
+from lightning_dsmoe.routing import Routing, SelectionPlan
+
+
+class RouterStatistics(NamedTuple):
+    """One router on a text, all experts running.
+
+    Args:
+        probs_XN: its probabilities in descending order.
+        per_expert: parameters of one of its experts.
+    """
+
+    probs_XN: Tensor
+    per_expert: int
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts N."""
+        return self.probs_XN.shape[-1]
+
+    def kept(self, eps: float) -> Tensor:
+        """Mean number of experts that `Threshold(eps)` runs."""
+        above_XN = self.probs_XN * self.n_experts > eps
+        return above_XN.sum(-1).clamp_min(1).double().mean()
+
+    def dropped_mass(self, eps: float) -> Tensor:
+        """Mean probability of the experts that `Threshold(eps)` does not run."""
+        below_XN = self.probs_XN * self.n_experts <= eps
+        below_XN[:, 0] = False
+        return (self.probs_XN * below_XN).sum(-1).double().mean()
+
+    def eps_of_mass(self, mass: float) -> float:
+        """The threshold below which experts hold about this much probability in the mean."""
+        values = self.probs_XN[:, 1:].flatten().sort().values
+        total = values.double().cumsum(0) / len(self.probs_XN)
+        place = int(torch.searchsorted(total, mass).clamp_max(max(0, len(values) - 1)))
+        return self.n_experts * float(values[place]) if len(values) else 0.0
+
+
+class Statistics(NamedTuple):
+    """All routers of a model on a text.
+
+    Args:
+        experts: of each layer, None without a mixture of experts.
+        attention: of each layer, None without a mixture of attention heads.
+        always: hidden parameters that run for every token.
+        hidden: all hidden parameters.
+    """
+
+    experts: list[RouterStatistics | None]
+    attention: list[RouterStatistics | None]
+    always: int
+    hidden: int
+
+    def share(self, experts: Sequence[float], attention: Sequence[float]) -> float:
+        """Active share under thresholds, one for each layer and kind."""
+        active = float(self.always)
+        for routers, thresholds in ((self.experts, experts), (self.attention, attention)):
+            for router, eps in zip(routers, thresholds, strict=True):
+                if router is not None:
+                    active += router.kept(eps).item() * router.per_expert
+        return active / self.hidden
+
+
+@torch.inference_mode()
+def routing_statistics(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Statistics:
+    """Run all experts on a text once.
+
+    Args:
+        model: the model.
+        text: the text.
+        counts: parameters of the decoder before it was packed, from `count_parameters`.
+    """
+    dense = SelectionPlan.uniform(model.decoder.n_layers)
+    seen: tuple[list[list[Tensor]], list[list[Tensor]]] = (
+        [[] for _ in counts.experts],
+        [[] for _ in counts.attention],
+    )
+    for inputs_BT, labels_BT in text.batches:
+        routings = model(inputs_BT, dense).routings
+        for kind, layers in zip(seen, (routings.experts, routings.attention), strict=True):
+            for probs, routing in zip(kind, layers, strict=True):
+                if routing is not None:
+                    probs.append(_ordered(routing, labels_BT != IGNORED))
+    experts, attention = (
+        [
+            None if size is None else RouterStatistics(torch.cat(probs), size.per_expert)
+            for probs, size in zip(kind, sizes, strict=True)
+        ]
+        for kind, sizes in zip(seen, (counts.experts, counts.attention), strict=True)
+    )
+    return Statistics(experts, attention, counts.always, counts.hidden)
+
+
+def _ordered(routing: Routing, mask_BT: Tensor) -> Tensor:
+    return routing.probs[mask_BT].float().sort(dim=-1, descending=True).values

@@ -1,0 +1,157 @@
+"""The plan that a model loses least with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lightning_dsmoe.analysis import PlanResult, evaluate_plan, held_out
+from lightning_dsmoe.analysis.plan_search import Found, fixed_numbers, search, thresholds
+from lightning_dsmoe.analysis.routing_statistics import Statistics, routing_statistics
+from lightning_dsmoe.analysis.uniform import best_uniform
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.metrics import count_parameters
+from lightning_dsmoe.routing import SelectionPlan
+
+_STEPS = 7
+
+
+def calibrate(
+    ckpt_path: str,
+    budget: float | None = None,
+    max_loss_increase: str | None = None,
+    output: str = "plan.json",
+    fixed: bool = False,
+    files: str | list[str] | None = None,
+    split: Literal["val", "test"] = "val",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    context: int | None = None,
+    max_tokens: int = 100_000,
+) -> None:
+    """Find for each layer which experts to run, and say how much better that is than one rule.
+
+    The first half of the text serves to find the plan, the second half to judge it.
+
+    Args:
+        ckpt_path: checkpoint of `fit`.
+        budget: share of the hidden parameters to run at the most, in the mean over tokens.
+        max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
+        output: where to write the plan, as JSON.
+        fixed: choose numbers of experts, the same for all tokens, instead of thresholds.
+        files: text files as in training; without it the Python sources of the standard library.
+        split: part of the text to use.
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
+        context: tokens in a window; by default as in training.
+        max_tokens: tokens to use at the most.
+
+    Raises:
+        ValueError: if not exactly one of budget and max_loss_increase is given or it cannot be met,
+            or the checkpoint or the text is not fit for it.
+    """
+    if (budget is None) == (max_loss_increase is None):
+        raise ValueError("calibrate needs either --budget or --max_loss_increase")
+    increase = None if max_loss_increase is None else _percent(max_loss_increase)
+    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
+    if tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
+    found_on, judged_on = held_out(
+        Tokenizer.from_dict(tokenizer),
+        files,
+        context=context or trained_context or 128,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_tokens=max_tokens,
+    ).halves()
+    counts = count_parameters(decoder)
+    dense = SelectionPlan.uniform(decoder.n_layers)
+    model = compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+    solve = fixed_numbers if fixed else thresholds
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading the text with all experts")
+        statistics = routing_statistics(model, found_on, counts)
+
+        def measure(plan: SelectionPlan) -> PlanResult:
+            progress.update(task, advance=1, description="trying plans")
+            return evaluate_plan(model, plan, found_on, counts)
+
+        if increase is None:
+            found = search(statistics, budget or 0.0, solve, measure)
+        else:
+            found = _sparsest(statistics, solve, measure, measure(dense).loss * (1 + increase))
+        progress.update(task, description="judging the plan on the other half")
+        judged = {
+            "all experts": evaluate_plan(model, dense, judged_on, counts),
+            "calibrated": evaluate_plan(model, found.plan, judged_on, counts),
+        }
+        uniform = best_uniform(
+            routing_statistics(model, judged_on, counts),
+            judged["calibrated"].share,
+            lambda plan: evaluate_plan(model, plan, judged_on, counts),
+        )
+    if uniform is not None:
+        judged[f"best of one rule: {_rule(uniform.plan)}"] = uniform.result
+    found.plan.save(output)
+    Console().print(_table(judged))
+    if uniform is not None:
+        gain = 1 - judged["calibrated"].loss / uniform.result.loss
+        print(f"The calibrated plan is {gain:.3%} better than the best one rule, on unseen text.")
+    print(f"The plan is in {Path(output)}")
+
+
+def _sparsest(
+    statistics: Statistics,
+    solve: Callable[..., SelectionPlan],
+    measure: Callable[[SelectionPlan], PlanResult],
+    most_loss: float,
+) -> Found:
+    """The plan of the smallest budget that keeps to a loss."""
+    routers = [r for r in statistics.experts + statistics.attention if r is not None]
+    least = statistics.always + sum(router.per_expert for router in routers)
+    low, high = least / statistics.hidden, 1.0
+    best = search(statistics, high, solve, measure)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        found = search(statistics, middle, solve, measure)
+        if found.result.loss <= most_loss:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def _percent(text: str) -> float:
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"max_loss_increase must be like 0.5% or 0.005, got {text!r}") from None
+    if not 0 <= value < 10:
+        raise ValueError(f"max_loss_increase must be from 0 to 1000%, got {text!r}")
+    return value
+
+
+def _rule(plan: SelectionPlan) -> str:
+    return f"{plan.experts[0]}, attention {plan.attention[0]}"
+
+
+def _table(judged: dict[str, PlanResult]) -> Table:
+    table = Table("plan, on unseen text", "loss", "against all", "active", "p50", "p95")
+    dense = judged["all experts"]
+    for name, result in judged.items():
+        table.add_row(
+            name,
+            f"{result.loss:.4f}",
+            f"{result.loss / dense.loss - 1:+.2%}",
+            f"{result.share:.1%}",
+            f"{result.share_p50:.1%}",
+            f"{result.share_p95:.1%}",
+        )
+    return table

@@ -1,0 +1,149 @@
+"""How sparse a trained model can run."""
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, held_out, knee
+from lightning_dsmoe.analysis.frontier_figure import frontier_figure
+from lightning_dsmoe.analysis.sweep import sweep_plans
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.files import atomic_path, write_text
+from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.metrics import count_parameters
+from lightning_dsmoe.routing import SelectionPlan
+
+
+def sweep(
+    ckpt_path: str,
+    output: str = "sweep",
+    files: str | list[str] | None = None,
+    split: Literal["val", "test"] = "val",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    context: int | None = None,
+    max_tokens: int = 100_000,
+) -> None:
+    """Measure a trained model under some forty plans, from very sparse to dense.
+
+    Writes sweep.csv, sweep.json, frontier.svg, frontier.png and the plan of the knee, and goes on
+    where it was stopped.
+
+    Args:
+        ckpt_path: checkpoint of `fit`.
+        output: folder of the results.
+        files: text files as in training; without it the Python sources of the standard library.
+        split: part of the text to measure on.
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
+        context: tokens in a window; by default as in training.
+        max_tokens: tokens to measure on at the most.
+
+    Raises:
+        ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
+            something else.
+    """
+    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
+    if tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
+    text = held_out(
+        Tokenizer.from_dict(tokenizer),
+        files,
+        context=context or trained_context or 128,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_tokens=max_tokens,
+    )
+    plans, counts = sweep_plans(decoder), count_parameters(decoder)
+    identity = {"checkpoint": _sha256(Path(ckpt_path)), "text": text.fingerprint()}
+    folder = Path(output)
+    results = _earlier(folder / "sweep.json", identity)
+    model = compile_sparse(decoder, plans["all"], switch_points=SwitchPoints(gather_up_to=0))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(
+            f"{len(plans)} plans on {text.n_tokens:,} tokens", total=len(plans)
+        )
+        for name, plan in plans.items():
+            if name not in results:
+                results[name] = evaluate_plan(model, plan, text, counts)
+                _write_json(folder / "sweep.json", identity, plans, results)
+            progress.advance(task)
+    _write_csv(folder / "sweep.csv", results)
+    figure = frontier_figure(results)
+    for suffix in ("svg", "png"):
+        with atomic_path(folder / f"frontier.{suffix}") as path:
+            figure.savefig(path, format=suffix, dpi=150)
+    best = list(results)[knee([(r.share, r.loss) for r in results.values()])]
+    plans[best].save(folder / "knee.json")
+    Console().print(_table(results, best))
+    print(f"The knee is {best}: {folder / 'knee.json'}")
+
+
+def _earlier(path: Path, identity: dict[str, str]) -> dict[str, PlanResult]:
+    """Results of an earlier sweep of the same model and text."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = found["identity"] == identity
+        results = {name: PlanResult(**row["result"]) for name, row in found["plans"].items()}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not a sweep; choose another output") from None
+    if not same:
+        raise ValueError(f"{path} is of another model or text; choose another output")
+    return results
+
+
+def _write_json(
+    path: Path,
+    identity: dict[str, str],
+    plans: dict[str, SelectionPlan],
+    results: dict[str, PlanResult],
+) -> None:
+    rows = {
+        name: {"result": result._asdict(), "plan": plans[name].to_dict()}
+        for name, result in results.items()
+    }
+    write_text(path, json.dumps({"identity": identity, "plans": rows}, indent=2) + "\n")
+
+
+def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
+    best = frontier([(r.share, r.loss) for r in results.values()])
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["plan", *PlanResult._fields, "on_frontier"])
+    for number, (name, result) in enumerate(results.items()):
+        writer.writerow([name, *result, number in best])
+    write_text(path, lines.getvalue())
+
+
+def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
+    dense = results["all"]
+    table = Table("plan", "loss", "against all", "active", "p50", "p95", "tokens/s")
+    points = [(r.share, r.loss) for r in results.values()]
+    names = list(results)
+    for number in frontier(points):
+        result = results[names[number]]
+        table.add_row(
+            names[number] + (" (knee)" if names[number] == knee_name else ""),
+            f"{result.loss:.4f}",
+            f"{result.loss / dense.loss - 1:+.2%}",
+            f"{result.share:.1%}",
+            f"{result.share_p50:.1%}",
+            f"{result.share_p95:.1%}",
+            f"{result.tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
