@@ -11,7 +11,7 @@ from timing import seconds_per_call
 from torch import Tensor
 
 from lightning_dsmoe import SelectionPlan
-from lightning_dsmoe.inference.sparse_model import SparseModel
+from lightning_dsmoe.inference import SparseModel
 
 
 class Reader(Protocol):

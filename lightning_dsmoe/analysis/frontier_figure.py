@@ -24,7 +24,8 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
     for kind in _KINDS:
         some = [_at(p) for name, p in zip(names, points, strict=True) if _kind(name) == kind]
         if some:
-            axes.scatter(*zip(*some, strict=True), s=22, label=_LABELS[kind], zorder=2)
+            shares, losses = zip(*some, strict=True)
+            axes.scatter(shares, losses, s=22, label=_LABELS[kind], zorder=2)
     number = knee(points)
     axes.annotate(
         f"{names[number]}\n{points[number][0]:.1%} active",

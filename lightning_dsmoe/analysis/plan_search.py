@@ -6,7 +6,7 @@ experts with s_r S_e > l c_r for one number l: a threshold for each router, or t
 Sensitivities are first measured, one router at a time, and then tried out against the loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
@@ -116,30 +116,23 @@ def fixed_numbers(
     statistics: Statistics, sensitivity: Sensitivities, budget: float
 ) -> SelectionPlan:
     """The number of experts of every router that run at most a share of the parameters."""
-    routers = _routers(statistics)
-    numbers = [1 for _ in routers]
+    numbers = [1 for _ in _routers(statistics)]
+    routers = {n: router for n, router in enumerate(_routers(statistics)) if router is not None}
+    gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
     room = budget * statistics.hidden - statistics.always
-    room -= sum(router.per_expert for router in routers if router is not None)
-    gains = {
-        n: list(_gains(r, s))
-        for n, (r, s) in enumerate(zip(routers, sensitivity, strict=True))
-        if r
-    }
+    room -= sum(router.per_expert for router in routers.values())
     while True:
         fitting = [
-            n for n in gains if numbers[n] < routers[n].n_experts and routers[n].per_expert <= room
+            n
+            for n, router in routers.items()
+            if numbers[n] < router.n_experts and router.per_expert <= room
         ]
         if not fitting:
             break
         best = max(fitting, key=lambda n: gains[n][numbers[n]])
         room -= routers[best].per_expert
         numbers[best] += 1
-    return _plan(
-        [
-            AllExperts() if router is None else TopK(number)
-            for router, number in zip(routers, numbers, strict=True)
-        ]
-    )
+    return _plan([TopK(k) if n in routers else AllExperts() for n, k in enumerate(numbers)])
 
 
 def check_budget(statistics: Statistics, budget: float) -> None:
@@ -153,10 +146,10 @@ def check_budget(statistics: Statistics, budget: float) -> None:
         )
 
 
-def _gains(router: RouterStatistics, sensitivity: float) -> Iterator[float]:
+def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
     """What the best expert, the second one and so on give for a parameter."""
-    for mean in router.probs_XN.double().mean(0).tolist():
-        yield sensitivity * mean / router.per_expert
+    means: list[float] = router.probs_XN.double().mean(0).tolist()
+    return [sensitivity * mean / router.per_expert for mean in means]
 
 
 def _routers(statistics: Statistics) -> list[RouterStatistics | None]:

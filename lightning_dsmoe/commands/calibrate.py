@@ -32,6 +32,7 @@ def calibrate(
     test_fraction: float = 0.0,
     context: int | None = None,
     max_tokens: int = 100_000,
+    batch_tokens: int = 2048,
 ) -> None:
     """Find for each layer which experts to run, and say how much better that is than one rule.
 
@@ -49,6 +50,7 @@ def calibrate(
         test_fraction: share of the text in the test split.
         context: tokens in a window; by default as in training.
         max_tokens: tokens to use at the most.
+        batch_tokens: tokens that run at once.
 
     Raises:
         ValueError: if not exactly one of budget and max_loss_increase is given or it cannot be met,
@@ -68,6 +70,7 @@ def calibrate(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
     ).halves()
     counts = count_parameters(decoder)
     dense = SelectionPlan.uniform(decoder.n_layers)

@@ -30,6 +30,7 @@ def sweep(
     test_fraction: float = 0.0,
     context: int | None = None,
     max_tokens: int = 100_000,
+    batch_tokens: int = 2048,
 ) -> None:
     """Measure a trained model under some forty plans, from very sparse to dense.
 
@@ -45,6 +46,7 @@ def sweep(
         test_fraction: share of the text in the test split.
         context: tokens in a window; by default as in training.
         max_tokens: tokens to measure on at the most.
+        batch_tokens: tokens that run at once.
 
     Raises:
         ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
@@ -61,6 +63,7 @@ def sweep(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
     )
     plans, counts = sweep_plans(decoder), count_parameters(decoder)
     identity = {"checkpoint": _sha256(Path(ckpt_path)), "text": text.fingerprint()}

@@ -19,24 +19,14 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
-from lightning_dsmoe.inference.checkpoint import check_state, check_text_options, fill
+from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
+from lightning_dsmoe.inference.checkpoint import check_state, fill
 from lightning_dsmoe.inference.engine.packing import expect_packed
-from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import SelectionPlan
 
-FORMAT_VERSION = 2
 CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
 CERTIFICATE, CARD = "certificate.json", "README.md"
 _NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_CONFIG_FIELDS = {
-    "format_version",
-    "architecture",
-    "quantization",
-    "quantize_head",
-    "switch_points",
-    "context",
-    "tokenizer",
-}
 _MAX_JSON_BYTES = 64 * 2**20
 _TIED_HEAD = "head.weight"
 _DTYPES = {
@@ -117,7 +107,7 @@ def read_artifact(path: Path) -> Artifact:
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
     _check_sums(path)
     config = _read_json(path / CONFIG)
-    _check_config(path / CONFIG, config)
+    check_config(path / CONFIG, config)
     decoder = build_decoder(config["architecture"])
     plan = SelectionPlan.from_dict(_read_json(path / PLAN))
     plan.check(*decoder.plan_sizes)
@@ -169,41 +159,6 @@ def _empty(name: str, header: Any) -> Tensor:
     if dtype not in _DTYPES:
         raise ValueError(f"{name} is {dtype}, allowed are {', '.join(_DTYPES)}")
     return torch.empty(header.get_shape(), dtype=_DTYPES[dtype], device="meta")
-
-
-def _check_config(path: Path, config: object) -> None:
-    if not isinstance(config, dict) or "format_version" not in config:
-        raise ValueError(f"{path} must be an object with a format_version")
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {config['format_version']!r:.20}, this version reads "
-            f"{FORMAT_VERSION}; a newer lightning_dsmoe may read it"
-        )
-    if set(config) != _CONFIG_FIELDS:
-        raise ValueError(f"{path} must have the fields {sorted(_CONFIG_FIELDS)}")
-    if config["quantization"] not in (None, "int8"):
-        raise ValueError(
-            f"{path}: quantization must be null or int8, got {config['quantization']!r:.200}"
-        )
-    if not isinstance(config["quantize_head"], bool):
-        raise ValueError(f"{path}: quantize_head must be true or false")
-    _check_switch_points(path, config["switch_points"])
-    try:
-        check_text_options(config["tokenizer"], config["context"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _check_switch_points(path: Path, points: object) -> None:
-    if not isinstance(points, dict) or set(points) != set(SwitchPoints._fields):
-        raise ValueError(f"{path}: switch_points must have the fields {SwitchPoints._fields}")
-    for name in ("gather_up_to", "grouped_from"):
-        if type(points[name]) is not int or points[name] < 0:
-            raise ValueError(
-                f"{path}: {name} must be a whole number of 0 or more, got {points[name]!r:.200}"
-            )
-    if not isinstance(points["measured_on"], str | None):
-        raise ValueError(f"{path}: measured_on must be null or a text")
 
 
 def _check_sums(path: Path) -> None:

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
-from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
 from lightning_dsmoe.inference.engine.calibration import calibrate
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.engine.packing import Quantization, pack, quantized_bytes
+from lightning_dsmoe.inference.engine.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.engine.portable import export_step
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.generation import generate
@@ -69,6 +67,7 @@ class SparseModel(nn.Module):
             )
         self.decoder = decoder
         self.engine = Engine(decoder, switch_points)
+        self.register_load_state_dict_post_hook(_forget_compiled)
         self.plan = plan
         self.architecture = architecture
         self.quantization = quantization
@@ -90,7 +89,7 @@ class SparseModel(nn.Module):
 
     @property
     def switch_points(self) -> SwitchPoints:
-        """Numbers of tokens at which one way of running experts gives way to the next."""
+        """Numbers of tokens at which one way of running experts gives way to the next, here."""
         return self.engine.switch_points
 
     @switch_points.setter
@@ -137,14 +136,15 @@ class SparseModel(nn.Module):
 
         Up to `switch_points.gather_up_to` prompts at once use the compiled decode step, which
         takes some seconds to compile when a machine first meets a model, a plan and a number of
-        prompts.
+        prompts. `ThresholdTopK` counts over what runs at once: up to 16 prompts in the compiled
+        step, up to 2,048 tokens of prompts.
         """
         options.setdefault("context", self.context)
         return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.switch_points = self.engine.switch_points
+        self.switch_points = self.engine.given_points
         return self
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
@@ -168,7 +168,7 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is in the way.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
-        config["switch_points"] = self.switch_points._asdict()
+        config["switch_points"] = self.engine.given_points._asdict()
         card = model_card(self.decoder, self.plan, *self.report(), certificate or {})
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
@@ -182,9 +182,9 @@ class SparseModel(nn.Module):
         `torch._inductor.aoti_load_package(path)` loads it where this library is not installed, on a
         machine of this kind and with this version of PyTorch. It takes tokens `[T]`, the keys and
         the values of each layer `[S, T, H, C]`, bool `[S, T]` for the slots that hold a token, and
-        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. All of them
-        must be contiguous, which is not checked. The file is native code, so load only your own;
-        it takes a minute or two to compile.
+        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. It checks
+        nothing: all of them must be contiguous and of these types, and in range. The file is native
+        code, so load only your own; it takes a minute or two to compile.
 
         Args:
             path: the file, which is replaced.
@@ -201,62 +201,6 @@ class SparseModel(nn.Module):
 _CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context", "tokenizer")
 
 
-def compile_sparse(
-    model: nn.Module,
-    plan: SelectionPlan,
-    *,
-    quantization: Quantization | None = None,
-    quantize_head: bool = False,
-    switch_points: SwitchPoints = SwitchPoints(),
-    context: int | None = None,
-    tokenizer: dict[str, Any] | None = None,
-) -> SparseModel:
-    """Make a model for sparse inference out of a trained one, which stays as it is.
-
-    Args:
-        model: a `Decoder`, or a module with one as `decoder`, such as `DSMoELanguageModel`.
-        plan: the experts that run in each layer.
-        quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
-        quantize_head: put the last projection into 8 bits too.
-        switch_points: numbers of tokens at which one way of running the experts gives way to the
-            next; `SwitchPoints(gather_up_to=0)` never compiles anything, and the model's
-            `calibrate` measures them.
-        context: tokens the model can look back on; None takes the decoder's learned positions.
-        tokenizer: description of the tokenizer, kept with the model.
-
-    Raises:
-        ValueError: if the plan does not fit the model or an option is unknown.
-        ImportError: if int8 is wanted and bitsandbytes is not installed.
-    """
-    decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
-    if not isinstance(decoder, Decoder):
-        raise ValueError(
-            f"compile_sparse needs a Decoder, got {type(model).__name__} without one; "
-            "a LightningModule has it after configure_model()"
-        )
-    if quantization not in (None, "int8"):
-        raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
-    plan.check(*decoder.plan_sizes)
-    architecture = describe_decoder(decoder)
-    decoder = copy.deepcopy(decoder).eval().requires_grad_(False)
-    pack(decoder, quantization=quantization, quantize_head=quantize_head)
-    return SparseModel(
-        decoder,
-        plan,
-        architecture=architecture,
-        quantization=quantization,
-        quantize_head=quantize_head,
-        switch_points=switch_points,
-        context=context,
-        tokenizer=tokenizer,
-    )
-
-
-def load_sparse(path: str | Path) -> SparseModel:
-    """Read a sparse model from its artifact directory, checking all of it first.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file was changed or is not what it should be.
-    """
-    return SparseModel.load(path)
+def _forget_compiled(model: SparseModel, keys: object) -> None:
+    """Make the engine anew, which holds what was made of the weights before."""
+    model.switch_points = model.engine.given_points

@@ -23,7 +23,7 @@ def routing_agreement(
         mask: tokens that count, bool `[...]`.
 
     Returns:
-        A number from 0 to 1; 1 if there are no routers.
+        A number from 0 to 1; 1 if there are no routers or no tokens.
     """
     experts, attention = active_masks(found, plan)
     other_experts, other_attention = active_masks(expected, plan)
@@ -33,6 +33,6 @@ def routing_agreement(
         for own, other in pairs
         if own is not None and other is not None
     ]
-    if not same:
+    if not same or not mask.any():
         return torch.ones((), device=mask.device)
     return torch.stack(same).float().mean()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder
+from lightning_dsmoe.inference.compilation import compile_sparse, load_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
-from lightning_dsmoe.inference.sparse_model import SparseModel, compile_sparse, load_sparse
+from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, TopK
 
 from .conftest import (
@@ -114,6 +115,29 @@ def test_compiled_blocks_are_copied_uncompiled(
     assert all(block._compiled_call_impl is None for block in model.decoder.blocks)
     model.save(tmp_path / "model")
     assert_near(load_sparse(tmp_path / "model").logits(tokens), expected)
+
+
+def test_new_weights_are_those_that_run(
+    one_decoder: Decoder, plan: SelectionPlan, tokens: Tensor
+) -> None:
+    model, other = compile_sparse(one_decoder, plan), compile_sparse(rotary_glu(), plan)
+    before = model.engine.layout(2)
+    model.load_state_dict(other.state_dict())
+    after = model.engine.layout(2)
+    assert after is not before
+    for name, weight in other.engine.layout(2).state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight)
+    assert torch.equal(model.logits(tokens), other.logits(tokens))
+
+
+def test_autocast_makes_no_difference(
+    decoder: Decoder, plan: SelectionPlan, tokens: Tensor
+) -> None:
+    model = compile_sparse(decoder, plan, switch_points=UNCOMPILED)
+    logits, texts = model.logits(tokens), model.generate(tokens, 3, temperature=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.logits(tokens), logits)
+        assert torch.equal(model.generate(tokens, 3, temperature=0), texts)
 
 
 def test_saved_and_loaded_it_is_the_same(

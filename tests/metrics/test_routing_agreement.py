@@ -37,3 +37,9 @@ def test_other_gates_of_the_same_experts_agree(mask: Tensor) -> None:
 def test_without_routers_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
     nothing = Routings((None, None), (None, None))
     assert routing_agreement(nothing, nothing, PLAN, mask).item() == 1
+
+
+def test_without_tokens_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
+    found = Routings((routing(0, 1, 2, 0), None), (None, None))
+    other = Routings((routing(1, 2, 0, 1), None), (None, None))
+    assert routing_agreement(found, other, PLAN, mask & False).item() == 1

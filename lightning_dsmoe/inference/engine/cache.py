@@ -1,6 +1,6 @@
 """The keys and values of all layers in two tensors.
 
-Shapes: L layers, S capacity, B sequences, H KV heads, C head width.
+Shapes: L layers, S capacity, B sequences, T sequences of a step, H KV heads, C head width.
 """
 
 from collections.abc import Iterable

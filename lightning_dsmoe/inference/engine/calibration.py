@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens.
 """
 
 import time
-from collections.abc import Callable
 from itertools import takewhile
 from statistics import median
 
@@ -16,8 +15,8 @@ from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, place_o
 from lightning_dsmoe.routing import SelectionPlan
 
 _SEQUENCES = (1, 4, 16, 32, 64)
-_PROMPT = 8
-_ROUNDS, _STEPS = 5, 3
+_PROMPT, _LENGTH = 4, 8
+_ROUNDS = 5
 _NEVER = 2**31
 
 
@@ -33,6 +32,8 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
         "grouped": Engine(decoder, SwitchPoints(gather_up_to=0)),
         "masked": Engine(decoder, SwitchPoints(gather_up_to=0, grouped_from=_NEVER)),
     }
+    if ways["gathered"].compiled_step(plan, 1) is None:
+        del ways["gathered"]
     fastest = [_fastest(ways, plan, n_sequences) for n_sequences in _SEQUENCES]
     timed = list(zip(_SEQUENCES, fastest, strict=True))
     gathered = [n for n, _ in takewhile(lambda pair: pair[1][0] == "gathered", timed)]
@@ -46,33 +47,28 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
 
 def _fastest(ways: dict[str, Engine], plan: SelectionPlan, n_sequences: int) -> list[str]:
     """The ways of decoding some sequences, the fastest first."""
-    steps = {name: _step(engine, plan, n_sequences) for name, engine in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(1 + _ROUNDS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(_STEPS):
-                step()
+        for name, engine in ways.items():
+            taken = _seconds(engine, plan, n_sequences)
             if number:
-                seconds[name].append(time.perf_counter() - start)
-    return sorted(steps, key=lambda name: median(seconds[name]))
+                seconds[name].append(taken)
+    return sorted(ways, key=lambda name: median(seconds[name]))
 
 
-def _step(engine: Engine, plan: SelectionPlan, n_sequences: int) -> Callable[[], None]:
-    """Decode one token more of sequences of random text."""
-    capacity = _PROMPT + (1 + _ROUNDS) * _STEPS
+def _seconds(engine: Engine, plan: SelectionPlan, n_sequences: int) -> float:
+    """Time of decoding a few tokens more of sequences of random text."""
+    length = min(_LENGTH, engine.decoder.max_positions or _LENGTH)
     device = engine.decoder.embedding.weight.device
     generator = torch.Generator().manual_seed(0)
     text_BT = torch.randint(
-        engine.decoder.vocab_size, (n_sequences, capacity), generator=generator
+        engine.decoder.vocab_size, (n_sequences, length), generator=generator
     ).to(device)
-    context = engine.open(n_sequences, capacity, plan)
+    context = engine.open(n_sequences, length, plan)
     context.read(text_BT[:, :_PROMPT])
-    columns = iter(text_BT[:, _PROMPT:].split(1, dim=1))
-
-    def step() -> None:
-        context.read(next(columns))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return step
+    start = time.perf_counter()
+    for tokens_B1 in text_BT[:, _PROMPT:].split(1, dim=1):
+        context.read(tokens_B1)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -38,7 +38,7 @@ def choose(selection: Selection, routing: Routing) -> Choice:
     n_tokens, n_experts = probs_TN.shape
     if isinstance(selection, AllExperts):
         return Choice(None, probs_TN.T)
-    if isinstance(selection, TopK) and n_tokens == 1:
+    if type(selection) is TopK and n_tokens == 1:
         return _best(selection, routing)
     active_TN = kept(selection.mask(probs_TN))
     gates_TN = kept(selection.weigh(probs_TN, active_TN))

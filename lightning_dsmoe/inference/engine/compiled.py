@@ -5,7 +5,9 @@ width, D width, V vocabulary.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,6 +36,27 @@ class CannotCompile(RuntimeError):
     """The compiler is missing or refuses; everything works without it, more slowly."""
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What tracing and compiling need around them.
+
+    Raises:
+        CannotCompile: if anything goes wrong.
+    """
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CannotCompile(reason[:300]) from error
+
+
 class CompiledStep:
     """One new token of each of a few sequences: the embedding, each block, and the head, compiled.
 
@@ -52,17 +75,12 @@ class CompiledStep:
     def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
         kinds = list(zip(plan.experts, plan.attention, strict=True))
         blocks = list(cast(Iterable[Block], decoder.blocks))
-        try:
+        with compiling():
             steps = [BlockStep(b, *kind) for b, kind in zip(blocks, kinds, strict=True)]
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             different = dict(zip(kinds, steps, strict=True))
-            with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
-                parts = _parts(decoder, embed, different, predict, n_sequences)
-                kernels = _kernels(parts, n_sequences)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CannotCompile(reason[:300]) from error
+            parts = _parts(decoder, embed, different, predict, n_sequences)
+            kernels = _kernels(parts, n_sequences, decoder.embedding.weight.device)
         self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
         self._blocks = [
             (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
@@ -73,7 +91,7 @@ class CompiledStep:
     def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
         """Add one token to each sequence of a cache; gives logits `[T, V]`."""
         slots = cache.next_slots()
-        x_TD, *by = self._embed([tokens_T.contiguous(), slots.seen_ST, *self._embed_weights])
+        x_TD, *by = self._embed([tokens_T.long().contiguous(), slots.seen_ST, *self._embed_weights])
         place = (slots.seen_ST, slots.at_1, *by)
         for (run, weights), keys, values in zip(
             self._blocks, slots.keys, slots.values, strict=True
@@ -102,14 +120,30 @@ def _parts(
     }
 
 
-def _kernels(parts: dict[object, Part], n_sequences: int) -> dict[object, Kernel]:
+def _kernels(
+    parts: dict[object, Part], n_sequences: int, device: torch.device
+) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
     programs = {name: export_part(part) for name, part in parts.items()}
     paths = {name: kernel_path(program) for name, program in programs.items()}
-    missing = [name for name, path in paths.items() if not path.is_file()]
+    loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
+    missing = {path: programs[name] for name, path in paths.items() if path not in loaded}
     if missing:
         sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
         title = f"Compiling decoding of {sequences}, once for this machine"
-        for name in track(missing, title, console=Console(stderr=True)):
-            compile_kernel(programs[name], paths[name])
-    return {name: load_kernel(path) for name, path in paths.items()}
+        for path in track(missing, title, console=Console(stderr=True)):
+            compile_kernel(missing[path], path)
+            loaded[path] = load_kernel(path, device)
+    return {name: loaded[path] for name, path in paths.items()}
+
+
+def _loaded(path: Path, device: torch.device) -> Kernel | None:
+    """A kernel that is on disk; None if there is none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return load_kernel(path, device)
+    except PermissionError:
+        raise
+    except Exception:  # whatever is wrong with the file, a new one takes its place
+        return None

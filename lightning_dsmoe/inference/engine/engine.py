@@ -1,4 +1,4 @@
-"""One way of running a packed decoder for every number of tokens.
+"""Running a packed decoder in one of three ways, by the number of tokens.
 
 Shapes: B batch, T new tokens, V vocabulary.
 """
@@ -14,15 +14,16 @@ from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.many import run_many
 from lightning_dsmoe.inference.engine.packing import tiled
-from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, check, here
 from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048
 _AT_ONCE = 16
+_SHORT_ROWS = 48  # whose sums one by one take longer than reading them
 
 
 class Engine:
-    """Runs a packed decoder by the fastest of three ways.
+    """Runs a packed decoder in one of three ways, by the number of tokens.
 
     Args:
         decoder: the packed decoder.
@@ -31,10 +32,15 @@ class Engine:
 
     def __init__(self, decoder: Decoder, switch_points: SwitchPoints) -> None:
         self.decoder = decoder
-        self.switch_points = here(switch_points, decoder)
-        self._steps: dict[tuple[SelectionPlan, int], CompiledStep] = {}
-        self._tiled: Decoder | None = None
-        self._cannot_compile = False
+        self.given_points = check(switch_points)
+        self._steps: dict[tuple[SelectionPlan, int], CompiledStep | None] = {}
+        self._layouts: dict[int | None, Decoder] = {}
+        self._warned = False
+
+    @property
+    def switch_points(self) -> SwitchPoints:
+        """The switch points that hold where the decoder is."""
+        return here(self.given_points, self.decoder)
 
     def forward(
         self,
@@ -46,46 +52,52 @@ class Engine:
         only_last: bool = False,
     ) -> DecoderOutput:
         """Logits and routings of new tokens, as `Decoder.forward` gives them."""
-        return run_many(
-            self.decoder,
-            tokens_BT,
-            plan,
-            grouped=tokens_BT.numel() >= max(1, self.switch_points.grouped_from),
-            mask=mask,
-            caches=None if cache is None else cache.layers,
-            only_last=only_last,
-        )
+        with torch.autocast(tokens_BT.device.type, enabled=False):
+            return run_many(
+                self.decoder,
+                tokens_BT,
+                plan,
+                grouped=tokens_BT.numel() >= max(1, self.switch_points.grouped_from),
+                mask=mask,
+                caches=None if cache is None else cache.layers,
+                only_last=only_last,
+            )
 
     def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
         """The compiled step for a plan, made at its first use; None where there is none."""
-        if self._cannot_compile:
-            return None
         key = plan, n_sequences
         if key not in self._steps:
             try:
                 self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
             except CannotCompile as error:
-                self._cannot_compile = True
-                warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
-                return None
+                self._steps[key] = None
+                if not self._warned:
+                    warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
+                self._warned = True
         return self._steps[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: nothing compiled."""
-        return {**self.__dict__, "_steps": {}, "_tiled": None}
+        return {**self.__dict__, "_steps": {}, "_layouts": {}, "_warned": False}
 
     def layout(self, n_sequences: int) -> Decoder:
         """The decoder with its weights as the compiled step likes them."""
-        if n_sequences == 1:
-            return self.decoder
-        if self._tiled is None:
-            self._tiled = tiled(self.decoder)
-        return self._tiled
+        up_to = _SHORT_ROWS if n_sequences == 1 else None
+        if up_to not in self._layouts:
+            self._layouts[up_to] = tiled(self.decoder, up_to=up_to)
+        return self._layouts[up_to]
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineContext":
-        """Start sequences under a plan, with room for `capacity` tokens each."""
+        """Start sequences under a plan, with room for `capacity` tokens each.
+
+        Raises:
+            ValueError: if the model has fewer learned positions.
+        """
+        positions = self.decoder.max_positions
+        if positions is not None and capacity > positions:
+            raise ValueError(f"{capacity} tokens, but this model has {positions} learned positions")
         sizes = [batch_size]
-        gathers = batch_size <= self.switch_points.gather_up_to
+        gathers = batch_size <= self.switch_points.gather_up_to and not self._warned
         if gathers:
             groups = -(-batch_size // _AT_ONCE)
             sizes = [(batch_size + group) // groups for group in range(groups)]

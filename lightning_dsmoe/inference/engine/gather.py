@@ -65,7 +65,7 @@ def gather_heads(
     if by is not None:
         keys_THC, q_KTHC = rotate(keys_THC, by), rotate(q_KTHC, by)
     slots.keys_STHC.index_copy_(0, slots.at_1, keys_THC[None].to(slots.keys_STHC.dtype))
-    slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1])
+    slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1].to(slots.values_STHC.dtype))
     heads_KTHC = _attend(kept(q_KTHC), slots)
     gated_KTR = (heads_KTHC * choice.gates_KT[..., None, None]).flatten(-2)
     y_TD = _packed(heads.w_o).summed_products(gated_KTR, choice.experts_K)

@@ -5,6 +5,7 @@ A module's weights are inputs of its kernel, so that layers alike share one and 
 
 import hashlib
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
 Kernel = Callable[[list[Tensor]], list[Tensor]]
-"""Takes the inputs, then the weights; empties the list that it is given."""
+"""Takes the inputs, then the weights; empties the list that it is given, and checks nothing."""
 
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -60,7 +61,6 @@ def kernel_path(program: ExportedProgram) -> Path:
         if isinstance(value, Tensor)
     ]
     constants = [(name, repr(value.tolist())) for name, value in program.constants.items()]
-    devices = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     facts = (
         program.graph_module.code,
         [str(input) for input in inputs],
@@ -68,8 +68,8 @@ def kernel_path(program: ExportedProgram) -> Path:
         sorted(OPTIONS.items()),
         torch.__version__,
         torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
-        devices,
+        _processor(),
+        sorted({torch.cuda.get_device_name(value[3]) for value in inputs if "cuda" in value[3]}),
     )
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -86,10 +86,29 @@ def compile_kernel(program: ExportedProgram, path: Path) -> None:
         Path(made).replace(path)
 
 
-def load_kernel(path: Path) -> Kernel:
-    """Load a kernel that was compiled on this machine."""
-    kernel: Kernel = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+def load_kernel(path: Path, device: torch.device) -> Kernel:
+    """Load a kernel that was compiled on this machine.
+
+    Raises:
+        PermissionError: if others can write to its folder, for it is code that runs.
+    """
+    folder = path.parent.stat()
+    if folder.st_uid != os.getuid() or folder.st_mode & 0o022:
+        raise PermissionError(f"{path.parent} is not yours alone to write to, so nothing is run")
+    index = -1 if device.index is None else device.index
+    package = torch._inductor.aoti_load_package(str(path), device_index=index)
+    kernel: Kernel = package.loader.boxed_run
     return kernel
+
+
+def _processor() -> str:
+    """The processor's name and abilities, which the compiler makes use of."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
 class _WithWeights(nn.Module):

@@ -50,8 +50,7 @@ def run_many(
     experts, attention = [], []
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
         cache = None if caches is None else caches[layer]
-        choose = plan.attention[layer], grouped
-        attention.append(_attend(x, block, *choose, scope, cache, mask))
+        attention.append(_attend(x, block, plan.attention[layer], grouped, scope, cache, mask))
         experts.append(_feed(x, block, plan.experts[layer], grouped))
     x = decoder.norm(x[:, -1:] if only_last else x)
     return DecoderOutput(decoder.head(x), Routings(tuple(experts), tuple(attention)))

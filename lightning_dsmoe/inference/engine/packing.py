@@ -12,7 +12,7 @@ from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.decoder import Decoder, TokenHead
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
 from lightning_dsmoe.inference.engine.head import Int8Head
-from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8, rows_of
 from lightning_dsmoe.inference.engine.tiles import Tiles
 from lightning_dsmoe.stacked import StackedWeight
 
@@ -62,14 +62,25 @@ def expect_packed(
     _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
 
 
-def tiled(decoder: Decoder) -> Decoder:
-    """A packed decoder with a copy of its expert weights in tiles; all else is shared."""
+def tiled(decoder: Decoder, *, up_to: int | None = None) -> Decoder:
+    """A packed decoder with a copy of its expert weights in tiles; all else is shared.
+
+    Args:
+        decoder: the packed decoder, which is given back if there is nothing to copy.
+        up_to: longest rows that are put into tiles; None for all.
+    """
+
+    def short(module: nn.Module) -> bool:
+        return isinstance(module, Rows) and (up_to is None or module.weight.shape[-1] <= up_to)
+
+    if not any(short(module) for module in decoder.modules()):
+        return decoder
     shared = {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]}
     copied = copy.deepcopy(decoder, shared)
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Rows) and not isinstance(module, Int8Head):
-                setattr(module, name, Tiles.of(child))
+            if short(child) and not isinstance(module, Int8Head):
+                setattr(module, name, Tiles.of(rows_of(child)))
     return copied
 
 

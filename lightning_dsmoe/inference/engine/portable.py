@@ -4,8 +4,6 @@ Shapes: T sequences, one new token of each; S tokens in the cache, H KV heads, C
 vocabulary.
 """
 
-import tempfile
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -17,8 +15,8 @@ from torch.export import Dim
 
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.compiled import CannotCompile
-from lightning_dsmoe.inference.engine.kernels import OPTIONS
+from lightning_dsmoe.inference.engine.compiled import compiling
+from lightning_dsmoe.inference.engine.kernels import compile_kernel
 from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -33,11 +31,11 @@ class WholeStep(nn.Module):
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan) -> None:
         super().__init__()
-        self.embed = EmbedStep(decoder)
         layers = zip(
             cast(Iterable[Block], decoder.blocks), plan.experts, plan.attention, strict=True
         )
         self.blocks = nn.ModuleList(BlockStep(*layer) for layer in layers)
+        self.embed = EmbedStep(decoder)
         self.predict = PredictStep(decoder)
 
     def forward(
@@ -78,25 +76,8 @@ def export_step(decoder: Decoder, plan: SelectionPlan, path: Path, n_sequences: 
         CannotCompile: if there is no working compiler, or a layer is not one of this library.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            Console(stderr=True).status("Compiling the whole decode step"),
-            tempfile.TemporaryDirectory(dir=path.parent) as folder,
-        ):
-            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
-            made = torch._inductor.aoti_compile_and_package(
-                _exported(WholeStep(decoder, plan), decoder, n_sequences),
-                package_path=str(Path(folder) / "step.pt2"),
-                inductor_configs=dict(OPTIONS),
-            )
-            Path(made).replace(path)
-    except OSError:
-        raise
-    except Exception as error:
-        raise CannotCompile(" ".join(str(error).split())[:300]) from error
+    with compiling(), Console(stderr=True).status("Compiling the whole decode step"):
+        compile_kernel(_exported(WholeStep(decoder, plan), decoder, n_sequences), path)
 
 
 def _exported(step: WholeStep, decoder: Decoder, n_sequences: int) -> torch.export.ExportedProgram:

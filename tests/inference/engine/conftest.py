@@ -52,7 +52,7 @@ def rotary_mlp() -> Decoder:
     return uneven(Decoder(V, 48, 2, attention=ATTENTION, feed_forward=feed_forward))
 
 
-def learned_positions_glu() -> Decoder:
+def learned_positions_glu(*, max_positions: int = 90) -> Decoder:
     """Rows enough to be summed side by side, norms of heads, and gates of the paper's size."""
     glu = partial(GLUExperts, activation="silu")
     return uneven(
@@ -65,7 +65,7 @@ def learned_positions_glu() -> Decoder:
             ),
             feed_forward=partial(FEED_FORWARD, d_expert=34, experts=glu),
             norm=nn.LayerNorm,
-            max_positions=90,
+            max_positions=max_positions,
             tie_embeddings=False,
         )
     )

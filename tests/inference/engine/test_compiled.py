@@ -1,9 +1,11 @@
 """The compiled decode step against the same parts uncompiled and against the plain decoder."""
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -137,6 +139,26 @@ def test_another_model_of_these_sizes_finds_the_kernels(
     assert isinstance(model.engine.compiled_step(TOP_K, 1), CompiledStep)
     assert torch.equal(found, drawn(decoder, prompt, plan=TOP_K))
     assert not torch.equal(found, drawn(compile_sparse(rotary_mlp(), TOP_K), prompt))
+
+
+@pytest.mark.slow
+def test_tokens_of_any_whole_type(kernels: None, no_compiler: None, long_tokens: Tensor) -> None:
+    model, prompt = compile_sparse(rotary_mlp(), TOP_K), long_tokens[:1, :4]
+    expected = drawn(model, prompt)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(drawn(model, prompt.to(dtype)), expected)
+    assert isinstance(model.engine.compiled_step(TOP_K, 1), CompiledStep)
+
+
+@pytest.mark.slow
+def test_damaged_kernels_are_made_anew(long_tokens: Tensor, no_kernels: None) -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dsmoe" / "kernels"
+    twin, prompt = packed(rotary_mlp()), long_tokens[:1, :4]
+    expected = drawn(Engine(twin, SwitchPoints()), prompt, plan=TOP_K)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(drawn(Engine(twin, SwitchPoints()), prompt, plan=TOP_K), expected)
+    assert all(path.stat().st_size > 1000 for path in folder.iterdir())
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from lightning_dsmoe.inference.engine.kernels import (
     compile_kernel,
     export_part,
     kernel_path,
+    load_kernel,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
@@ -120,7 +121,9 @@ def test_what_a_kernel_depends_on(
     paths.append(kernel_path(top_k))
     monkeypatch.setattr(torch, "__version__", "9.9")
     paths.append(kernel_path(top_k))
-    assert len(set(paths)) == len(parts) + 4
+    monkeypatch.setattr(kernels_module, "_processor", lambda: "another one")
+    paths.append(kernel_path(top_k))
+    assert len(set(paths)) == len(parts) + 5
 
 
 def test_a_kernel_is_found_again_by_another_process() -> None:
@@ -159,6 +162,16 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert path.read_text() == "machine code"
     assert list(path.parent.iterdir()) == [path]
     assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_code_that_others_may_have_written_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "kernels" / "kernel.pt2"
+    path.parent.mkdir()
+    path.write_text("machine code")
+    for mode in (0o770, 0o707):
+        path.parent.chmod(mode)
+        with pytest.raises(PermissionError, match="kernels is not yours alone to write to"):
+            load_kernel(path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])

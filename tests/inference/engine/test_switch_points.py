@@ -1,5 +1,6 @@
 """Where one way of running experts gives way to the next, and measuring it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from lightning_dsmoe.inference.engine import calibration
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here, place_of
 
-from .conftest import packed, uniform
+from .conftest import learned_positions_glu, packed, rotary_mlp, uniform
 
 PLAN = uniform(TopK(1))
+WAYS = {(2**31, 1): "gathered", (0, 1): "grouped", (0, 2**31): "masked"}
 SECONDS = {"gathered": 5.0, "grouped": 5.0, "masked": 5.0}
 
 
@@ -23,19 +25,13 @@ SECONDS = {"gathered": 5.0, "grouped": 5.0, "masked": 5.0}
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
     """Replace the work by seconds that tests choose for a way and a number of sequences."""
     chosen: dict[tuple[str, int], float] = {}
-    now = [0.0]
-    names = {(2**31, 1): "gathered", (0, 1): "grouped", (0, 2**31): "masked"}
 
-    def step(engine: Engine, plan: Any, n_sequences: int) -> Any:
-        name = names[engine.switch_points[:2]]
+    def seconds(engine: Engine, plan: Any, n_sequences: int) -> float:
+        name = WAYS[engine.switch_points[:2]]
+        return chosen.get((name, n_sequences), SECONDS[name])
 
-        def run() -> None:
-            now[0] += chosen.get((name, n_sequences), SECONDS[name])
-
-        return run
-
-    monkeypatch.setattr(calibration, "_step", step)
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration, "_seconds", seconds)
+    monkeypatch.setattr(calibration.Engine, "compiled_step", lambda *args: "a step")
     return chosen
 
 
@@ -63,21 +59,40 @@ def test_the_fastest_way_is_taken(
     assert found == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
 
 
-def test_each_way_is_what_is_timed(one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [rotary_mlp, lambda: learned_positions_glu(max_positions=6)])
+def test_each_way_is_what_is_timed(
+    make: Callable[[], Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ways = []
-    run_many = calibration.Engine.forward
+    forward, length = Engine.forward, make().max_positions or 8
 
-    def forward(self: Engine, tokens: Tensor, *args: Any, **options: Any) -> Any:
-        ways.append((self.switch_points[:2], tuple(tokens.shape)))
-        return run_many(self, tokens, *args, **options)
+    def recorded(self: Engine, tokens: Tensor, *args: Any, **options: Any) -> Any:
+        ways.append((WAYS[self.switch_points[:2]], tuple(tokens.shape)))
+        return forward(self, tokens, *args, **options)
 
-    monkeypatch.setattr(calibration.Engine, "forward", forward)
-    monkeypatch.setattr(calibration.Engine, "compiled_step", lambda *args: None)
-    calibration.calibrate(packed(one_decoder), PLAN)
-    for name in ((2**31, 1), (0, 1), (0, 2**31)):
-        assert ways.count((name, (1, 8))) == 1
-        assert ways.count((name, (1, 1))) == 18
-        assert ways.count((name, (64, 8))) == (0 if name[0] else 1)
+    def step(self: Engine, plan: Any, n_sequences: int) -> Any:
+        def run(tokens: Tensor, cache: Any) -> Tensor:
+            ways.append(("compiled", tuple(tokens.shape)))
+            cache.next_slots()
+            return torch.zeros(n_sequences, 1)
+
+        return run
+
+    monkeypatch.setattr(Engine, "forward", recorded)
+    monkeypatch.setattr(Engine, "compiled_step", step)
+    calibration.calibrate(packed(make()), PLAN)
+    assert ways.count(("compiled", (1,))) == 6 * (length - 4)
+    assert ways.count(("compiled", (16,))) == 6 * (1 + 2 + 4) * (length - 4)
+    for name in ("grouped", "masked"):
+        assert ways.count((name, (64, 4))) == 6
+        assert ways.count((name, (64, 1))) == 6 * (length - 4)
+
+
+def test_what_cannot_be_compiled_is_not_timed(
+    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
+    assert calibration.calibrate(packed(one_decoder), PLAN).gather_up_to == 0
 
 
 def test_a_model_keeps_what_it_has_measured(
@@ -104,5 +119,8 @@ def test_elsewhere_the_defaults_hold(one_decoder: Decoder) -> None:
     model = compile_sparse(one_decoder, PLAN, switch_points=measured)
     assert model.switch_points == measured
     assert model.double().switch_points == SwitchPoints()
+    assert model.float().switch_points == measured
+    with pytest.raises(ValueError, match="switch points must be 0 or more"):
+        model.switch_points = SwitchPoints(-1)
     assert "float32" in place_of(twin)
     assert f"{torch.get_num_threads()} threads" in place_of(twin)

@@ -1,0 +1,48 @@
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_dsmoe.analysis import HeldOut
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse
+from lightning_dsmoe.metrics import ParameterCounts, count_parameters
+from lightning_dsmoe.routing import LinearRouter, SelectionPlan
+
+ROUTER = partial(LinearRouter, init_std=0.5)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    made = Decoder(
+        29,
+        16,
+        2,
+        attention=partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4, router=ROUTER),
+        feed_forward=partial(MixtureOfExperts, n_experts=5, d_expert=6, router=ROUTER),
+    )
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3)
+    return made.eval()
+
+
+@pytest.fixture
+def counts(decoder: Decoder) -> ParameterCounts:
+    return count_parameters(decoder)
+
+
+@pytest.fixture
+def model(decoder: Decoder) -> SparseModel:
+    plan = SelectionPlan.uniform(2)
+    return compile_sparse(decoder, plan, switch_points=SwitchPoints(gather_up_to=0))
+
+
+@pytest.fixture
+def text() -> HeldOut:
+    tokens = torch.randint(29, (6, 2, 17), generator=torch.Generator().manual_seed(3))
+    batches = [(part[:, :-1].clone(), part[:, 1:].clone()) for part in tokens]
+    batches[-1][1][1, 5:] = -100
+    return HeldOut(batches, 6 * 2 * 16 - 11)

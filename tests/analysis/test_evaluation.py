@@ -1,0 +1,36 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.metrics import ParameterCounts, active_masks, active_parameters
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+
+
+def test_loss_and_share_are_those_of_the_decoder(
+    decoder: Decoder, model: SparseModel, counts: ParameterCounts, text: HeldOut
+) -> None:
+    plan = SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
+    found = evaluate_plan(model, plan, text, counts)
+    losses, shares = [], []
+    for inputs, labels in text.batches:
+        with torch.no_grad():
+            logits, routings = decoder(inputs, plan)
+        counted = labels != -100
+        losses.append(F.cross_entropy(logits[counted], labels[counted], reduction="none"))
+        share = active_parameters(counts, *active_masks(routings, plan), counted)
+        shares.append(share.mean * counted.sum())
+    assert found.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert found.share == pytest.approx((sum(shares) / text.n_tokens).item(), rel=1e-5)
+    assert found.share_p50 <= found.share_p95
+    assert found.tokens_per_second > 0
+
+
+def test_halves_share_the_text(text: HeldOut) -> None:
+    first, second = text.halves()
+    assert first.batches + second.batches == text.batches
+    assert first.n_tokens + second.n_tokens == text.n_tokens
+    assert second.n_tokens == 3 * 2 * 16 - 11
+    assert len({each.fingerprint() for each in (text, first, second)}) == 3

@@ -1,0 +1,69 @@
+"""The plan that a model loses least with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_dsmoe.inference import load_decoder
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+
+from .conftest import Outcome, Run
+
+
+@pytest.fixture
+def words(trained: Run, tmp_path: Path) -> list[str]:
+    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
+    return [
+        "calibrate",
+        f"--ckpt_path={trained.checkpoint}",
+        f"--files={files.partition('=')[2]}",
+        f"--output={tmp_path / 'plan.json'}",
+        "--max_tokens=300",
+        "--batch_tokens=64",
+    ]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_plan_for_a_budget(
+    fixed: bool, cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+) -> None:
+    outcome = cli(*words, "--budget=0.6", f"--fixed={str(fixed).lower()}")
+    assert outcome.code == 0, outcome.err
+    plan = SelectionPlan.load(tmp_path / "plan.json")
+    plan.check(*load_decoder(trained.checkpoint).decoder.plan_sizes)
+    kinds = {type(selection) for selection in plan.experts + plan.attention}
+    assert kinds == ({TopK} if fixed else {Threshold})
+    for words_of_table in ("calibrated", "all experts", "best of one rule", "on unseen text"):
+        assert words_of_table in outcome.out
+
+
+def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_path: Path) -> None:
+    outcome = cli(*words, "--max_loss_increase=5%")
+    assert outcome.code == 0, outcome.err
+    SelectionPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "calibrate needs either --budget or --max_loss_increase"),
+        (["--budget=0.5", "--max_loss_increase=1%"], "calibrate needs either --budget or"),
+        (["--budget=0.01"], "a budget of 0.01 cannot be met: one expert in each layer is 0."),
+        (["--budget=1.5"], "a budget of 1.5 cannot be met"),
+        (["--max_loss_increase=much"], "max_loss_increase must be like 0.5% or 0.005, got 'much'"),
+        (["--max_loss_increase=-1%"], "max_loss_increase must be from 0 to 1000%, got '-1%'"),
+    ],
+)
+def test_impossible_wishes(
+    options: list[str],
+    message: str,
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+) -> None:
+    outcome = cli(*words, *options)
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert message in error
+    assert not list(tmp_path.iterdir())

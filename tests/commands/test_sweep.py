@@ -1,0 +1,107 @@
+"""How sparse a trained model can run."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dsmoe.commands import sweep as sweep_module
+from lightning_dsmoe.routing import SelectionPlan
+
+from .conftest import Outcome, Run
+
+
+@pytest.fixture
+def words(trained: Run, tmp_path: Path) -> list[str]:
+    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
+    return [
+        "sweep",
+        f"--ckpt_path={trained.checkpoint}",
+        f"--files={files.partition('=')[2]}",
+        f"--output={tmp_path / 'sweep'}",
+        "--max_tokens=300",
+        "--batch_tokens=64",
+    ]
+
+
+def test_it_writes_tables_plans_and_pictures(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "sweep"
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 20
+    assert rows[0]["plan"] == "all"
+    assert float(rows[0]["share"]) == 1
+    assert {row["on_frontier"] for row in rows} == {"True", "False"}
+    kept = json.loads((folder / "sweep.json").read_text())["plans"]
+    assert list(kept) == [row["plan"] for row in rows]
+    for row in rows:
+        assert float(row["loss"]) == kept[row["plan"]]["result"]["loss"]
+        assert 0 < float(row["share_p50"]) <= float(row["share_p95"]) <= 1
+        SelectionPlan.from_dict(kept[row["plan"]]["plan"])
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (folder / "frontier.svg").read_text()
+    assert "The knee is " in outcome.out
+    SelectionPlan.load(folder / "knee.json")
+
+
+def test_it_goes_on_where_it_was_stopped(
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate, tried = sweep_module.evaluate_plan, []
+
+    def interrupted(model: Any, plan: SelectionPlan, *rest: Any) -> Any:
+        if len(tried) == 3:
+            raise RuntimeError("power failure")
+        tried.append(plan)
+        return evaluate(model, plan, *rest)
+
+    monkeypatch.setattr(sweep_module, "evaluate_plan", interrupted)
+    assert cli(*words).errors == ["lightning-dsmoe: error: power failure"]
+    first = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["plans"]
+    assert len(first) == 3
+
+    def counted(model: Any, plan: SelectionPlan, *rest: Any) -> Any:
+        tried.append(plan)
+        return evaluate(model, plan, *rest)
+
+    monkeypatch.setattr(sweep_module, "evaluate_plan", counted)
+    assert cli(*words).code == 0
+    whole = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["plans"]
+    assert len(tried) == len(whole)
+    assert {name: whole[name] for name in first} == first
+
+
+def test_results_of_something_else_are_not_mixed(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    assert cli(*words).code == 0
+    before = (tmp_path / "sweep" / "sweep.json").read_text()
+    outcome = cli(*words, "--max_tokens=200")
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert "is of another model or text; choose another output" in error
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == before
+    (tmp_path / "sweep" / "sweep.json").write_text("[1]")
+    [error] = cli(*words).errors
+    assert "sweep.json is not a sweep; choose another output" in error
+
+
+def test_text_that_is_too_short(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 20)
+    outcome = cli(*words, f"--files={tmp_path / 'short.txt'}")
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert "too short to judge a model by" in error
+    assert not (tmp_path / "sweep").exists()
