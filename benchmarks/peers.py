@@ -81,11 +81,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch; its default if left out")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64, as a trial")
+    parser.add_argument("--peers", nargs="*", choices=("llama", "qwen3_moe", "jet_moe"))
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("error", message="decoding runs uncompiled")
+    torch._dynamo.config.recompile_limit = 64  # some paths compile anew for each layer
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled
     torch._logging.set_logs(dynamo=logging.ERROR)
     transformers.logging.set_verbosity_error()
@@ -95,8 +97,9 @@ def main() -> None:
         "parameters": {},
         "decoding": [],
     }
-    for make in (llama_group, qwen3_moe_group, jet_moe_group):
-        group = make(size)
+    groups = {"llama": llama_group, "qwen3_moe": qwen3_moe_group, "jet_moe": jet_moe_group}
+    for name in options.peers or groups:
+        group = groups[name](size)
         results["parameters"] |= group.parameters
         for batch_size in BATCH_SIZES:
             results["decoding"] += compare_group(

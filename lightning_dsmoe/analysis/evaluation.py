@@ -60,5 +60,11 @@ def evaluate_plan(
             reduction="sum",
         ).item()
         active.update(*active_masks(routings, plan), labels_BT != IGNORED)
-    share = (value.item() for value in active.compute())
-    return PlanResult(nll / text.n_tokens, *share, text.n_tokens / seconds)
+    share = active.compute()
+    return PlanResult(
+        nll / text.n_tokens,
+        share.mean.item(),
+        share.p50.item(),
+        share.p95.item(),
+        text.n_tokens / seconds,
+    )

@@ -22,6 +22,7 @@ Measure = Callable[[SelectionPlan], PlanResult]
 
 _HALVINGS = 60
 _WIDEST = 1e9
+_MOST = 1 - 2**-20  # of N, which no N S_e can exceed
 _TRIALS = (2.0, 0.5)
 
 
@@ -106,7 +107,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
             high = middle
     return _plan(
         [
-            AllExperts() if router is None else Threshold(min(value, float(router.n_experts)))
+            AllExperts() if router is None else Threshold(min(value, _MOST * router.n_experts))
             for router, value in zip(routers, eps(high), strict=True)
         ]
     )

@@ -29,7 +29,8 @@ def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Foun
 def _threshold(statistics: Statistics, share: float) -> list[SelectionPlan]:
     layers = len(statistics.experts)
     routers = [r for r in statistics.experts + statistics.attention if r is not None]
-    low, high = 0.0, float(max((r.n_experts for r in routers), default=1))
+    least = min((r.n_experts for r in routers), default=1)
+    low, high = 0.0, (1 - 2**-20) * least
     if statistics.share([high] * layers, [high] * layers) > share:
         return []
     for _ in range(_HALVINGS):

@@ -67,7 +67,7 @@ class SparseModel(nn.Module):
             )
         self.decoder = decoder
         self.engine = Engine(decoder, switch_points)
-        self.register_load_state_dict_post_hook(_forget_compiled)
+        self.register_load_state_dict_post_hook(_forget_compiled)  # type: ignore[no-untyped-call]
         self.plan = plan
         self.architecture = architecture
         self.quantization = quantization

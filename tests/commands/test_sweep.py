@@ -3,15 +3,17 @@
 import csv
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_dsmoe.commands import sweep as sweep_module
 from lightning_dsmoe.routing import SelectionPlan
 
 from .conftest import Outcome, Run
+
+sweep_module = import_module("lightning_dsmoe.commands.sweep")
 
 
 @pytest.fixture
