@@ -20,7 +20,8 @@ COMMAND = [sys.executable, "-m", "lightning_dsmoe"]
 def test_help() -> None:
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("fit", "validate", "test", "predict", "generate", "sweep", "configs", "--debug"):
+    tools = ("generate", "sweep", "calibrate", "configs")
+    for command in ("fit", "validate", "test", "predict", *tools, "--debug"):
         assert command in done.stdout
 
 

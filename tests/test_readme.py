@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_dsmoe import SelectionPlan, TopK
 from lightning_dsmoe.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ TINY = [
     "--trainer.limit_val_batches=1",
     "--trainer.enable_progress_bar=false",
 ]
+SHORT = ["--files=input.txt", "--batch_tokens=64"]
 
 
 def blocks(language: str) -> list[str]:
@@ -79,6 +81,7 @@ def test_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> No
         start([*words, *TINY, *own])
     assert len(list(workplace.glob("runs/*/version_*/metrics.csv"))) == len(trainings)
 
+    SelectionPlan.uniform(2, experts=TopK(2)).save("plan.json")  # as calibrate would
     generations = [words for words in commands("lightning-dsmoe") if words[0] == "generate"]
     assert generations
     for words in generations:
@@ -92,7 +95,7 @@ def test_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> No
     for words in others:
         capsys.readouterr()
         with contextlib.suppress(SystemExit):  # help ends like this
-            start(words)
+            start([*words, *(SHORT if words[0] in ("sweep", "calibrate") else [])])
         assert capsys.readouterr().out
 
 
