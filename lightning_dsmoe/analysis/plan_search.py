@@ -82,7 +82,7 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure)
         alone = _selections(dense)
         alone[number] = selection
         found.append(max(0.0, measure(_plan(alone)).loss - base) / mass)
-    typical = median([s for s in found if s is not None] or [1.0]) or 1.0
+    typical = median([s for s in found if s] or [1.0])
     return tuple(typical if s is None else max(s, typical / 20) for s in found)
 
 
