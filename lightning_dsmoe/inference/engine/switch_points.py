@@ -21,7 +21,7 @@ class SwitchPoints(NamedTuple):
             hold. None for numbers that hold anywhere.
     """
 
-    gather_up_to: int = 64
+    gather_up_to: int = 48
     grouped_from: int = 1
     measured_on: str | None = None
 
