@@ -19,7 +19,6 @@ from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048
 _AT_ONCE = 16
-_SHORT_ROWS = 48  # whose sums one by one take longer than reading them
 
 
 class Engine:
@@ -34,7 +33,7 @@ class Engine:
         self.decoder = decoder
         self.given_points = check(switch_points)
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep | None] = {}
-        self._layouts: dict[int | None, Decoder] = {}
+        self._layouts: dict[bool, Decoder] = {}
         self._warned = False
 
     @property
@@ -82,10 +81,10 @@ class Engine:
 
     def layout(self, n_sequences: int) -> Decoder:
         """The decoder with its weights as the compiled step likes them."""
-        up_to = _SHORT_ROWS if n_sequences == 1 else None
-        if up_to not in self._layouts:
-            self._layouts[up_to] = tiled(self.decoder, up_to=up_to)
-        return self._layouts[up_to]
+        several = n_sequences > 1
+        if several not in self._layouts:
+            self._layouts[several] = tiled(self.decoder, n_sequences)
+        return self._layouts[several]
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineContext":
         """Start sequences under a plan, with room for `capacity` tokens each.

@@ -16,6 +16,8 @@ from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8,
 from lightning_dsmoe.inference.engine.tiles import Tiles
 from lightning_dsmoe.stacked import StackedWeight
 
+_SHORT_ROWS = 48  # whose sums one by one take longer than reading them
+
 Quantization = Literal["int8"]
 Quantizer = Callable[[Rows], Int8Rows]
 
@@ -62,24 +64,30 @@ def expect_packed(
     _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
 
 
-def tiled(decoder: Decoder, *, up_to: int | None = None) -> Decoder:
-    """A packed decoder with a copy of its expert weights in tiles; all else is shared.
+def tiled(decoder: Decoder, n_tokens: int) -> Decoder:
+    """A packed decoder with a copy of expert weights in tiles; all else is shared.
+
+    For one token only weights in 8 bits and very short rows are better off in tiles.
 
     Args:
         decoder: the packed decoder, which is given back if there is nothing to copy.
-        up_to: longest rows that are put into tiles; None for all.
+        n_tokens: tokens that decode at once.
     """
 
-    def short(module: nn.Module) -> bool:
-        return isinstance(module, Rows) and (up_to is None or module.weight.shape[-1] <= up_to)
+    def better(module: nn.Module) -> bool:
+        if not isinstance(module, Rows):
+            return False
+        short = module.weight.shape[-1] <= _SHORT_ROWS
+        return n_tokens > 1 or short or isinstance(module, Int8Rows)
 
-    if not any(short(module) for module in decoder.modules()):
+    layers = [m for m in decoder.modules() if isinstance(m, Experts | HeadGroups)]
+    if not any(better(child) for layer in layers for child in layer.children()):
         return decoder
     shared = {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]}
     copied = copy.deepcopy(decoder, shared)
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
-            if short(child) and not isinstance(module, Int8Head):
+            if better(child) and isinstance(module, Experts | HeadGroups):
                 setattr(module, name, Tiles.of(rows_of(child)))
     return copied
 

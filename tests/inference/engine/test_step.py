@@ -31,7 +31,7 @@ def test_each_token_is_that_of_the_plain_decoder(
 ) -> None:
     tokens, plan, twin = tokens[:n_sequences], uniform(selection), packed(decoder)
     expected = token_by_token(decoder, plan, tokens, 0)
-    for layout in (twin, tiled(twin)):
+    for layout in (twin, tiled(twin, 2)):
         assert_near(in_steps(layout, plan, tokens, 0), expected)
 
 
@@ -39,7 +39,7 @@ def test_each_token_is_that_of_the_plain_decoder(
 def test_more_sequences(int8: bool, selection: Selection, one_decoder: Decoder) -> None:
     tokens, twin = torch.randint(V, (12, 4)), packed(one_decoder, int8=int8)
     expected = token_by_token(twin, uniform(selection), tokens, 0)
-    for layout in (twin, tiled(twin)):
+    for layout in (twin, tiled(twin, 2)):
         assert_near(in_steps(layout, uniform(selection), tokens, 0), expected)
 
 
@@ -67,7 +67,7 @@ def test_layers_of_different_selections(decoder: Decoder, tokens: Tensor) -> Non
 def test_eight_bits(n_sequences: int, chosen: Selection, decoder: Decoder, tokens: Tensor) -> None:
     twin, plan, tokens = packed(decoder, int8=True), uniform(chosen), tokens[:n_sequences]
     expected = token_by_token(twin, plan, tokens, 0)
-    for layout in (twin, tiled(twin)):
+    for layout in (twin, tiled(twin, 2)):
         assert_near(in_steps(layout, plan, tokens, 0), expected)
     assert (expected - token_by_token(decoder, plan, tokens, 0)).abs().max() > 1e-3
 

@@ -1,10 +1,14 @@
 """Products with weights in tiles, and the decoder that has them."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.inference.engine.head import Int8Head
 from lightning_dsmoe.inference.engine.packing import tiled
 from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows, quantize_int8
@@ -66,7 +70,7 @@ def test_a_decoder_in_tiles_shares_all_other_weights(
 ) -> None:
     twin = packed(decoder, int8=int8)
     before, expected = addresses(twin), twin(tokens).logits
-    copied = tiled(twin)
+    copied = tiled(twin, 2)
     copies = {name for name, module in copied.named_modules() if isinstance(module, Tiles)}
     rows = {name for name, module in twin.named_modules() if isinstance(module, Rows)}
     assert copies == {name for name in rows if name != "head.rows"}
@@ -75,3 +79,19 @@ def test_a_decoder_in_tiles_shares_all_other_weights(
         assert name.rpartition(".")[0] in copies or address == before[name], name
     assert addresses(twin) == before
     assert torch.equal(twin(tokens).logits, expected)
+
+
+def test_one_token_has_tiles_for_8_bits_and_short_rows_only() -> None:
+    wide = partial(MixtureOfExperts, n_experts=3, d_expert=64)
+    heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=4, d_head=16)
+    decoder = Decoder(9, 64, 1, attention=heads, feed_forward=wide)
+    twin = packed(decoder)
+    assert tiled(twin, 1) is twin
+    codes = tiled(packed(decoder, int8=True), 1).blocks[0]
+    assert isinstance(codes.feed_forward.experts.w_in, Tiles)
+    assert isinstance(codes.attention.heads.w_o, Tiles)
+    small = Decoder(9, 64, 1, attention=heads, feed_forward=partial(wide, d_expert=16))
+    layout = tiled(packed(small), 1).blocks[0]
+    assert isinstance(layout.feed_forward.experts.w_in, Rows)
+    assert isinstance(layout.feed_forward.experts.w_out, Tiles)
+    assert isinstance(layout.attention.heads.w_q, Rows)
