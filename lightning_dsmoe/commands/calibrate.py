@@ -15,7 +15,7 @@ from lightning_dsmoe.analysis.uniform import best_uniform
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
 from lightning_dsmoe.metrics import count_parameters
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
 _STEPS = 7
 
@@ -105,7 +105,8 @@ def calibrate(
     Console().print(_table(judged))
     if uniform is not None:
         gain = 1 - judged["calibrated"].loss / uniform.result.loss
-        print(f"The calibrated plan is {gain:.3%} better than the best one rule, on unseen text.")
+        better = "better" if gain >= 0 else "worse"
+        print(f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule.")
     print(f"The plan is in {Path(output)}")
 
 
@@ -142,7 +143,11 @@ def _percent(text: str) -> float:
 
 
 def _rule(plan: SelectionPlan) -> str:
-    return f"{plan.experts[0]}, attention {plan.attention[0]}"
+    experts, attention = plan.experts[0], plan.attention[0]
+    if isinstance(experts, TopK) and isinstance(attention, TopK):
+        return f"top {experts.k} and {attention.k}"
+    assert isinstance(experts, Threshold)
+    return f"threshold {experts.eps:.3g}"
 
 
 def _table(judged: dict[str, PlanResult]) -> Table:
