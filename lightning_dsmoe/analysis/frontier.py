@@ -18,7 +18,8 @@ def frontier(points: Sequence[Point]) -> list[int]:
 def knee(points: Sequence[Point]) -> int:
     """Number of the point of the frontier where more experts stop paying.
 
-    It is the point farthest below the line through the ends of the frontier, both axes scaled to 1
+    It is the point of the frontier farthest below the falling diagonal, both axes scaled to 1: the
+    share from the least to the most of all points, the loss from the frontier's worst to its best
     (Satopaa et al. 2011, "Finding a Kneedle in a Haystack").
 
     Raises:
@@ -27,7 +28,8 @@ def knee(points: Sequence[Point]) -> int:
     if not points:
         raise ValueError("there is no knee without points")
     best = frontier(points)
-    (left, top), (right, bottom) = points[best[0]], points[best[-1]]
+    (left, top), (_, bottom) = points[best[0]], points[best[-1]]
+    right = max(share for share, _ in points)
 
     def below(number: int) -> float:
         share, loss = points[number]

@@ -50,6 +50,8 @@ _LABELS = {
 
 
 def _kind(name: str) -> str:
+    if name.startswith("all experts, top"):
+        return "top"
     return next(kind for kind in _KINDS if name.startswith(kind))
 
 
