@@ -101,7 +101,7 @@ def uniform(selection: Selection) -> SelectionPlan:
     return SelectionPlan.uniform(2, experts=selection, attention=selection)
 
 
-def assert_near(found: Tensor, expected: Tensor, relative: float = 4e-6) -> None:
+def assert_near(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
     """Equal but for rounding, measured by the largest value."""
     assert found.dtype == expected.dtype
     bound = relative * expected.abs().max().item()
