@@ -138,12 +138,10 @@ def fixed_numbers(
 
 def check_budget(statistics: Statistics, budget: float) -> None:
     """Raise a ValueError if a share is less than one expert in each layer, or more than all."""
-    least = statistics.always
-    least += sum(router.per_expert for router in _routers(statistics) if router is not None)
-    if not least / statistics.hidden <= budget <= 1:
+    if not statistics.least_share <= budget <= 1:
         raise ValueError(
             f"a budget of {budget:g} cannot be met: one expert in each layer is "
-            f"{least / statistics.hidden:.4f} of the hidden parameters, all are 1"
+            f"{statistics.least_share:.4f} of the hidden parameters, all are 1"
         )
 
 

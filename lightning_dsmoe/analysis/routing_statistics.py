@@ -43,13 +43,6 @@ class RouterStatistics(NamedTuple):
         below_XN[:, 0] = False
         return (self.probs_XN * below_XN).sum(-1).double().mean()
 
-    def eps_of_mass(self, mass: float) -> float:
-        """The threshold below which experts hold about this much probability in the mean."""
-        values = self.probs_XN[:, 1:].flatten().sort().values
-        total = values.double().cumsum(0) / len(self.probs_XN)
-        place = int(torch.searchsorted(total, mass).clamp_max(max(0, len(values) - 1)))
-        return self.n_experts * float(values[place]) if len(values) else 0.0
-
 
 class Statistics(NamedTuple):
     """All routers of a model on a text.
@@ -65,6 +58,12 @@ class Statistics(NamedTuple):
     attention: list[RouterStatistics | None]
     always: int
     hidden: int
+
+    @property
+    def least_share(self) -> float:
+        """Active share with one expert in each layer."""
+        routers = [r for r in self.experts + self.attention if r is not None]
+        return (self.always + sum(r.per_expert for r in routers)) / self.hidden
 
     def share(self, experts: Sequence[float], attention: Sequence[float]) -> float:
         """Active share under thresholds, one for each layer and kind."""

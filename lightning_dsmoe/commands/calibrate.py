@@ -117,9 +117,7 @@ def _sparsest(
     most_loss: float,
 ) -> Found:
     """The plan of the smallest budget that keeps to a loss."""
-    routers = [r for r in statistics.experts + statistics.attention if r is not None]
-    least = statistics.always + sum(router.per_expert for router in routers)
-    low, high = least / statistics.hidden, 1.0
+    low, high = statistics.least_share, 1.0
     best = search(statistics, high, solve, measure)
     for _ in range(_STEPS):
         middle = (low + high) / 2

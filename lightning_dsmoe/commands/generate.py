@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.data.tokenizers import Tokenizer
-from lightning_dsmoe.inference import SparseModel, compile_sparse, load_decoder, load_sparse
-from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference import (
+    SparseModel,
+    SwitchPoints,
+    compile_sparse,
+    load_decoder,
+    load_sparse,
+)
 from lightning_dsmoe.routing import SelectionPlan
 
 

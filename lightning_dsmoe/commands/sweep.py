@@ -1,7 +1,6 @@
 """How sparse a trained model can run."""
 
 import csv
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, held_o
 from lightning_dsmoe.analysis.frontier_figure import frontier_figure
 from lightning_dsmoe.analysis.sweep import sweep_plans
 from lightning_dsmoe.data.tokenizers import Tokenizer
-from lightning_dsmoe.files import atomic_path, write_text
+from lightning_dsmoe.files import atomic_path, sha256, write_text
 from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import SelectionPlan
@@ -66,7 +65,7 @@ def sweep(
         batch_tokens=batch_tokens,
     )
     plans, counts = sweep_plans(decoder), count_parameters(decoder)
-    identity = {"checkpoint": _sha256(Path(ckpt_path)), "text": text.fingerprint()}
+    identity = {"checkpoint": sha256(Path(ckpt_path)), "text": text.fingerprint()}
     folder = Path(output)
     results = _earlier(folder / "sweep.json", identity)
     model = compile_sparse(decoder, plans["all"], switch_points=SwitchPoints(gather_up_to=0))
@@ -145,8 +144,3 @@ def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
             f"{result.tokens_per_second:,.0f}",
         )
     return table
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

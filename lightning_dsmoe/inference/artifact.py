@@ -5,7 +5,6 @@
 `sha256sum -c` understands.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.files import sha256
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
 from lightning_dsmoe.inference.checkpoint import check_state, fill
@@ -178,12 +178,7 @@ def _check_sums(path: Path) -> None:
 def _sums(path: Path) -> list[str]:
     """The lines of SHA256SUMS: every file but the model card, which people may edit."""
     names = sorted(name for name in (CERTIFICATE, CONFIG, PLAN, WEIGHTS) if (path / name).is_file())
-    return [f"{_sha256(path / name)}  {name}\n" for name in names]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [f"{sha256(path / name)}  {name}\n" for name in names]
 
 
 def _write_json(path: Path, data: object) -> None:
