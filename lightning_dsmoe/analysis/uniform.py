@@ -1,10 +1,8 @@
 """The best plans that treat all layers alike, to compare others with."""
 
-from lightning_dsmoe.analysis.plan_search import Found, Measure
+from lightning_dsmoe.analysis.plan_search import Found, Measure, thresholds
 from lightning_dsmoe.analysis.routing_statistics import Statistics
-from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
-
-_HALVINGS = 40
+from lightning_dsmoe.routing import SelectionPlan, TopK
 
 
 def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
@@ -27,19 +25,12 @@ def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Foun
 
 
 def _threshold(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    layers = len(statistics.experts)
-    routers = [r for r in statistics.experts + statistics.attention if r is not None]
-    least = min((r.n_experts for r in routers), default=1)
-    low, high = 0.0, (1 - 2**-20) * least
-    if statistics.share([high] * layers, [high] * layers) > share:
+    """The plan that `thresholds` gives if sensitivity is such that all thresholds are equal."""
+    if share < statistics.least_share:
         return []
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if statistics.share([middle] * layers, [middle] * layers) > share:
-            low = middle
-        else:
-            high = middle
-    return [SelectionPlan.uniform(layers, experts=Threshold(high), attention=Threshold(high))]
+    routers = statistics.experts + statistics.attention
+    even = tuple(1.0 if r is None else float(r.n_experts * r.per_expert) for r in routers)
+    return [thresholds(statistics, even, share)]
 
 
 def _fixed_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:

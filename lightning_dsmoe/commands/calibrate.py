@@ -8,13 +8,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_dsmoe.analysis import PlanResult, evaluate_plan, held_out
+from lightning_dsmoe.analysis import PlanResult, evaluate_plan
 from lightning_dsmoe.analysis.plan_search import Found, fixed_numbers, search, thresholds
 from lightning_dsmoe.analysis.routing_statistics import Statistics, routing_statistics
 from lightning_dsmoe.analysis.uniform import best_uniform
-from lightning_dsmoe.data.tokenizers import Tokenizer
-from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
-from lightning_dsmoe.metrics import count_parameters
+from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
 _STEPS = 7
@@ -59,22 +57,18 @@ def calibrate(
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
     increase = None if max_loss_increase is None else _percent(max_loss_increase)
-    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
-    if tokenizer is None:
-        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
-    found_on, judged_on = held_out(
-        Tokenizer.from_dict(tokenizer),
+    model, counts, text = open_trained(
+        ckpt_path,
         files,
-        context=context or trained_context or 128,
+        context=context,
         split=split,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
-    ).halves()
-    counts = count_parameters(decoder)
-    dense = SelectionPlan.uniform(decoder.n_layers)
-    model = compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+    )
+    found_on, judged_on = text.halves()
+    dense = model.plan
     solve = fixed_numbers if fixed else thresholds
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

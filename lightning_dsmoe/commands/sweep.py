@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, held_out, knee
+from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee
 from lightning_dsmoe.analysis.frontier_figure import frontier_figure
 from lightning_dsmoe.analysis.sweep import sweep_plans
-from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.files import atomic_path, sha256, write_text
-from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder
-from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -51,24 +49,20 @@ def sweep(
         ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
             something else.
     """
-    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
-    if tokenizer is None:
-        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
-    text = held_out(
-        Tokenizer.from_dict(tokenizer),
+    model, counts, text = open_trained(
+        ckpt_path,
         files,
-        context=context or trained_context or 128,
+        context=context,
         split=split,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
     )
-    plans, counts = sweep_plans(decoder), count_parameters(decoder)
+    plans = sweep_plans(model.decoder)
     identity = {"checkpoint": sha256(Path(ckpt_path)), "text": text.fingerprint()}
     folder = Path(output)
     results = _earlier(folder / "sweep.json", identity)
-    model = compile_sparse(decoder, plans["all"], switch_points=SwitchPoints(gather_up_to=0))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
             f"{len(plans)} plans on {text.n_tokens:,} tokens", total=len(plans)

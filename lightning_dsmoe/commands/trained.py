@@ -1,0 +1,52 @@
+"""A trained model and text to judge it on, for commands that measure."""
+
+from typing import Literal, NamedTuple
+
+from lightning_dsmoe.analysis import HeldOut, held_out
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.metrics import ParameterCounts, count_parameters
+from lightning_dsmoe.routing import SelectionPlan
+
+
+class Trained(NamedTuple):
+    """A model that runs any plan, the parameters of its decoder, and text."""
+
+    model: SparseModel
+    counts: ParameterCounts
+    text: HeldOut
+
+
+def open_trained(
+    ckpt_path: str,
+    files: str | list[str] | None,
+    *,
+    context: int | None,
+    split: Literal["val", "test"],
+    val_fraction: float,
+    test_fraction: float,
+    max_tokens: int,
+    batch_tokens: int,
+) -> Trained:
+    """Load a checkpoint and windows of text, as long as in training unless `context` says so.
+
+    Raises:
+        ValueError: if the checkpoint or the text is not fit for it.
+    """
+    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
+    if tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
+    text = held_out(
+        Tokenizer.from_dict(tokenizer),
+        files,
+        context=context or trained_context or 128,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+    )
+    dense = SelectionPlan.uniform(decoder.n_layers)
+    counts = count_parameters(decoder)
+    model = compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+    return Trained(model, counts, text)
