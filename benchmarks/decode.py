@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from decode_report import figure, table
-from decoding import Decoding, Ours, rounds_of
+from decoding import Decoding, Ours
 from sparse_models import (
     LAYERS,
     PLANS,
@@ -44,7 +44,7 @@ from sparse_models import (
     ds_moe,
     hidden_share,
 )
-from timing import compare, machine, ratio
+from timing import compare, machine, rounds_of
 
 from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
 from lightning_dsmoe.inference import SparseModel
@@ -121,7 +121,7 @@ def one_text(*, rounds: int) -> dict[str, Any]:
     seconds = rounds_of(sides, rounds=rounds)
     found = {}
     for name in sides:
-        over_stream = ratio(seconds["stream"], seconds[name]) * n_bytes[name] / STREAM_BYTES
+        over_stream = compare(seconds[name], seconds["stream"]).ratio * n_bytes[name] / STREAM_BYTES
         over_twin = compare(seconds[name], seconds["twin"])
         bound = n_bytes["twin"] / n_bytes[name]
         found[name] = {
@@ -132,7 +132,7 @@ def one_text(*, rounds: int) -> dict[str, Any]:
             "spread": over_twin.spread,
             "bound": bound,
             "over_bound": over_twin.ratio / bound,
-            "over_float32": ratio(seconds[name.split(",")[0]], seconds[name]),
+            "over_float32": compare(seconds[name], seconds[name.split(",")[0]]).ratio,
         }
     return found
 
@@ -158,7 +158,7 @@ def shares(*, rounds: int) -> list[dict[str, float]]:
         {
             "share": hidden_share(decoder, plan),
             "tokens_per_second": 1 / median(seconds[str(n)]),
-            "over_twin": ratio(seconds["twin"], seconds[str(n)]),
+            "over_twin": compare(seconds[str(n)], seconds["twin"]).ratio,
         }
         for n, plan in enumerate(plans)
     ]

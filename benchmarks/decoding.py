@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -75,16 +74,3 @@ class Decoding:
     def _step(self) -> None:
         self._reader.step(self._tokens_TB1[self._length])
         self._length += 1
-
-
-def rounds_of(turns: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
-    """Let sides take turns, in another order each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(1 + rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            taken = turns[name]()
-            if number:
-                seconds[name].append(taken)
-    return seconds

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from sparse_models import (
     dense_twin,
     ds_moe,
 )
-from timing import compare, machine, take_turns
+from timing import compare, machine, rounds_of, seconds_per_call
 
 from lightning_dsmoe import Decoder, SelectionPlan, TopK, compile_sparse
 from lightning_dsmoe.inference import SparseModel
@@ -56,9 +57,7 @@ def main() -> None:
         torch.manual_seed(0)
         tokens = torch.randint(VOCABULARY, (1, length))
         sides = {name: reading(sparse, plan, tokens) for name, plan in PLANS.items()}
-        seconds = take_turns(
-            {"twin": reading(dense, DENSE, tokens), **sides}, rounds=options.rounds
-        )
+        seconds = rounds_of({"twin": reading(dense, DENSE, tokens), **sides}, rounds=options.rounds)
         needed = operations(dense_twin(), DENSE, length)
         for name, plan in PLANS.items():
             compared = compare(seconds[name], seconds["twin"])
@@ -73,13 +72,13 @@ def main() -> None:
 
 def reading(
     model: SparseModel, plan: SelectionPlan, tokens_BT: torch.Tensor
-) -> Callable[[], object]:
-    """Read a prompt into a new context."""
+) -> Callable[[], float]:
+    """Read a prompt into a new context; gives the seconds."""
 
     def read() -> object:
         return model.engine.open(*tokens_BT.shape, plan).read(tokens_BT)
 
-    return read
+    return partial(seconds_per_call, read, 1)
 
 
 def operations(decoder: Decoder, plan: SelectionPlan, length: int) -> float:

@@ -63,28 +63,22 @@ def interleave(
     return compare(*seconds)
 
 
-def take_turns(
-    sides: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Time blocks of calls of several sides in turn, in another order each round.
+def rounds_of(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+    """Let sides take turns, in another order each round, after one round that does not count.
 
-    Returns:
-        Seconds per call of each side, one entry a round.
+    Args:
+        turns: of each side what takes a turn and gives its seconds.
+        rounds: rounds that count.
     """
-    for side in sides.values():
-        seconds_per_call(side, warm_up)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds):
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(1 + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_per_call(sides[name], calls))
+            taken = turns[name]()
+            if number:
+                seconds[name].append(taken)
     return seconds
-
-
-def ratio(reference: list[float], candidate: list[float]) -> float:
-    """Median over rounds of reference / candidate: above 1, the candidate is faster."""
-    return median(r / c for r, c in zip(reference, candidate, strict=True))
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
