@@ -8,3 +8,5 @@ from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing as M
 from lightning_dsmoe.callbacks.sparse_compile import SparseCompile as SparseCompile
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseEvaluation as SparseEvaluation
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseResult as SparseResult
+from lightning_dsmoe.callbacks.sparse_finishing import SparseFinishing as SparseFinishing
+from lightning_dsmoe.callbacks.sparsity_target import SparsityTarget as SparsityTarget

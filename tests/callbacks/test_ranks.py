@@ -1,20 +1,29 @@
 """Callbacks over two processes with batches of different sizes."""
 
+import csv
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule, Trainer
+import torch.distributed as dist
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
-from lightning_dsmoe.callbacks import ExpertUtilizationMonitor, LayerSelections, SparseEvaluation
+from lightning_dsmoe.callbacks import (
+    ExpertUtilizationMonitor,
+    LayerSelections,
+    SparseEvaluation,
+    SparseFinishing,
+    SparsityTarget,
+)
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.language_model import DSMoELanguageModel
-from lightning_dsmoe.routing import LinearRouter, Threshold
+from lightning_dsmoe.routing import LinearRouter, Threshold, TopK
 
 SIZES = (1, 3)
 WINDOWS = 2 * sum(SIZES)
@@ -22,6 +31,9 @@ WINDOWS = 2 * sum(SIZES)
 
 class UnevenData(LightningDataModule):
     """Two batches for each of two ranks, or all windows for one."""
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self.val_dataloader()
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         assert self.trainer is not None
@@ -35,7 +47,7 @@ class UnevenData(LightningDataModule):
         return DataLoader(mine, batch_size=SIZES[self.trainer.global_rank])  # type: ignore[arg-type]
 
 
-def validate(folder: Path, devices: int) -> dict[str, Tensor]:
+def make_model() -> DSMoELanguageModel:
     torch.manual_seed(3)
     router = partial(LinearRouter, init_std=1.0)
     model = DSMoELanguageModel(
@@ -46,19 +58,55 @@ def validate(folder: Path, devices: int) -> dict[str, Tensor]:
         feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=3, router=router),
     )
     model.configure_model()
-    half = LayerSelections(experts=Threshold(0.5), attention=Threshold(0.5))
-    trainer = Trainer(
+    return model
+
+
+def make_trainer(folder: Path, devices: int, **options: Any) -> Trainer:
+    return Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp_spawn" if devices > 1 else "auto",
         use_distributed_sampler=False,
         logger=CSVLogger(folder, name="logs"),
-        callbacks=[ExpertUtilizationMonitor(), SparseEvaluation({"half": half})],
         enable_progress_bar=False,
         enable_checkpointing=False,
+        **options,
     )
-    trainer.validate(model, UnevenData(), verbose=False)
+
+
+def validate(folder: Path, devices: int) -> dict[str, Tensor]:
+    half = LayerSelections(experts=Threshold(0.5), attention=Threshold(0.5))
+    callbacks = [ExpertUtilizationMonitor(), SparseEvaluation({"half": half})]
+    trainer = make_trainer(folder, devices, callbacks=callbacks)
+    trainer.validate(make_model(), UnevenData(), verbose=False)
     return dict(trainer.callback_metrics)
+
+
+class SameOnAllRanks(Callback):
+    """Fails where ranks have other weights or another plan."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        mine = (pl_module.expert_mi_weight, pl_module.attention_mi_weight, pl_module.plan)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        assert ranks == [mine] * len(ranks)
+
+
+def steer(folder: Path, devices: int, callbacks: list[Callback], **options: Any) -> dict[str, str]:
+    """What is logged after the first step of a fit that steers the weights at each step."""
+    target = SparsityTarget(expert_top_k=2, attention_top_k=1, mass=0.9, rate=1.5, every=1, delay=0)
+    trainer = make_trainer(
+        folder,
+        devices,
+        callbacks=[target, *callbacks],
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(make_model(), UnevenData())
+    [path] = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return next(row for row in csv.DictReader(file) if row["train/expert_mi_weight"])
 
 
 @pytest.mark.ddp
@@ -71,3 +119,20 @@ def test_two_ranks_report_as_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=name)
     (folder,) = (tmp_path / "two").rglob("utilization")
     assert {path.name for path in folder.iterdir()} == {"val_step_00000000.png", "last.png"}
+
+
+@pytest.mark.ddp
+def test_two_ranks_steer_as_one_process(tmp_path: Path) -> None:
+    """A step on two batches of each rank, against one on all their windows; then two more."""
+    finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
+    two = steer(
+        tmp_path / "two", 2, [SameOnAllRanks(), finishing], max_steps=3, accumulate_grad_batches=2
+    )
+    one = steer(tmp_path / "one", 1, [], max_steps=1)
+    for kind in ("expert", "attention"):
+        name = f"train/{kind}_mi_weight"
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)
+        assert float(one[name]) != 0.02
+    for kind in ("experts", "attention"):
+        name = f"train/{kind}/top_mass"
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-6)

@@ -13,6 +13,8 @@ from lightning_dsmoe.callbacks import (
     LayerSelections,
     MIWeightAnnealing,
     SparseEvaluation,
+    SparseFinishing,
+    SparsityTarget,
 )
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK, TopP
 
@@ -28,7 +30,7 @@ def parse(callbacks: str) -> list[Callback]:
 def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
     saved = SelectionPlan.uniform(3, experts=TopP(0.9))
     saved.save(tmp_path / "plan.json")
-    monitor, annealing, sparse = parse(
+    monitor, annealing, sparse, target, finishing = parse(
         f"""
         - class_path: lightning_dsmoe.callbacks.ExpertUtilizationMonitor
           init_args: {{every_n_steps: 20, window: 5}}
@@ -45,6 +47,10 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
                   - {{class_path: lightning_dsmoe.routing.Threshold, init_args: {{eps: 1.0}}}}
                   - {{class_path: lightning_dsmoe.AllExperts}}
                 attention: [{{class_path: AllExperts}}, {{class_path: AllExperts}}]
+        - class_path: lightning_dsmoe.callbacks.SparsityTarget
+          init_args: {{expert_top_k: 2, mass: 0.9, rate: 1.2, every: 5, delay: 0}}
+        - class_path: lightning_dsmoe.callbacks.SparseFinishing
+          init_args: {{plan: {tmp_path}/plan.json, steps: 7}}
         """
     )
     assert isinstance(monitor, ExpertUtilizationMonitor)
@@ -57,6 +63,11 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
         "top_2": LayerSelections(experts=TopK(2, renormalize=True)),
         "two_layers": SelectionPlan((Threshold(1.0), AllExperts()), (AllExperts(), AllExperts())),
     }
+    assert isinstance(target, SparsityTarget)
+    assert target.top_k == {"experts": 2}
+    assert (target.mass, target.rate, target.every, target.delay) == (0.9, 1.2, 5, 0)
+    assert isinstance(finishing, SparseFinishing)
+    assert (finishing.plan, finishing.steps) == (saved, 7)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +80,9 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
             "{class_path: TopK, init_args: {k: 0}}}}}}",
             "k=0",
         ),
+        ("{class_path: SparsityTarget, init_args: {mass: 0.9}}", "got None and None"),
+        ("{class_path: SparsityTarget, init_args: {expert_top_k: 1.5}}", "expert_top_k"),
+        ("{class_path: SparseFinishing, init_args: {plan: {}, steps: 0}}", "steps must be at"),
     ],
 )
 def test_mistakes_are_named(options: str, message: str) -> None:

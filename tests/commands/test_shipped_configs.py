@@ -21,6 +21,7 @@ FRAGMENTS = [
     "callbacks/sparse_evaluation.yaml",
     "callbacks/utilization.yaml",
 ]
+CLOSED_LOOP = ["callbacks/sparsity_target.yaml", "callbacks/sparse_finishing.yaml"]
 RECIPES = [
     ["quickstart.yaml"],
     [NANO],
@@ -41,7 +42,8 @@ def overlays(config: Any, names: list[str]) -> list[str]:
 def test_no_configuration_is_forgotten(config: Any) -> None:
     root = Path(config("quickstart.yaml")).parent
     shipped = {str(path.relative_to(root)) for path in root.rglob("*.yaml")}
-    assert shipped == {name for recipe in RECIPES for name in recipe} | {*FRAGMENTS, *PAPER}
+    fragments = {*FRAGMENTS, *CLOSED_LOOP}
+    assert shipped == {name for recipe in RECIPES for name in recipe} | {*fragments, *PAPER}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "+".join(recipe))
@@ -93,6 +95,24 @@ def test_fragments_over_the_quickstart(cli: Any, config: Any, tiny: Any, tmp_pat
     assert tested.code == 0, tested.err
     assert "test/sparse/threshold_0.5/gap" in tested.out
     assert load_decoder(path).context == 16
+
+
+def test_steering_and_a_sparse_end_over_the_quickstart(
+    cli: Any, config: Any, tiny: Any, tmp_path: Path
+) -> None:
+    words = [*overlays(config, ["quickstart.yaml", *CLOSED_LOOP]), *tiny(tmp_path)]
+    too_short = cli("fit", *words)
+    assert too_short.code == 1
+    assert "SparseFinishing, steps=100: must be below 2, the number of" in too_short.errors[0]
+    fitted = cli("fit", *words, "--trainer.callbacks.init_args.steps=1")
+    assert fitted.code == 0, fitted.err
+    [path] = tmp_path.rglob("epoch=0-step=2.ckpt")
+    state = torch.load(path)["callbacks"]["SparsityTarget"]
+    assert state["factors"] == {"experts": 1.0, "attention": 1.0}
+    names = ["quickstart.yaml", "callbacks/annealing.yaml", "callbacks/sparsity_target.yaml"]
+    both = cli("fit", *overlays(config, names), *tiny(tmp_path))
+    assert both.code == 1
+    assert "one SparsityTarget per trainer and no MIWeightAnnealing" in both.errors[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "+".join(recipe))

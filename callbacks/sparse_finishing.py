@@ -1,0 +1,94 @@
+"""A last phase of training that runs only some experts."""
+
+import math
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.routing import SelectionPlan
+
+
+class SparseFinishing(Callback):
+    """Trains the last steps of `fit` under a plan, the one that the model is to run with later.
+
+    In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
+    loss are those of the plan. Validation goes on with the model as it is configured, so that
+    `val/loss` means the same in the whole run; `SparseEvaluation` tells the loss under the plan.
+
+    Which steps are the last ones depends on the length of the run and the number of optimizer steps
+    alone, so a run resumed with the same length continues exactly. A run that is stopped earlier,
+    by time or by another callback, may never get there.
+
+    Args:
+        plan: selections for all layers, a plan, or the path of a saved plan.
+        steps: how many optimizer steps the phase has; fewer than the run, whose length
+            `max_steps` or `max_epochs` of the trainer has to set.
+
+    Raises:
+        ValueError: if a file is not a plan, `steps` is below 1 or there is another SparseFinishing,
+            and before the first step if the plan does not fit the model, the length of the run is
+            unknown or `steps` is not below it.
+    """
+
+    def __init__(self, plan: PlanSpec, *, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.plan = load_plan("SparseFinishing", plan)
+        self.steps = steps
+        self._first = math.inf
+        self._sparse: SelectionPlan | None = None
+        self._configured: SelectionPlan | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, SparseFinishing) for callback in callbacks) > 1:
+            raise ValueError("one SparseFinishing per trainer, since both would set the plan")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        decoder = pl_module.decoder
+        assert isinstance(decoder, Decoder)
+        self._sparse = plan_for("SparseFinishing", self.plan, decoder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        if total in (math.inf, -1):
+            raise ValueError(
+                f"SparseFinishing, steps={self.steps}: the last steps of a run without an end are "
+                "unknown; set max_steps or max_epochs of the trainer"
+            )
+        if self.steps >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"SparseFinishing, steps={self.steps}: must be below {total}, "
+                "the number of optimizer steps of the run"
+            )
+        self._first = total - self.steps
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= self._first:
+            model: Any = pl_module
+            self._configured = model.plan
+            model.plan = self._sparse
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._restore(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: Any) -> None:
+        if self._configured is not None:
+            pl_module.plan = self._configured
+            self._configured = None

@@ -1,0 +1,274 @@
+"""A controller for the weights of the mutual-information loss.
+
+Shapes: B batch, T tokens, K top experts, N experts.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing
+from lightning_dsmoe.callbacks.reporting import log_scalars
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.routing import Routing
+
+_LEAST_MISSING = 1e-6  # what float32 can still tell from nothing
+_MOST_MASS = 0.9999
+WEIGHTS = {"experts": "expert_mi_weight", "attention": "attention_mi_weight"}
+
+
+def top_mass(routings: Sequence[Routing | None], k: int, mask_BT: Tensor) -> Tensor:
+    """Sum over tokens of the k largest probabilities, mean over routers; and the token count.
+
+    Args:
+        routings: of each layer, None for a layer without a router; one at least has one.
+        k: number of experts K, from 1 to N.
+        mask_BT: tokens that count, bool.
+
+    Returns:
+        The two numbers, `[2]`; their sums over batches and ranks divide to a mean over tokens.
+    """
+    held_BT = [r.probs.topk(k, sorted=False).values.sum(-1) for r in routings if r is not None]
+    return torch.stack([torch.stack(held_BT).mean(0)[mask_BT].sum(), mask_BT.sum()])
+
+
+def steered_factor(
+    factor: float,
+    mass: float,
+    before: float,
+    *,
+    target: float,
+    rate: float,
+    ahead: float,
+    least: float,
+    most: float,
+) -> float:
+    """Factor after a measurement, f <- clip(f rate^clip(e, -1, 1), least, most).
+
+    e = d + ahead (d - d'), d = ln((1 - m) / (1 - target)): how far the mass that is missing is from
+    what may be missing, if the trend since the measurement before (d') goes on. A change is `rate`
+    or 1/`rate` far from the target and fades out close to it.
+
+    Args:
+        factor: f so far.
+        mass: the measured mass m.
+        before: the mass measured before it.
+        target: the mass that is wanted, below 1.
+        rate: the largest change.
+        ahead: measurements to look ahead.
+        least: lower bound of f.
+        most: upper bound of f.
+    """
+    distance, distance_before = (
+        math.log(max(1 - m, _LEAST_MISSING) / (1 - target)) for m in (mass, before)
+    )
+    error = distance + ahead * (distance - distance_before)
+    return min(most, max(least, factor * math.pow(rate, min(1.0, max(-1.0, error)))))
+
+
+class SparsityTarget(Callback):
+    """Steers the weights of the mutual-information loss so that the top K hold a wanted gate mass.
+
+    m is the mean over routers and tokens of the sum of the K largest probabilities S, measured on
+    every `every`-th optimizer step for feed-forward and for attention experts by themselves, and
+    smoothed: m <- smoothing m + (1 - smoothing) measured. Then the weight is multiplied by
+
+        rate^clip(e, -1, 1),  e = d + ahead (d - d'),  d = ln((1 - m) / (1 - mass)),
+
+    with d' from the measurement before. So with too little mass in the top K routing is made
+    sharper, with too much less sharp, and earlier than that if the trend leads there. (arXiv
+    2412.14711 steers the weight of its penalty in steps of 1.2 or 1/1.2.)
+
+    Routing that became sharp stays so for long under a smaller weight: begin with weights that are
+    rather too small. They are where steering starts and what its bounds refer to. The state is
+    saved in checkpoints, so a resumed run continues exactly. Once training ends, for whatever
+    reason, the model has its own weights again.
+
+    Args:
+        expert_top_k: K of the feed-forward experts; None leaves their weight alone.
+        attention_top_k: K of the attention experts; None leaves their weight alone.
+        mass: the share of gates that the top K are to hold, above K/N and at most 0.9999.
+        rate: the largest factor of a change, above 1.
+        every: optimizer steps from change to change.
+        smoothing: what earlier measurements count for, from 0 to below 1.
+        ahead: measurements by which the trend is continued; 0 for none.
+        least: the smallest factor to the model's own weight, above 0 and at most 1.
+        most: the largest factor to the model's own weight, 1 or more.
+        delay: optimizer steps before the first change.
+
+    Raises:
+        ValueError: if a number is out of range, if there is another callback that sets these
+            weights, and before training if a K does not fit the model or its weight is 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        expert_top_k: int | None = None,
+        attention_top_k: int | None = None,
+        mass: float = 0.99,
+        rate: float = 1.1,
+        every: int = 10,
+        smoothing: float = 0.5,
+        ahead: float = 5.0,
+        least: float = 0.01,
+        most: float = 100.0,
+        delay: int = 100,
+    ) -> None:
+        top_k = {"experts": expert_top_k, "attention": attention_top_k}
+        self.top_k = {kind: k for kind, k in top_k.items() if k is not None}
+        if not self.top_k or min(self.top_k.values()) < 1:
+            raise ValueError(
+                "SparsityTarget needs expert_top_k, attention_top_k or both, 1 or more, "
+                f"got {expert_top_k} and {attention_top_k}"
+            )
+        if not 0 < mass <= _MOST_MASS:
+            raise ValueError(f"mass must be above 0 and at most {_MOST_MASS}, got {mass}")
+        if not 1 < rate < math.inf:
+            raise ValueError(f"rate must be above 1, got {rate}")
+        if every < 1 or delay < 0:
+            raise ValueError(
+                f"every must be 1 or more and delay 0 or more, got {every} and {delay}"
+            )
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+        if not 0 <= ahead < math.inf:
+            raise ValueError(f"ahead must be 0 or more, got {ahead}")
+        if not 0 < least <= 1 <= most < math.inf:
+            raise ValueError(f"bounds must be 0 < least <= 1 <= most, got {least} and {most}")
+        self.mass = mass
+        self.rate = rate
+        self.every = every
+        self.smoothing = smoothing
+        self.ahead = ahead
+        self.least = least
+        self.most = most
+        self.delay = delay
+        self._configured: dict[str, float] = {}
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._factors = dict.fromkeys(self.top_k, 1.0)
+        self._masses: dict[str, float] = {}
+        self._totals: dict[str, Tensor] = {}
+        self._steps_before_batch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and smoothed masses by kind."""
+        return {"factors": dict(self._factors), "masses": dict(self._masses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state, with those kinds that are steered now."""
+        for name, values in (("factors", self._factors), ("masses", self._masses)):
+            values.update({k: float(v) for k, v in state_dict[name].items() if k in self.top_k})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        setters = [c for c in callbacks if isinstance(c, SparsityTarget | MIWeightAnnealing)]
+        if len(setters) > 1:
+            raise ValueError(
+                "one SparsityTarget per trainer and no MIWeightAnnealing beside it, "
+                "since both would set the weights"
+            )
+        if stage == "fit":
+            self._start_afresh()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        decoder = pl_module.decoder
+        assert isinstance(decoder, Decoder)
+        sizes = dict(zip(WEIGHTS, decoder.plan_sizes, strict=True))
+        configured = {kind: float(getattr(pl_module, WEIGHTS[kind])) for kind in self.top_k}
+        for kind, k in self.top_k.items():
+            self._check(kind, k, [n for n in sizes[kind] if n is not None], configured[kind])
+        self._configured = configured
+
+    def _check(self, kind: str, k: int, n_experts: list[int], weight: float) -> None:
+        name = f"SparsityTarget, {WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
+        if not n_experts:
+            raise ValueError(f"{name}: the model has no router of this kind")
+        if k >= min(n_experts):
+            raise ValueError(f"{name}: must be below the number of experts, {min(n_experts)}")
+        if self.mass <= k / min(n_experts):
+            raise ValueError(
+                f"{name}: equal gates of {min(n_experts)} experts give the top {k} a mass of "
+                f"{k / min(n_experts):.4g} already, and mass must be above it, got {self.mass}"
+            )
+        if not weight > 0:
+            raise ValueError(f"{name}: {WEIGHTS[kind]} must be above 0 to be steered, got {weight}")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps_before_batch = trainer.global_step
+        for kind, weight in self._configured.items():
+            setattr(pl_module, WEIGHTS[kind], self._factors[kind] * weight)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = self._steps_before_batch + 1
+        if step % self.every == 0:
+            self._measure(outputs)
+        if trainer.global_step < step:
+            return  # gradients are being accumulated
+        for kind, totals in self._totals.items():
+            self._steer(kind, trainer.strategy.reduce(totals, reduce_op="sum"), step)
+        self._totals = {}
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0:
+            self._log(trainer)
+
+    def _measure(self, outputs: Any) -> None:
+        routings, mask_BT = outputs["routings"], outputs["mask"]
+        for kind, k in self.top_k.items():
+            totals = top_mass(getattr(routings, kind), k, mask_BT)
+            self._totals[kind] = self._totals.get(kind, 0) + totals
+
+    def _steer(self, kind: str, totals: Any, step: int) -> None:
+        held, tokens = totals.tolist()
+        if not tokens:
+            return
+        before = self._masses.get(kind, held / tokens)
+        mass = self.smoothing * before + (1 - self.smoothing) * held / tokens
+        self._masses[kind] = mass
+        if step >= self.delay:
+            self._factors[kind] = steered_factor(
+                self._factors[kind],
+                mass,
+                before,
+                target=self.mass,
+                rate=self.rate,
+                ahead=self.ahead,
+                least=self.least,
+                most=self.most,
+            )
+
+    def _log(self, trainer: Trainer) -> None:
+        weights = {
+            f"train/{WEIGHTS[kind]}": self._factors[kind] * weight
+            for kind, weight in self._configured.items()
+        }
+        masses = {f"train/{kind}/top_mass": mass for kind, mass in self._masses.items()}
+        log_scalars(trainer, weights | masses)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        for kind, weight in self._configured.items():
+            setattr(pl_module, WEIGHTS[kind], weight)
+        self._configured = {}
