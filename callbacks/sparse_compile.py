@@ -4,34 +4,29 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torch.nn import functional as F
 
+from lightning_dsmoe.analysis import HeldOut
+from lightning_dsmoe.analysis.certificate import Source, TextSource, certificate
+from lightning_dsmoe.analysis.certificate_judgement import judge
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import check_free
 from lightning_dsmoe.inference.engine.packing import Quantization
-from lightning_dsmoe.metrics import (
-    ActiveParameters,
-    active_masks,
-    count_parameters,
-    routing_agreement,
-)
 
 
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 
-    The measurement runs the compiled model and the trained one on the same validation batches. Of a
-    quantised model it also tells the loss without quantisation and how often both choose the same
-    experts. It goes into the artifact's `certificate.json` and its model card.
+    The measurement runs the compiled model and the trained one on the same validation batches and
+    tells what `Judgement` holds. It goes into the artifact's `certificate.json`, which
+    `lightning-dsmoe certify` checks, and into its model card.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
@@ -110,77 +105,42 @@ class SparseCompile(Callback):
             return Path(self.path)
         return None if trainer.log_dir is None else Path(trainer.log_dir) / "sparse"
 
-    @torch.inference_mode()
     def _measure(
         self, trainer: Trainer, decoder: Decoder, model: SparseModel
     ) -> dict[str, Any] | None:
-        """Compare the compiled model with the trained one on validation batches."""
+        """Judge the compiled model against the trained one on validation batches."""
         loader = trainer.val_dataloaders
         if loader is None or not self.max_batches:
             return None
-        device = decoder.embedding.weight.device
-        quantized = bool(model.report().quantized)
-        active = ActiveParameters(count_parameters(decoder)).to(device)
-        dense_nll = sparse_nll = exact_nll = torch.zeros((), dtype=torch.float64, device=device)
-        routed_alike = torch.zeros((), dtype=torch.float64, device=device)
-        agreed = tokens = torch.zeros((), dtype=torch.int64, device=device)
-        was_training = decoder.training
-        decoder.eval()
-        for batch in islice(loader, self.max_batches):
-            inputs, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-            mask_BT = labels != IGNORED
-            dense_BTV, _ = decoder(inputs)
-            sparse_BTV, routings = model(inputs)
-            if quantized:
-                exact_BTV, exact_routings = decoder(inputs, model.plan)
-                exact_nll = exact_nll + _nll(exact_BTV, labels)
-                alike = routing_agreement(routings, exact_routings, model.plan, mask_BT)
-                routed_alike = routed_alike + alike * mask_BT.sum()
-            dense_nll = dense_nll + _nll(dense_BTV, labels)
-            sparse_nll = sparse_nll + _nll(sparse_BTV, labels)
-            agreed = agreed + (dense_BTV.argmax(-1) == sparse_BTV.argmax(-1))[mask_BT].sum()
-            tokens = tokens + mask_BT.sum()
-            active.update(*active_masks(routings, model.plan), mask_BT)
-        decoder.train(was_training)
-        if not tokens:
+        batches = [
+            (batch["input_ids"].cpu(), batch["labels"].cpu())
+            for batch in islice(loader, self.max_batches)
+        ]
+        text = HeldOut(batches, sum(int((labels != IGNORED).sum()) for _, labels in batches))
+        if not text.n_tokens:
             return None
-        if not (dense_nll + sparse_nll).isfinite():
-            raise FloatingPointError(
-                f"the loss is {(dense_nll / tokens).item()}, of the sparse model "
-                f"{(sparse_nll / tokens).item()}; no sparse model was written"
-            )
-        share = active.compute()
-        measured = {
-            "tokens": int(tokens),
-            "dense_loss": (dense_nll / tokens).item(),
-            "sparse_loss": (sparse_nll / tokens).item(),
-            "relative_gap": (sparse_nll / dense_nll - 1).item(),
-            "top_1_agreement": (agreed / tokens).item(),
-            "active_share_mean": share.mean.item(),
-            "active_share_p50": share.p50.item(),
-            "active_share_p95": share.p95.item(),
-        }
-        if quantized:
-            measured["loss_before_quantization"] = (exact_nll / tokens).item()
-            measured["routing_agreement"] = (routed_alike / tokens).item()
+        try:
+            judgement = judge(model, text, decoder)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; no sparse model was written") from None
+        before, same = judgement.loss_before_quantization, judgement.routing_agreement
+        if before is not None and same is not None:
             rank_zero_info(
-                f"In 8 bits the loss is {measured['sparse_loss']:.4f} instead of "
-                f"{measured['loss_before_quantization']:.4f}; "
-                f"{measured['routing_agreement']:.2%} of all choices of experts are the same"
+                f"In 8 bits the loss is {judgement.sparse_loss:.4f} instead of {before:.4f}; "
+                f"{same:.2%} of all choices of experts are the same"
             )
-        return measured
+        return certificate(judgement, text, _source(trainer))
+
+
+def _source(trainer: Trainer) -> TextSource:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, TextDataModule) or trainer.world_size > 1:  # a part of the windows
+        return TextSource("other", "val")
+    source: Source = "standard library" if data.files is None else "files"
+    return TextSource(source, "val", data.val_fraction, data.test_fraction)
 
 
 def _decoder(pl_module: LightningModule) -> Decoder:
     decoder = pl_module.decoder
     assert isinstance(decoder, Decoder)
     return decoder
-
-
-def _nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1).double(),
-        labels_BT.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )

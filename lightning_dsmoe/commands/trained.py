@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from lightning_dsmoe.analysis import HeldOut, held_out
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -33,20 +34,48 @@ def open_trained(
     Raises:
         ValueError: if the checkpoint or the text is not fit for it.
     """
-    decoder, tokenizer, trained_context = load_decoder(ckpt_path)
-    if tokenizer is None:
-        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
-    text = held_out(
-        Tokenizer.from_dict(tokenizer),
+    loaded = load_decoder(ckpt_path)
+    text = text_for(
+        loaded,
         files,
-        context=context or trained_context or 128,
+        context=context,
         split=split,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
     )
-    dense = SelectionPlan.uniform(decoder.n_layers)
-    counts = count_parameters(decoder)
-    model = compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+    dense = SelectionPlan.uniform(loaded.decoder.n_layers)
+    counts = count_parameters(loaded.decoder)
+    model = compile_sparse(loaded.decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
     return Trained(model, counts, text)
+
+
+def text_for(
+    loaded: LoadedDecoder,
+    files: str | list[str] | None,
+    *,
+    context: int | None,
+    split: Literal["val", "test"],
+    val_fraction: float,
+    test_fraction: float,
+    max_tokens: int,
+    batch_tokens: int,
+) -> HeldOut:
+    """Windows of text for a loaded checkpoint, as long as in training unless `context` says so.
+
+    Raises:
+        ValueError: if the checkpoint has no tokenizer or the text is too short.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
+    return held_out(
+        Tokenizer.from_dict(loaded.tokenizer),
+        files,
+        context=context or loaded.context or 128,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+    )

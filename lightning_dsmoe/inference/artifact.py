@@ -61,8 +61,11 @@ def write_artifact(
 ) -> None:
     """Write an artifact directory, whole or not at all; an earlier artifact there is replaced.
 
+    A certificate is written with `sha256`, the hashes of the plan and the weights that it is of.
+
     Raises:
         FileExistsError: if something else than an artifact is in the way.
+        ValueError: if the certificate has other hashes.
     """
     check_free(path)
     path = path.resolve()
@@ -77,12 +80,7 @@ def write_artifact(
         save_file(state, folder / WEIGHTS)
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
-        if certificate is not None:
-            _write_json(folder / CERTIFICATE, certificate)
-        (folder / CARD).write_text(card, encoding="utf-8")
-        (folder / SUMS).write_text("".join(_sums(folder)), encoding="utf-8")
-        folder.chmod(0o755)
-        _move(folder, path)
+        finish(folder, path, card=card, certificate=certificate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -100,22 +98,63 @@ def read_artifact(path: Path) -> Artifact:
         FileNotFoundError: if a file is missing.
         ValueError: if a file was changed or is not what it should be.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"no sparse model at {path}: not a directory")
-    for name in _NEEDED:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
+    check_files(path)
     _check_sums(path)
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     check_config(path / CONFIG, config)
     decoder = build_decoder(config["architecture"])
-    plan = SelectionPlan.from_dict(_read_json(path / PLAN))
+    plan = SelectionPlan.from_dict(read_json(path / PLAN))
     plan.check(*decoder.plan_sizes)
     try:
         _load_weights(decoder, path / WEIGHTS, config)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is not a complete safetensors file: {error}") from None
     return Artifact(decoder, plan, config)
+
+
+def check_files(path: Path) -> None:
+    """Raise a FileNotFoundError if `path` is not an artifact or one of its files is missing."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no sparse model at {path}: not a directory")
+    for name in _NEEDED:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
+
+
+def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] | None) -> None:
+    """Write what tells of an artifact's other files, and put the folder in its place.
+
+    Raises:
+        ValueError: if the certificate says that it is of other files.
+    """
+    if certificate is not None:
+        hashes = certified_hashes(folder)
+        if certificate.get("sha256", hashes) != hashes:
+            raise ValueError("this certificate is of another model: its SHA-256 are others")
+        _write_json(folder / CERTIFICATE, {**certificate, "sha256": hashes})
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / SUMS).write_text("".join(_sums(folder)), encoding="utf-8")
+    folder.chmod(0o755)
+    _move(folder, path)
+
+
+def certified_hashes(path: Path) -> dict[str, str]:
+    """The SHA-256 of the plan and the weights, which tie a certificate to its model."""
+    return {name: sha256(path / name) for name in (PLAN, WEIGHTS)}
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: if it is not JSON or too large.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _move(folder: Path, path: Path) -> None:
@@ -183,12 +222,3 @@ def _sums(path: Path) -> list[str]:
 
 def _write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None

@@ -1,10 +1,14 @@
 """A sparse model described for people."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.routing import SelectionPlan
+
+_MEASURED = "## Measured"
+_MIXTURES = {"experts": "feed-forward experts", "attention": "attention experts"}
 
 
 def model_card(
@@ -33,10 +37,7 @@ def model_card(
         f"- attention experts: {_sizes(attention)}; running: {_selections(plan.attention)}",
         f"- in 8 bits: {_quantized(quantized)}",
         "",
-        "## Measured",
-        "",
-        *([f"- {name}: {value}" for name, value in certificate.items()] or ["Nothing yet."]),
-        "",
+        *_measured(certificate),
         "## Use",
         "",
         "```python",
@@ -50,6 +51,67 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def with_measured(card: str, certificate: dict[str, Any]) -> str:
+    """A card with what was measured in place of what stood there, or at the end; no other change.
+
+    Args:
+        card: the card, which people may have edited.
+        certificate: what was measured, by its name.
+    """
+    lines = card.rstrip().splitlines()
+    if _MEASURED not in lines:
+        lines += ["", _MEASURED]
+    start = lines.index(_MEASURED)
+    rest = next((n for n in range(start + 1, len(lines)) if lines[n].startswith("## ")), len(lines))
+    lines[start:rest] = _measured(certificate)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _measured(certificate: dict[str, Any]) -> list[str]:
+    facts = [
+        f"- {name}: {_spelled(value)}"
+        for name, value in _flat(certificate)
+        if name != "format_version"
+    ]
+    tables = [line for kind in _MIXTURES for line in _table(kind, certificate)]
+    return [_MEASURED, "", *(facts or ["Nothing yet."]), "", *tables]
+
+
+def _flat(certificate: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, those of what is inside another object too; None and tables left out."""
+    for name, value in certificate.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}, {inner}", each) for inner, each in _flat(value))
+        elif value is not None and not (name in _MIXTURES and isinstance(value, list)):
+            yield name, value
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_spelled, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
+    """What the plan changes in every layer's mixture, if that was measured."""
+    layers = certificate.get(kind)
+    if not isinstance(layers, list) or not any(layers):
+        return []
+    rows = {layer: errors for layer, errors in enumerate(layers) if errors}
+    names = list(next(iter(rows.values())))
+    return [
+        f"What the plan changes in the {_MIXTURES[kind]} of each layer:",
+        "",
+        f"| layer | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"|{' ---: |' * (len(names) + 1)}",
+        *(
+            f"| {layer} | {' | '.join(_spelled(errors[name]) for name in names)} |"
+            for layer, errors in rows.items()
+        ),
+        "",
+    ]
 
 
 def _quantized(n_bytes: dict[str, int]) -> str:

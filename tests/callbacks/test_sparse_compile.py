@@ -5,11 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.nn import functional as F
 
+from lightning_dsmoe.analysis import HeldOut
+from lightning_dsmoe.analysis.certificate import TextSource
+from lightning_dsmoe.analysis.certificate import certificate as made
+from lightning_dsmoe.analysis.certificate_check import differences
+from lightning_dsmoe.analysis.certificate_judgement import judge
+from lightning_dsmoe.analysis.certificate_reading import read_certificate
 from lightning_dsmoe.callbacks import LayerSelections, SparseCompile, SparseEvaluation
 from lightning_dsmoe.inference import load_sparse
+from lightning_dsmoe.inference.artifact_certificate import check_certified, load_certificate
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
@@ -39,6 +46,55 @@ def test_certificate_agrees_with_sparse_evaluation(
     assert measured["active_share_p50"] == pytest.approx(expected.active_share_p50)
     assert measured["active_share_p95"] == pytest.approx(expected.active_share_p95)
     assert measured["tokens"] == 8 * 6 - 4  # the last window ends in padding
+
+
+def test_certificate_is_a_full_one(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    compiling = SparseCompile(PLAN, path=str(tmp_path / "here"), max_batches=2)
+    trainer = make_trainer(max_steps=1, callbacks=[compiling])
+    trainer.fit(model, make_loader(2), make_loader(3, seed=1))
+    measured = read_certificate("it", load_certificate(tmp_path / "here"))
+    assert measured is not None
+    check_certified(tmp_path / "here", measured["sha256"])
+    batches = [(b["input_ids"], b["labels"]) for b in make_loader(3, seed=1)][:2]
+    assert measured["data"] == {
+        "source": "other",
+        "split": "val",
+        "val_fraction": None,
+        "test_fraction": None,
+        "context": 6,
+        "batch_tokens": 18,
+        "fingerprint": HeldOut(batches, 36).fingerprint(),
+    }
+    assert measured["dense"] == "checkpoint"
+    assert measured["all_experts_error"] < 1e-5
+    assert measured["checkpoint_sha256"] is None
+    text = HeldOut(batches, 36)
+    again = judge(load_sparse(tmp_path / "here"), text)
+    found = differences(measured, made(again, text, TextSource("other", "val")))
+    assert found == []
+
+
+def test_a_loss_that_is_no_number_writes_nothing(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    class Breaks(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with torch.no_grad():
+                pl_module.decoder.norm.weight.fill_(float("nan"))
+
+    compiling = SparseCompile(PLAN, path=str(tmp_path / "here"))
+    trainer = make_trainer(max_steps=1, callbacks=[Breaks(), compiling])
+    with pytest.raises(FloatingPointError, match="nan; no sparse model was written"):
+        trainer.fit(model, make_loader(1), make_loader(1))
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -81,7 +137,8 @@ def test_artifact_is_the_trained_model_under_the_plan(
     assert measured["sparse_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     share = torch.cat(agreed).double().mean().item()
     assert measured["top_1_agreement"] == pytest.approx(share)
-    assert ("routing_agreement" in measured) == (quantization == "int8")
+    assert (measured["routing_agreement"] is not None) == (quantization == "int8")
+    assert (measured["loss_before_quantization"] is not None) == (quantization == "int8")
     if quantization == "int8":
         before = torch.cat(exact_losses).mean().item()
         assert measured["loss_before_quantization"] == pytest.approx(before, rel=1e-5)

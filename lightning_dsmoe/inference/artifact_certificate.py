@@ -1,0 +1,82 @@
+"""The certificate in an artifact: plain data that tells which plan and weights it is of."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_dsmoe.inference.artifact import (
+    CARD,
+    CERTIFICATE,
+    SUMS,
+    certified_hashes,
+    check_files,
+    finish,
+    read_json,
+)
+from lightning_dsmoe.inference.model_card import model_card, with_measured
+from lightning_dsmoe.inference.sparse_model import SparseModel
+
+
+def load_certificate(path: Path) -> Any:
+    """The certificate of an artifact, JSON of any kind; None without one.
+
+    Raises:
+        ValueError: if the file is not JSON or too large.
+    """
+    return read_json(path / CERTIFICATE) if (path / CERTIFICATE).is_file() else None
+
+
+def check_certified(path: Path, hashes: Mapping[str, str]) -> None:
+    """Raise a ValueError if an artifact's certificate is of another plan or other weights.
+
+    Args:
+        path: the artifact.
+        hashes: `sha256` of the certificate.
+    """
+    for name, found in certified_hashes(path).items():
+        if hashes.get(name) != found:
+            raise ValueError(
+                f"{path / CERTIFICATE} is of another model: the SHA-256 of {name} is {found}, the "
+                f"certificate tells {hashes.get(name)!r:.70}"
+            )
+
+
+def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]) -> None:
+    """Give an artifact another certificate, and say so in its card; both or none is written.
+
+    All other files and what people wrote in the card stay.
+
+    Args:
+        path: the artifact.
+        model: what it holds.
+        certificate: what was measured of it; plain data.
+
+    Raises:
+        FileNotFoundError: if there is no artifact.
+        ValueError: if the certificate says that it is of other files.
+    """
+    check_files(path)
+    path = path.resolve()
+    if (path / CARD).is_file():
+        card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
+    else:
+        card = model_card(model.decoder, model.plan, *model.report(), certificate)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        shutil.copytree(path, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        for name in (CERTIFICATE, CARD, SUMS):  # which would be written into the linked files
+            (folder / name).unlink(missing_ok=True)
+        finish(folder, path, card=card, certificate=certificate)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Copy a file, without its content where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
