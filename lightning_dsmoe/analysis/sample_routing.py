@@ -1,0 +1,68 @@
+"""The experts that every token of a short text runs.
+
+Shapes: T tokens, N experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.metrics import active_masks
+from lightning_dsmoe.routing import SelectionPlan
+
+
+class SampleRouting(NamedTuple):
+    """A text and the experts that run for its tokens.
+
+    Args:
+        tokens: token numbers.
+        experts: of each layer bool `[T, N]`, None without a mixture of experts.
+        attention: of each layer bool `[T, N]`, None without a mixture of attention heads.
+        left_out: further tokens of the text, which were not read.
+    """
+
+    tokens: list[int]
+    experts: list[Tensor | None]
+    attention: list[Tensor | None]
+    left_out: int
+
+    @property
+    def n_running_T(self) -> Tensor:
+        """Experts that run for each token, of all layers and of both kinds."""
+        masks = [mask for mask in self.experts + self.attention if mask is not None]
+        return torch.stack([mask.sum(-1) for mask in masks]).sum(0)
+
+
+@torch.inference_mode()
+def sample_routing(
+    model: SparseModel, plan: SelectionPlan, tokens_T: Tensor, *, context: int, most: int
+) -> SampleRouting:
+    """Run a text through a model.
+
+    Args:
+        model: the model.
+        plan: the experts that run.
+        tokens_T: the text.
+        context: tokens that the model reads at once; a longer text is read in parts.
+        most: tokens to read at the most.
+
+    Raises:
+        ValueError: if the text is empty.
+    """
+    if not len(tokens_T):
+        raise ValueError("a sample must be at least one token long, got an empty text")
+    read_T = tokens_T[:most]
+    seen: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] = [], []
+    for part_T in read_T.split(context):
+        running = active_masks(model(part_T[None], plan).routings, plan)
+        for kind, masks in zip(seen, running, strict=True):
+            kind.append(masks)
+    experts, attention = ([_joined(parts) for parts in zip(*kind, strict=True)] for kind in seen)
+    return SampleRouting(read_T.tolist(), experts, attention, len(tokens_T) - len(read_T))
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    found = [part[0] for part in parts if part is not None]
+    return torch.cat(found) if found else None

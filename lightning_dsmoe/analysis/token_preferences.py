@@ -1,0 +1,71 @@
+"""The tokens that experts like.
+
+Shapes: X tokens, V vocabulary, N experts, K frequent tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.analysis.held_out import HeldOut
+from lightning_dsmoe.data.windows import IGNORED
+
+LEAST_COUNT = 20
+"""Tokens of a text that occur less often say little of an expert."""
+
+
+class FrequentTokens(NamedTuple):
+    """Tokens that occur often in a text, ascending, and how often; both int64 `[K]`."""
+
+    numbers_K: Tensor
+    counts_K: Tensor
+
+    def rows(self, vocab_size: int) -> Tensor:
+        """Place of each token of the vocabulary among them, `[V]`; K for those not among them."""
+        row_V = torch.full((vocab_size,), len(self.numbers_K))
+        row_V[self.numbers_K] = torch.arange(len(self.numbers_K))
+        return row_V
+
+
+class Preference(NamedTuple):
+    """A token that an expert likes.
+
+    `lift` is the expert's mean gate on that token as a multiple of its mean gate on all tokens.
+    """
+
+    token: int
+    lift: float
+    seen: int
+
+
+def frequent_tokens(text: HeldOut, least: int = LEAST_COUNT) -> FrequentTokens:
+    """The tokens that a model reads at least so many times in a text."""
+    read = [inputs_BT[labels_BT != IGNORED] for inputs_BT, labels_BT in text.batches]
+    numbers, counts = torch.cat(read).unique(return_counts=True)
+    often = counts >= least
+    return FrequentTokens(numbers[often], counts[often])
+
+
+def preferences(
+    token_gates_KN: Tensor, share_N: Tensor, frequent: FrequentTokens, most: int
+) -> list[list[Preference]]:
+    """For each expert the tokens of the highest lift above 1, at most so many.
+
+    Args:
+        token_gates_KN: mean gate of each expert on each frequent token.
+        share_N: mean gate of each expert on all tokens; an expert without any likes nothing.
+        frequent: the tokens.
+        most: tokens of an expert.
+    """
+    tiny = torch.finfo(share_N.dtype).tiny
+    lift_KN = token_gates_KN / share_N.clamp_min(tiny)
+    order_KN = lift_KN.argsort(dim=0, descending=True, stable=True)[:most]
+    return [
+        [
+            Preference(int(frequent.numbers_K[k]), lift.item(), int(frequent.counts_K[k]))
+            for k, lift in zip(order_K, lift_KN[order_K, expert], strict=True)
+            if lift > 1
+        ]
+        for expert, order_K in enumerate(order_KN.T)
+    ]

@@ -1,0 +1,193 @@
+"""A page about how a trained model uses its experts."""
+
+import platform
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from lightning_dsmoe import __version__
+from lightning_dsmoe.analysis import HeldOut
+from lightning_dsmoe.analysis.drift import drift
+from lightning_dsmoe.analysis.report_page import Report, report_page
+from lightning_dsmoe.analysis.report_page.naming import plan_label
+from lightning_dsmoe.analysis.sample_routing import sample_routing
+from lightning_dsmoe.analysis.token_preferences import frequent_tokens
+from lightning_dsmoe.analysis.utilization import check_mixtures, utilization
+from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.files import sha256, write_text
+from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.inference.architecture import differences
+from lightning_dsmoe.routing import SelectionPlan, Threshold
+
+_EPS = 0.1
+_SAMPLE_TOKENS = 600
+
+
+def report(
+    ckpt_path: str,
+    other: str | None = None,
+    plan: str | None = None,
+    output: str = "report.html",
+    sample: str | list[str] | None = None,
+    files: str | list[str] | None = None,
+    split: Literal["val", "test"] = "val",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    context: int | None = None,
+    max_tokens: int = 100_000,
+    batch_tokens: int = 2048,
+) -> None:
+    """Write one HTML page on how a trained model uses its experts.
+
+    It shows the share of the gates of every expert, entropies, dead experts, experts that run
+    together, the tokens that each expert likes, and a text coloured by the experts it needs.
+
+    Args:
+        ckpt_path: checkpoint of `fit`.
+        other: another checkpoint of the same model, to show what changed.
+        plan: JSON file of a selection plan; by default all experts with N*S above 0.1 run.
+        output: the page.
+        sample: a text to colour, or a JSON list of them; by default the first tokens of the text.
+        files: text files as in training; without it the Python sources of the standard library.
+        split: part of the text to measure on.
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
+        context: tokens in a window; by default as in training.
+        max_tokens: tokens to measure on at the most.
+        batch_tokens: tokens that run at once.
+
+    Raises:
+        ValueError: if a checkpoint, the plan, a sample or the text is not fit for it, or the other
+            checkpoint is of another model.
+    """
+    if Path(output).is_dir():
+        raise ValueError(f"output must be a file, {output} is a folder")
+    model, counts, text = open_trained(
+        ckpt_path,
+        files,
+        context=context,
+        split=split,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+    )
+    check_mixtures(model.decoder.plan_sizes)
+    selections = _plan(plan, model)
+    tokenizer = Tokenizer.from_dict(load_decoder(ckpt_path).tokenizer or {})
+    before = None if other is None else _other(other, model, tokenizer)
+    samples = [
+        sample_routing(
+            model,
+            selections,
+            tokens_T,
+            context=text.batches[0][0].shape[1],
+            most=_SAMPLE_TOKENS,
+        )
+        for tokens_T in _samples(sample, tokenizer, text)
+    ]
+    frequent = frequent_tokens(text)
+    models = [model] if before is None else [model, before]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{text.n_tokens:,} tokens", total=len(models) * len(text.batches))
+        use, *others = [
+            utilization(each, selections, text, counts, frequent, lambda: progress.advance(task))
+            for each in models
+        ]
+    page = report_page(
+        Report(
+            title=Path(ckpt_path).name,
+            facts=_facts(ckpt_path, other, plan, selections, _text_name(files, split), text),
+            counts=counts,
+            plan=selections,
+            use=use,
+            frequent=frequent,
+            token_text=cache(lambda token: tokenizer.decode([token])),
+            samples=samples,
+            drift=drift(use, others[0]) if others else None,
+        )
+    )
+    write_text(Path(output), page)
+    print(f"The report is in {output}")
+
+
+def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
+    if path is not None:
+        plan = SelectionPlan.load(path)
+        plan.check(*model.decoder.plan_sizes)
+        return plan
+    return SelectionPlan.uniform(
+        model.decoder.n_layers, experts=Threshold(_EPS), attention=Threshold(_EPS)
+    )
+
+
+def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
+    """Load the other checkpoint, if it is of the same model."""
+    decoder, state, _ = load_decoder(path)
+    if state is None or Tokenizer.from_dict(state).fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
+    found = compile_sparse(
+        decoder,
+        SelectionPlan.uniform(decoder.n_layers),
+        switch_points=SwitchPoints(gather_up_to=0),
+    )
+    if changes := differences(model.architecture, found.architecture):
+        raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
+    return found
+
+
+def _samples(sample: str | list[str] | None, tokenizer: Tokenizer, text: HeldOut) -> list[Tensor]:
+    """Tokens of the texts to colour; what is not UTF-8 is replaced."""
+    texts = [sample] if isinstance(sample, str) else sample
+    if not texts:
+        return [text.batches[0][0].flatten()[:_SAMPLE_TOKENS]]
+    clean = [each.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for each in texts]
+    return [torch.as_tensor(tokenizer.encode(each)).long() for each in clean]
+
+
+def _text_name(files: str | list[str] | None, split: str) -> str:
+    if files is None:
+        return f"{split} split of the standard library of Python {platform.python_version()}"
+    return f"{split} split of {files if isinstance(files, str) else ', '.join(files)}"
+
+
+def _facts(
+    ckpt_path: str,
+    other: str | None,
+    plan: str | None,
+    selections: SelectionPlan,
+    text_name: str,
+    text: HeldOut,
+) -> list[tuple[str, str]]:
+    """What was measured on what, by name."""
+    checkpoints = {"Checkpoint": ckpt_path, **({} if other is None else {"Other": other})}
+    source = "by default" if plan is None else f"from {plan}"
+    return [
+        *(
+            (name, f"{path}, SHA-256 {_short(sha256(Path(path)))}")
+            for name, path in checkpoints.items()
+        ),
+        (
+            "Plan",
+            f"experts {plan_label(selections.experts)}, "
+            f"attention {plan_label(selections.attention)}, {source}",
+        ),
+        ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
+        ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
+        (
+            "Versions",
+            f"lightning_dsmoe {__version__}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}",
+        ),
+    ]
+
+
+def _short(digest: str) -> str:
+    return f"{digest[:16]}…"

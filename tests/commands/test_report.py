@@ -1,0 +1,182 @@
+"""A page about how a trained model uses its experts."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dsmoe import __version__
+from lightning_dsmoe.routing import SelectionPlan, TopK
+
+from .conftest import Outcome, Run
+
+
+@pytest.fixture
+def words(measuring: Callable[[str, str], list[str]]) -> list[str]:
+    return measuring("report", "report.html")
+
+
+def changed(checkpoint: str, path: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """A copy of a checkpoint with something else in it."""
+    state = torch.load(checkpoint, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    return str(path)
+
+
+def test_a_page_without_any_option(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+) -> None:
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == f"The report is in {tmp_path / 'report.html'}\n"
+    assert "tokens" in outcome.err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert len(page) < 1_000_000
+    for shown in (
+        "How last.ckpt uses its experts",
+        "experts Threshold eps=0.1, attention Threshold eps=0.1, by default",
+        "320 tokens, val split of ",
+        f"lightning_dsmoe {__version__}",
+        trained.checkpoint,
+    ):
+        assert shown in page
+    assert re.search("SHA-256 [0-9a-f]{16}…", page)
+    assert "Change from the other checkpoint" not in page
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_plan_a_sample_and_another_checkpoint(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+) -> None:
+    name = "a'b<i>.json"
+    SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1)).save(tmp_path / name)
+
+    def half(state: dict[str, Any]) -> None:
+        for name, value in state["state_dict"].items():
+            if "router" in name:
+                value.mul_(0.5)
+
+    other = changed(trained.checkpoint, tmp_path / "<b>other.ckpt", half)
+    outcome = cli(
+        *words,
+        f"--other={other}",
+        f"--plan={tmp_path / name}",
+        '--sample=["<script>alert(1)</script>", "x: \\u2028"]',
+    )
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "experts TopK k=2, attention TopK k=1, from " in page
+    assert "a&#x27;b&lt;i&gt;.json" in page
+    assert "&lt;b&gt;other.ckpt" in page
+    assert "Change from the other checkpoint" in page
+    assert "6 of 44 experts; feed-forward 0: " in page
+    assert page.count('<p class="sample') == 2
+    assert page.count("<script>") == 1
+    assert "<i>.json" not in page
+    assert "<b>other" not in page
+
+
+def test_a_sample_that_is_not_utf8(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    assert cli(*words, "--sample=x \udcff").code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = re.findall('title="([^":]*): [0-9]+ of 44 experts', page)
+    assert shown[:4] == ["x", "␣", "#239", "#191"]
+
+
+def test_another_checkpoint_of_something_else(
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    trained: Run,
+    tiny: Callable[[Path], list[str]],
+    config: Callable[[str], str],
+) -> None:
+    def deeper() -> str:
+        options = [*tiny(tmp_path), "--model.init_args.n_layers=1"]
+        assert cli("fit", "-c", config("quickstart.yaml"), *options).code == 0
+        return str(tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt")
+
+    outcome = cli(*words, f"--other={deeper()}")
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert "is of another architecture: n_layers was 2, is 1" in error
+    tokenizer = {"kind": "char", "alphabet": "abc"}
+    other = changed(
+        trained.checkpoint, tmp_path / "other.ckpt", lambda state: state.update(tokenizer=tokenizer)
+    )
+    [error] = cli(*words, f"--other={other}").errors
+    assert "other.ckpt has another tokenizer, so the two cannot be compared" in error
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_model_without_mixtures(
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    tiny: Callable[[Path], list[str]],
+    config: Callable[[str], str],
+) -> None:
+    baseline = ["-c", config("shakespeare_nano.yaml"), "-c", config("baselines/dense.yaml")]
+    outcome = cli("fit", *baseline, *tiny(tmp_path))
+    assert outcome.code == 0, outcome.err
+    [checkpoint] = tmp_path.rglob("last.ckpt")
+    outcome = cli(*words, f"--ckpt_path={checkpoint}")
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert error.endswith("this model has no mixture of experts or of attention heads in any layer")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--other=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["--plan=nowhere.json"], "nowhere.json"),
+        (["--sample="], "a sample must be at least one token long"),
+        (["--output=."], "output must be a file, . is a folder"),
+    ],
+)
+def test_mistakes(
+    options: list[str],
+    message: str,
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+) -> None:
+    outcome = cli(*words, *options)
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_another_model(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    SelectionPlan.uniform(3).save(tmp_path / "plan.json")
+    [error] = cli(*words, f"--plan={tmp_path / 'plan.json'}").errors
+    assert "a plan of 3 layers, a model of 2" in error
+
+
+def test_an_earlier_page_stays_if_something_goes_wrong(
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "report.html").write_text("earlier")
+
+    def fails(*args: object, **options: object) -> str:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lightning_dsmoe.files.Path.write_text", fails)
+    assert cli(*words).errors == ["lightning-dsmoe: error: no space left"]
+    assert (tmp_path / "report.html").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
