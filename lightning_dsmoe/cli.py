@@ -18,7 +18,7 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
-from lightning_dsmoe.commands import calibrate, configs, generate, sweep
+from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
@@ -27,6 +27,9 @@ TOOLS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "sweep": sweep,
     "calibrate": calibrate,
+    "prune": prune,
+    "certify": certify,
+    "report": report,
     "configs": configs,
 }
 _DEBUG = "JSONARGPARSE_DEBUG"

@@ -4,6 +4,7 @@ Shapes: B windows, T tokens, V vocabulary.
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,17 @@ class PlanResult(NamedTuple):
     share_p50: float
     share_p95: float
     tokens_per_second: float
+
+
+class Found(NamedTuple):
+    """A plan, and what was measured of it on the text that it was found on."""
+
+    plan: SelectionPlan
+    result: PlanResult
+
+
+Measure = Callable[[SelectionPlan], PlanResult]
+"""Evaluates plans of one model on one text."""
 
 
 @torch.inference_mode()

@@ -1,40 +1,43 @@
 """Finding the selections of every layer that cost the least loss for a share of the parameters.
 
-An expert that does not run for a token is taken to cost s_r S_e, its gate times the sensitivity s_r
-of its router, and to save its parameters c_r. Under that model the best plan of a share keeps the
-experts with s_r S_e > l c_r for one number l: a threshold for each router, or the best K of each.
-Sensitivities are first measured, one router at a time, and then tried out against the loss.
+The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
+time, and then tried out against the loss, all attention together and each router alone. The plans
+that treat all layers alike are tried too, so that on the text of the search none of them is better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from lightning_dsmoe.analysis.evaluation import PlanResult
-from lightning_dsmoe.analysis.routing_statistics import RouterStatistics, Statistics
-from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.analysis.evaluation import Found, Measure
+from lightning_dsmoe.analysis.routing_statistics import Statistics
+from lightning_dsmoe.analysis.solvers import (
+    Sensitivities,
+    Solver,
+    alike,
+    check_budget,
+    even,
+    plan_of,
+    thresholds,
+)
+from lightning_dsmoe.analysis.uniform import uniform_numbers
+from lightning_dsmoe.routing import SelectionPlan, Threshold
 
-Sensitivities = tuple[float, ...]
-"""Of each router: those of feed-forward experts by layer, then those of attention experts."""
-
-Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
-Measure = Callable[[SelectionPlan], PlanResult]
-
-_HALVINGS = 60
-_WIDEST = 1e9
-_MOST = 1 - 2**-20  # of N, which no N S_e can exceed
-_TRIALS = (2.0, 0.5)
+_FACTORS = (2.0, 0.5)
+_MOST_STEPS = 4
+_HALVINGS = 7
 
 
-class Found(NamedTuple):
-    """A plan, and what was measured of it on the text that it was found on."""
-
-    plan: SelectionPlan
-    result: PlanResult
+class _Trial(NamedTuple):
+    sensitivities: Sensitivities
+    found: Found
 
 
 def search(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> Found:
     """Find a plan of a share with as little loss as possible.
+
+    It has fixed numbers of experts, whatever `solve` makes, if the best plan that treats all layers
+    alike has them and nothing better is found.
 
     Args:
         statistics: what the routers say of a text.
@@ -46,32 +49,54 @@ def search(statistics: Statistics, budget: float, solve: Solver, measure: Measur
         ValueError: if one expert in each layer is more than the budget.
     """
     check_budget(statistics, budget)
-    routers = _routers(statistics)
-    even: Sensitivities = (1.0,) * len(routers)
-    best_of, best = even, _found(solve(statistics, even, budget), measure)
-    measured = sensitivities(statistics, thresholds(statistics, even, budget), measure)
-    for tried in (measured, tuple(s**0.5 for s in measured)):
-        found = _found(solve(statistics, tried, budget), measure)
-        if found.result.loss < best.result.loss:
-            best_of, best = tried, found
-    for number, router in enumerate(routers):
-        for factor in _TRIALS if router is not None else ():
-            tried = tuple(s * factor if n == number else s for n, s in enumerate(best_of))
-            found = _found(solve(statistics, tried, budget), measure)
-            if found.result.loss < best.result.loss:
-                best_of, best = tried, found
-                break
-    return best
+    found = _tuned(statistics, budget, solve, measure).found
+    rivals = [Found(plan, measure(plan)) for plan in uniform_numbers(statistics, budget)]
+    return min(found, *rivals, key=_loss) if rivals else found
+
+
+def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Measure) -> Found:
+    """Find a plan of the smallest share whose loss, as measured on the text, is not too high.
+
+    The share is halved with sensitivities that are measured once. Better ones are searched for at
+    the share that is found, and the halving goes on with those.
+
+    Args:
+        statistics: what the routers say of a text.
+        increase: share of the loss with all experts to give up at the most.
+        solve: `thresholds` or `fixed_numbers`.
+        measure: evaluates a plan on that text.
+    """
+    dense = SelectionPlan.uniform(len(statistics.experts))
+    best = Found(dense, measure(dense))
+    most_loss = best.result.loss * (1 + increase)
+
+    def halved(best: Found, most: float, sensitivity: Sensitivities) -> tuple[Found, float]:
+        least = statistics.least_share
+        for _ in range(_HALVINGS):
+            middle = (least + most) / 2
+            plan = solve(statistics, sensitivity, middle)
+            found = Found(plan, measure(plan))
+            if found.result.loss <= most_loss:
+                best, most = found, middle
+            else:
+                least = middle
+        return best, most
+
+    some = thresholds(statistics, even(statistics), (statistics.least_share + 1) / 2)
+    best, budget = halved(best, 1.0, sensitivities(statistics, some, measure))
+    tuned = _tuned(statistics, budget, solve, measure)
+    if tuned.found.result.loss <= best.result.loss:
+        best = tuned.found
+    return halved(best, budget, tuned.sensitivities)[0]
 
 
 def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure) -> Sensitivities:
     """Loss per probability that a router drops, measured with only that router under the plan."""
-    routers = _routers(statistics)
     dense = SelectionPlan.uniform(plan.n_layers)
     base = measure(dense).loss
     found: list[float | None] = []
     for number, (router, selection) in enumerate(
-        zip(routers, plan.experts + plan.attention, strict=True)
+        zip(statistics.routers, plan.experts + plan.attention, strict=True)
     ):
         mass = 0.0
         if router is not None and isinstance(selection, Threshold):
@@ -79,90 +104,48 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure)
         if not mass:
             found.append(None)
             continue
-        alone = _selections(dense)
+        alone = [*dense.experts, *dense.attention]
         alone[number] = selection
-        found.append(max(0.0, measure(_plan(alone)).loss - base) / mass)
+        found.append(max(0.0, measure(plan_of(alone)).loss - base) / mass)
     typical = median([s for s in found if s] or [1.0])
     return tuple(typical if s is None else max(s, typical / 20) for s in found)
 
 
-def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float) -> SelectionPlan:
-    """The thresholds of every router that run a share of the parameters."""
-    routers = _routers(statistics)
+def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> _Trial:
+    """The sensitivities whose plan has the least loss, of many that are tried out."""
+
+    def trial(tried: Sensitivities) -> _Trial:
+        plan = solve(statistics, tried, budget)
+        return _Trial(tried, Found(plan, measure(plan)))
+
+    flat = even(statistics)
+    measured = sensitivities(statistics, thresholds(statistics, flat, budget), measure)
+    starts = flat, alike(statistics), measured, tuple(s**0.5 for s in measured)
+    best = min(map(trial, starts), key=lambda each: _loss(each.found))
     layers = len(statistics.experts)
-
-    def eps(price: float) -> list[float]:
-        return [
-            0.0 if router is None else router.n_experts * price * router.per_expert / s
-            for router, s in zip(routers, sensitivity, strict=True)
-        ]
-
-    low, high = 1 / _WIDEST, _WIDEST
-    for _ in range(_HALVINGS):
-        middle = (low * high) ** 0.5
-        values = eps(middle)
-        if statistics.share(values[:layers], values[layers:]) > budget:
-            low = middle
-        else:
-            high = middle
-    return _plan(
-        [
-            AllExperts() if router is None else Threshold(min(value, _MOST * router.n_experts))
-            for router, value in zip(routers, eps(high), strict=True)
-        ]
-    )
+    alone = [[n] for n, router in enumerate(statistics.routers) if router is not None]
+    for group in [list(range(layers, 2 * layers)), *alone]:
+        best = _climbed(best, group, trial)
+    return best
 
 
-def fixed_numbers(
-    statistics: Statistics, sensitivity: Sensitivities, budget: float
-) -> SelectionPlan:
-    """The number of experts of every router that run at most a share of the parameters."""
-    numbers = [1 for _ in _routers(statistics)]
-    routers = {n: router for n, router in enumerate(_routers(statistics)) if router is not None}
-    gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
-    room = budget * statistics.hidden - statistics.always
-    room -= sum(router.per_expert for router in routers.values())
-    while True:
-        fitting = [
-            n
-            for n, router in routers.items()
-            if numbers[n] < router.n_experts and router.per_expert <= room
-        ]
-        if not fitting:
+def _climbed(
+    start: _Trial, group: Sequence[int], trial: Callable[[Sensitivities], _Trial]
+) -> _Trial:
+    """Make some routers more or else less sensitive as long as it helps."""
+    best = start
+    for factor in _FACTORS:
+        for _ in range(_MOST_STEPS):
+            tried = trial(
+                tuple(s * factor if n in group else s for n, s in enumerate(best.sensitivities))
+            )
+            if _loss(tried.found) >= _loss(best.found):
+                break
+            best = tried
+        if best is not start:
             break
-        best = max(fitting, key=lambda n: gains[n][numbers[n]])
-        room -= routers[best].per_expert
-        numbers[best] += 1
-    return _plan([TopK(k) if n in routers else AllExperts() for n, k in enumerate(numbers)])
+    return best
 
 
-def check_budget(statistics: Statistics, budget: float) -> None:
-    """Raise a ValueError if a share is less than one expert in each layer, or more than all."""
-    if not statistics.least_share <= budget <= 1:
-        raise ValueError(
-            f"a budget of {budget:g} cannot be met: one expert in each layer is "
-            f"{statistics.least_share:.4f} of the hidden parameters, all are 1"
-        )
-
-
-def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
-    """What the best expert, the second one and so on give for a parameter."""
-    means: list[float] = router.probs_XN.double().mean(0).tolist()
-    return [sensitivity * mean / router.per_expert for mean in means]
-
-
-def _routers(statistics: Statistics) -> list[RouterStatistics | None]:
-    return [*statistics.experts, *statistics.attention]
-
-
-def _selections(plan: SelectionPlan) -> list[Selection]:
-    return [*plan.experts, *plan.attention]
-
-
-def _plan(selections: list[Selection]) -> SelectionPlan:
-    layers = len(selections) // 2
-    return SelectionPlan(tuple(selections[:layers]), tuple(selections[layers:]))
-
-
-def _found(plan: SelectionPlan, measure: Measure) -> Found:
-    return Found(plan, measure(plan))
+def _loss(found: Found) -> float:
+    return found.result.loss

@@ -60,10 +60,15 @@ class Statistics(NamedTuple):
     hidden: int
 
     @property
+    def routers(self) -> list[RouterStatistics | None]:
+        """Those of feed-forward experts by layer, then those of attention experts."""
+        return [*self.experts, *self.attention]
+
+    @property
     def least_share(self) -> float:
         """Active share with one expert in each layer."""
-        routers = [r for r in self.experts + self.attention if r is not None]
-        return (self.always + sum(r.per_expert for r in routers)) / self.hidden
+        one_each = sum(router.per_expert for router in self.routers if router is not None)
+        return (self.always + one_each) / self.hidden
 
     def share(self, experts: Sequence[float], attention: Sequence[float]) -> float:
         """Active share under thresholds, one for each layer and kind."""

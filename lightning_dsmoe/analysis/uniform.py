@@ -1,7 +1,8 @@
 """The best plans that treat all layers alike, to compare others with."""
 
-from lightning_dsmoe.analysis.plan_search import Found, Measure, thresholds
+from lightning_dsmoe.analysis.evaluation import Found, Measure
 from lightning_dsmoe.analysis.routing_statistics import Statistics
+from lightning_dsmoe.analysis.solvers import alike, thresholds
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
 
@@ -12,10 +13,10 @@ def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
         statistics: what the routers say of a text.
         share: of the hidden parameters, in the mean over tokens.
     """
-    return [
-        *_threshold(statistics, share),
-        *_fixed_numbers(statistics, share),
-    ]
+    if share < statistics.least_share:
+        return []
+    one_threshold = thresholds(statistics, alike(statistics), share)
+    return [one_threshold, *uniform_numbers(statistics, share)]
 
 
 def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Found | None:
@@ -24,16 +25,7 @@ def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Foun
     return min(found, key=lambda each: each.result.loss, default=None)
 
 
-def _threshold(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    """The plan that `thresholds` gives if sensitivity is such that all thresholds are equal."""
-    if share < statistics.least_share:
-        return []
-    routers = statistics.experts + statistics.attention
-    even = tuple(1.0 if r is None else float(r.n_experts * r.per_expert) for r in routers)
-    return [thresholds(statistics, even, share)]
-
-
-def _fixed_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:
+def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:
     """For each number of attention experts the most feed-forward experts that fit."""
     layers = len(statistics.experts)
     kinds = [

@@ -7,6 +7,7 @@ from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
 from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
+from lightning_dsmoe.routing.remaining import select
 from lightning_dsmoe.routing.router import RouterFactory
 
 
@@ -33,6 +34,9 @@ class MixtureOfAttentionHeads(Attention):
         ValueError: if a size or `gate_scale` is out of range.
     """
 
+    remaining: Tensor | None
+    """Numbers of the experts that were not removed, if some were; see `inference.prune`."""
+
     def __init__(
         self,
         d_model: int,
@@ -57,6 +61,7 @@ class MixtureOfAttentionHeads(Attention):
         self.qk_norm = qk_norm
         self.bias = bias
         self.gate_factor = gate_factor(gate_scale, n_experts)
+        self.register_buffer("remaining", None, persistent=False)
         self.router = router(d_model, n_experts)
         self.heads = HeadGroups(
             d_model,
@@ -78,7 +83,7 @@ class MixtureOfAttentionHeads(Attention):
     ) -> MixtureOutput:
         """Attend over tokens `[B, T, D]` with the selected experts (see `Attention.forward`)."""
         routing = self.router(x)
-        gates, active = selection(routing.probs)
+        gates, active = select(selection, routing, self.remaining)
         gates = self.gate_factor * gates
         scope = causal_scope(x, mask, cache)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)

@@ -1,6 +1,5 @@
 """The plan that a model loses least with."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,13 +8,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan
-from lightning_dsmoe.analysis.plan_search import Found, fixed_numbers, search, thresholds
-from lightning_dsmoe.analysis.routing_statistics import Statistics, routing_statistics
+from lightning_dsmoe.analysis.plan_search import search, sparsest
+from lightning_dsmoe.analysis.routing_statistics import routing_statistics
+from lightning_dsmoe.analysis.solvers import fixed_numbers, thresholds
 from lightning_dsmoe.analysis.uniform import best_uniform
 from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
-
-_STEPS = 7
 
 
 def calibrate(
@@ -41,7 +39,8 @@ def calibrate(
         budget: share of the hidden parameters to run at the most, in the mean over tokens.
         max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
         output: where to write the plan, as JSON.
-        fixed: choose numbers of experts, the same for all tokens, instead of thresholds.
+        fixed: choose numbers of experts, the same for all tokens, instead of thresholds. A budget
+            is met with numbers too where one pair of them for all layers beats every threshold.
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to use.
         val_fraction: share of the text in the validation split.
@@ -82,7 +81,7 @@ def calibrate(
         if increase is None:
             found = search(statistics, budget or 0.0, solve, measure)
         else:
-            found = _sparsest(statistics, solve, measure, measure(dense).loss * (1 + increase))
+            found = sparsest(statistics, increase, solve, measure)
         progress.update(task, description="judging the plan on the other half")
         judged = {
             "all experts": evaluate_plan(model, dense, judged_on, counts),
@@ -102,25 +101,6 @@ def calibrate(
         better = "better" if gain >= 0 else "worse"
         print(f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule.")
     print(f"The plan is in {Path(output)}")
-
-
-def _sparsest(
-    statistics: Statistics,
-    solve: Callable[..., SelectionPlan],
-    measure: Callable[[SelectionPlan], PlanResult],
-    most_loss: float,
-) -> Found:
-    """The plan of the smallest budget that keeps to a loss."""
-    low, high = statistics.least_share, 1.0
-    best = search(statistics, high, solve, measure)
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        found = search(statistics, middle, solve, measure)
-        if found.result.loss <= most_loss:
-            best, high = found, middle
-        else:
-            low = middle
-    return best
 
 
 def _percent(text: str) -> float:

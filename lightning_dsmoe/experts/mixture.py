@@ -10,6 +10,7 @@ from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward
 from lightning_dsmoe.experts.layer import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
 from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
+from lightning_dsmoe.routing.remaining import select
 from lightning_dsmoe.routing.router import RouterFactory
 
 
@@ -32,6 +33,9 @@ class MixtureOfExperts(FeedForwardLayer):
         ValueError: if a size or `gate_scale` is out of range.
     """
 
+    remaining: Tensor | None
+    """Numbers of the experts that were not removed, if some were; see `inference.prune`."""
+
     def __init__(
         self,
         d_model: int,
@@ -52,6 +56,7 @@ class MixtureOfExperts(FeedForwardLayer):
         self.d_shared = d_shared
         self.gate_scale = gate_scale
         self.gate_factor = gate_factor(gate_scale, n_experts)
+        self.register_buffer("remaining", None, persistent=False)
         self.router = router(d_model, n_experts)
         self.experts = experts(d_model, n_experts, d_expert)
         self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
@@ -59,7 +64,7 @@ class MixtureOfExperts(FeedForwardLayer):
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
         """Transform tokens `[B, T, D]`, running the experts that `selection` picks."""
         routing = self.router(x)
-        gates, active = selection(routing.probs)
+        gates, active = select(selection, routing, self.remaining)
         gates_XE = (self.gate_factor * gates).flatten(0, -2)
         if isinstance(selection, AllExperts):
             y = self.experts(x.flatten(0, -2), gates_XE).view_as(x)

@@ -6,5 +6,7 @@ from lightning_dsmoe.inference.compilation import load_sparse as load_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference.generation import generate as generate
 from lightning_dsmoe.inference.generation import left_pad as left_pad
+from lightning_dsmoe.inference.pruning import Remaining as Remaining
+from lightning_dsmoe.inference.pruning import prune as prune
 from lightning_dsmoe.inference.sparse_model import SparseModel as SparseModel
 from lightning_dsmoe.routing import SelectionPlan as SelectionPlan

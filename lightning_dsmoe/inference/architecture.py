@@ -19,12 +19,16 @@ from lightning_dsmoe.inference.class_paths import (
     named_object,
     shortest_path,
 )
+from lightning_dsmoe.inference.pruning import Remaining, remaining_experts, remove_experts
 
 Description = dict[str, Any]
 
 _SIZES = ("vocab_size", "d_model", "n_layers")
 _PARTS = ("attention", "feed_forward", "norm")
 _FIELDS = {*_SIZES, "max_positions", "tie_embeddings", *_PARTS}
+_REMAINING = "remaining"
+"""A field of pruned decoders only: the experts of each layer, null for all of them."""
+
 _GIVEN_BY_OWNER = {"attention": 1, "feed_forward": 1, "norm": 1, "router": 2, "experts": 3}
 """Leading sizes that the owner of a part passes to its factory, by the part's name."""
 
@@ -32,7 +36,7 @@ _NOT_KEPT = {"device", "dtype"}
 
 
 def describe_decoder(decoder: Decoder) -> Description:
-    """Describe a decoder whose blocks are all made alike.
+    """Describe a decoder whose blocks are all made alike, but for experts that were removed.
 
     Raises:
         ValueError: if blocks differ, or a part does not keep its options as attributes or is of a
@@ -48,6 +52,7 @@ def describe_decoder(decoder: Decoder) -> Description:
     ]
     if any(part != parts[0] for part in parts):
         raise ValueError("the blocks of this decoder differ, which a description cannot hold")
+    remaining = remaining_experts(decoder)
     return {
         "vocab_size": decoder.vocab_size,
         "d_model": decoder.d_model,
@@ -55,6 +60,7 @@ def describe_decoder(decoder: Decoder) -> Description:
         "max_positions": decoder.max_positions,
         "tie_embeddings": decoder.tie_embeddings,
         **parts[0],
+        **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
     }
 
 
@@ -67,7 +73,7 @@ def build_decoder(description: Description) -> Decoder:
     Raises:
         ValueError: if the description is not one, or asks for more than any model has.
     """
-    if not isinstance(description, dict) or set(description) != _FIELDS:
+    if not isinstance(description, dict) or set(description) - {_REMAINING} != _FIELDS:
         raise ValueError(f"an architecture is an object with the fields {sorted(_FIELDS)}")
     for size in _SIZES:
         if not isinstance(description[size], int):
@@ -76,9 +82,13 @@ def build_decoder(description: Description) -> Decoder:
     try:
         parts = {part: _factory(description[part], part) for part in _PARTS}
         with torch.device("meta"):
-            return Decoder(**{**description, **parts}).eval()
+            options = {name: description[name] for name in _FIELDS}
+            decoder = Decoder(**{**options, **parts}).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an architecture: {error}") from None
+    if _REMAINING in description:
+        remove_experts(decoder, Remaining.from_dict(description[_REMAINING]))
+    return decoder
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:

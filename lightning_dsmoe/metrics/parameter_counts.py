@@ -46,28 +46,32 @@ def count_parameters(decoder: Decoder) -> ParameterCounts:
     """Count the parameters of a decoder, on any device, meta too.
 
     Layers other than `MixtureOfExperts` and `MixtureOfAttentionHeads` count as always running.
+    Experts that were removed count as if they were there, so that shares remain comparable.
     """
-    experts = tuple(_experts(block.feed_forward) for block in decoder.blocks)
-    attention = tuple(_attention(block.attention) for block in decoder.blocks)
+    experts = tuple(_routed(block.feed_forward) for block in decoder.blocks)
+    attention = tuple(_routed(block.attention) for block in decoder.blocks)
     hidden = _size([*decoder.blocks.parameters(), *decoder.norm.parameters()])
-    counts = ParameterCounts(_size(decoder.parameters()) - hidden, 0, experts, attention)
-    return counts._replace(always=hidden - counts.hidden)
+    routed = sum(_size(_stacked(layer)) for block in decoder.blocks for layer in block.children())
+    return ParameterCounts(
+        _size(decoder.parameters()) - hidden, hidden - routed, experts, attention
+    )
 
 
-def _experts(layer: object) -> RoutedParameters | None:
-    if not isinstance(layer, MixtureOfExperts):
+def _routed(layer: object) -> RoutedParameters | None:
+    stacked = [tensor for tensor in _stacked(layer) if tensor is not None]
+    if not stacked:
         return None
-    experts = layer.experts
-    stacked = _size([experts.w_in.weight, experts.w_out.weight, experts.b_in])
-    return RoutedParameters(layer.n_experts, stacked // layer.n_experts)
+    assert isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads)
+    return RoutedParameters(layer.n_experts, _size(stacked) // len(stacked[0]))
 
 
-def _attention(layer: object) -> RoutedParameters | None:
-    if not isinstance(layer, MixtureOfAttentionHeads):
-        return None
-    heads = layer.heads
-    stacked = _size([heads.w_q.weight, heads.w_o.weight, heads.b_q])
-    return RoutedParameters(layer.n_experts, stacked // layer.n_experts)
+def _stacked(layer: object) -> list[Tensor | None]:
+    """What a mixture has of each of its experts."""
+    if isinstance(layer, MixtureOfExperts):
+        return [layer.experts.w_in.weight, layer.experts.w_out.weight, layer.experts.b_in]
+    if isinstance(layer, MixtureOfAttentionHeads):
+        return [layer.heads.w_q.weight, layer.heads.w_o.weight, layer.heads.b_q]
+    return []
 
 
 def _size(parameters: Iterable[Tensor | None]) -> int:

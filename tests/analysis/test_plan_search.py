@@ -1,23 +1,20 @@
 """Plans for a budget, found on a text."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut, PlanResult, evaluate_plan
-from lightning_dsmoe.analysis.plan_search import (
-    fixed_numbers,
-    search,
-    sensitivities,
-    thresholds,
-)
+from lightning_dsmoe.analysis.plan_search import search, sensitivities, sparsest
 from lightning_dsmoe.analysis.routing_statistics import (
     RouterStatistics,
     Statistics,
     routing_statistics,
 )
-from lightning_dsmoe.analysis.uniform import best_uniform, uniform_plans
+from lightning_dsmoe.analysis.solvers import alike, fixed_numbers, thresholds
+from lightning_dsmoe.analysis.uniform import best_uniform, uniform_numbers, uniform_plans
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import ParameterCounts
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
@@ -89,13 +86,107 @@ def test_sensitivity_is_loss_for_dropped_mass(statistics: Statistics, measure: A
     assert found[1] == pytest.approx(increase / mass)
 
 
-def test_the_search_is_no_worse_than_where_it_starts(statistics: Statistics, measure: Any) -> None:
-    for solve in (thresholds, fixed_numbers):
-        found = search(statistics, 0.6, solve, measure)
-        assert found.result == measure(found.plan)._replace(
-            tokens_per_second=found.result.tokens_per_second
-        )
-        assert found.result.loss <= measure(solve(statistics, EVEN, 0.6)).loss
+def test_one_sensitivity_makes_all_thresholds_equal(statistics: Statistics) -> None:
+    plan = thresholds(statistics, alike(statistics), 0.7)
+    eps = [selection.eps for selection in plan.experts + plan.attention]
+    assert eps == pytest.approx([eps[0]] * 4)
+
+
+@pytest.mark.parametrize(("solve", "budget"), [(thresholds, 0.55), (fixed_numbers, 0.7)])
+def test_the_search_is_no_worse_than_where_it_starts(
+    solve: Any, budget: float, statistics: Statistics, measure: Any
+) -> None:
+    found = search(statistics, budget, solve, measure)
+    again = measure(found.plan)
+    assert found.result == again._replace(tokens_per_second=found.result.tokens_per_second)
+    starts = [
+        solve(statistics, EVEN, budget),
+        solve(statistics, alike(statistics), budget),
+        *uniform_numbers(statistics, budget),
+    ]
+    assert found.result.loss <= min(measure(plan).loss for plan in starts)
+    if solve is thresholds:
+        best = best_uniform(statistics, budget, measure)
+        assert best is not None
+        assert found.result.loss <= best.result.loss
+
+
+def made_up(loss: Callable[[SelectionPlan], float]) -> Callable[[SelectionPlan], PlanResult]:
+    return lambda plan: PlanResult(loss(plan), 0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics) -> None:
+    """The loss is what the last router of attention drops."""
+    router = statistics.attention[1]
+    assert router is not None
+
+    def loss(plan: SelectionPlan) -> float:
+        last = plan.attention[1]
+        return router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
+
+    start = thresholds(statistics, EVEN, 0.6).attention[1]
+    found = search(statistics, 0.6, thresholds, made_up(loss)).plan.attention[1]
+    assert found.eps < start.eps / 2
+
+
+def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Statistics) -> None:
+    best = uniform_numbers(statistics, 0.7)[1]
+    found = search(statistics, 0.7, thresholds, made_up(lambda plan: float(plan != best)))
+    assert found.plan == best
+
+
+@pytest.mark.parametrize("solve", [thresholds, fixed_numbers])
+def test_the_sparsest_plan_keeps_to_its_loss(
+    solve: Any, statistics: Statistics, measure: Any
+) -> None:
+    found = sparsest(statistics, 0.02, solve, measure)
+    most = measure(SelectionPlan.uniform(2)).loss * 1.02
+    assert measure(found.plan).loss == pytest.approx(found.result.loss)
+    assert found.result.loss <= most
+    assert found.result.share < 0.8
+
+
+def share_of(statistics: Statistics, plan: SelectionPlan) -> float:
+    layers = [
+        [0.0 if isinstance(selection, AllExperts) else selection.eps for selection in kind]
+        for kind in (plan.experts, plan.attention)
+    ]
+    return statistics.share(*layers)
+
+
+@pytest.mark.parametrize(("increase", "expected"), [(0.0, 0.8), (0.1, 0.7), (0.25, 0.55)])
+def test_the_share_is_the_least_that_the_loss_allows(
+    increase: float, expected: float, statistics: Statistics
+) -> None:
+    def loss(plan: SelectionPlan) -> float:
+        return 1 + max(0.0, 0.8 - share_of(statistics, plan))
+
+    found = sparsest(statistics, increase, thresholds, made_up(loss))
+    assert found.result.loss <= 1 + increase
+    assert expected <= share_of(statistics, found.plan) < expected + 0.02
+
+
+def test_what_costs_nothing_is_left_out(statistics: Statistics) -> None:
+    found = sparsest(statistics, 0.0, thresholds, made_up(lambda plan: 1.0))
+    assert share_of(statistics, found.plan) < statistics.least_share + 0.02
+
+
+def test_where_every_expert_counts_all_run(statistics: Statistics) -> None:
+    dense = SelectionPlan.uniform(2)
+    found = sparsest(statistics, 0.1, thresholds, made_up(lambda plan: 1.0 + (plan != dense)))
+    assert found.plan == dense
+
+
+def test_sensitivities_are_measured_twice_at_the_most(statistics: Statistics) -> None:
+    tried: list[SelectionPlan] = []
+
+    def loss(plan: SelectionPlan) -> float:
+        tried.append(plan)
+        return 1.0 + len(tried)  # nothing ever helps
+
+    sparsest(statistics, 0.1, thresholds, made_up(loss))
+    assert tried.count(SelectionPlan.uniform(2)) == 3
+    assert len(tried) < 60
 
 
 @pytest.mark.parametrize("budget", [-1.0, 0.1, 1.01, float("nan")])

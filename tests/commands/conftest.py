@@ -116,3 +116,21 @@ def trained(
     outcome = run("fit", *words)
     assert outcome.code == 0, outcome.err
     return Run(folder / "quickstart" / "version_0", words)
+
+
+@pytest.fixture
+def measuring(trained: Run, tmp_path: Path) -> Callable[[str, str], list[str]]:
+    """Words of a command that measures the trained model on its text, and what it writes."""
+    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
+
+    def words(command: str, output: str) -> list[str]:
+        return [
+            command,
+            f"--ckpt_path={trained.checkpoint}",
+            f"--files={files.partition('=')[2]}",
+            f"--output={tmp_path / output}",
+            "--max_tokens=300",
+            "--batch_tokens=64",
+        ]
+
+    return words

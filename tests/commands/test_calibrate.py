@@ -12,16 +12,8 @@ from .conftest import Outcome, Run
 
 
 @pytest.fixture
-def words(trained: Run, tmp_path: Path) -> list[str]:
-    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
-    return [
-        "calibrate",
-        f"--ckpt_path={trained.checkpoint}",
-        f"--files={files.partition('=')[2]}",
-        f"--output={tmp_path / 'plan.json'}",
-        "--max_tokens=300",
-        "--batch_tokens=64",
-    ]
+def words(measuring: Callable[[str, str], list[str]]) -> list[str]:
+    return measuring("calibrate", "plan.json")
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -33,7 +25,8 @@ def test_a_plan_for_a_budget(
     plan = SelectionPlan.load(tmp_path / "plan.json")
     plan.check(*load_decoder(trained.checkpoint).decoder.plan_sizes)
     kinds = {type(selection) for selection in plan.experts + plan.attention}
-    assert kinds == ({TopK} if fixed else {Threshold})
+    assert len(kinds) == 1
+    assert kinds <= ({TopK} if fixed else {Threshold, TopK})
     for words_of_table in ("calibrated", "all experts", "best of one rule", "on unseen text"):
         assert words_of_table in outcome.out
 
@@ -41,7 +34,8 @@ def test_a_plan_for_a_budget(
 def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_path: Path) -> None:
     outcome = cli(*words, "--max_loss_increase=5%")
     assert outcome.code == 0, outcome.err
-    SelectionPlan.load(tmp_path / "plan.json")
+    plan = SelectionPlan.load(tmp_path / "plan.json")
+    assert plan != SelectionPlan.uniform(plan.n_layers)  # a model of two steps needs few experts
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,14 @@ import pytest
 
 from lightning_dsmoe.routing import SelectionPlan
 
-from .conftest import Outcome, Run
+from .conftest import Outcome
 
 sweep_module = import_module("lightning_dsmoe.commands.sweep")
 
 
 @pytest.fixture
-def words(trained: Run, tmp_path: Path) -> list[str]:
-    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
-    return [
-        "sweep",
-        f"--ckpt_path={trained.checkpoint}",
-        f"--files={files.partition('=')[2]}",
-        f"--output={tmp_path / 'sweep'}",
-        "--max_tokens=300",
-        "--batch_tokens=64",
-    ]
+def words(measuring: Callable[[str, str], list[str]]) -> list[str]:
+    return measuring("sweep", "sweep")
 
 
 def test_it_writes_tables_plans_and_pictures(

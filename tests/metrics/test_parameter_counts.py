@@ -5,6 +5,7 @@ from torch import nn
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import GLUExperts, MixtureOfExperts
+from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.metrics import ParameterCounts, RoutedParameters, count_parameters
 
 D = 8
@@ -62,3 +63,8 @@ def test_counts_add_up(decoder: Decoder) -> None:
 def test_meta_device_counts_the_same(decoder: Decoder) -> None:
     counts = count_parameters(decoder)
     assert count_parameters(decoder.to("meta")) == counts
+
+
+def test_removed_experts_still_count(small_decoder: Decoder) -> None:
+    pruned = prune(small_decoder, Remaining(((0,), (1, 2, 3)), (None, (0, 3))))
+    assert count_parameters(pruned) == count_parameters(small_decoder)

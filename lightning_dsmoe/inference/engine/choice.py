@@ -1,6 +1,6 @@
 """The experts that a few tokens need together.
 
-Shapes: T tokens, N experts, K chosen experts.
+Shapes: T tokens, N experts (those that were not removed), K chosen experts.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dsmoe.inference.engine.spelling import kept
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, TopK
+from lightning_dsmoe.routing.remaining import remaining_mask, remaining_probs
 from lightning_dsmoe.routing.selection import rank
 
 _FEWEST_SLOTS = 2  # sizes known only at run time may not be 1 in a compiled graph
@@ -28,19 +29,25 @@ class Choice(NamedTuple):
     gates_KT: Tensor
 
 
-def choose(selection: Selection, routing: Routing) -> Choice:
+def choose(selection: Selection, routing: Routing, remaining: Tensor | None = None) -> Choice:
     """Apply a selection to the routing of a few tokens.
 
     The number of chosen experts is a constant for one token and `TopK`; otherwise it depends on
     the probabilities, so that no more weights are read than are needed.
+
+    Args:
+        selection: the selection.
+        routing: what the router says.
+        remaining: the experts that were not removed, among which all are numbered; None for all.
     """
-    probs_TN = routing.probs
+    probs_TN = remaining_probs(selection, routing, remaining)
     n_tokens, n_experts = probs_TN.shape
     if isinstance(selection, AllExperts):
         return Choice(None, probs_TN.T)
     if type(selection) is TopK and n_tokens == 1:
-        return _best(selection, routing)
-    active_TN = kept(selection.mask(probs_TN))
+        logits_TN = routing.logits if remaining is None else routing.logits[:, remaining]
+        return _best(selection, Routing(logits_TN, probs_TN))
+    active_TN = kept(remaining_mask(selection, routing, remaining))
     gates_TN = kept(selection.weigh(probs_TN, active_TN))
     any_N = active_TN.any(0)
     count = any_N.sum()

@@ -64,7 +64,7 @@ class CompiledStep:
     the next process starts in seconds.
 
     Args:
-        decoder: the packed decoder, whose blocks are made alike.
+        decoder: the packed decoder, whose blocks are made alike but for removed experts.
         plan: the experts that run in each layer.
         n_sequences: number of sequences T.
 
@@ -73,10 +73,12 @@ class CompiledStep:
     """
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
-        kinds = list(zip(plan.experts, plan.attention, strict=True))
+        selections = list(zip(plan.experts, plan.attention, strict=True))
         blocks = list(cast(Iterable[Block], decoder.blocks))
         with compiling():
-            steps = [BlockStep(b, *kind) for b, kind in zip(blocks, kinds, strict=True)]
+            steps = [BlockStep(b, *kind) for b, kind in zip(blocks, selections, strict=True)]
+            shapes = [tuple(tensor.shape for tensor in tensors_of(step)) for step in steps]
+            kinds = list(zip(selections, shapes, strict=True))
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             different = dict(zip(kinds, steps, strict=True))
             parts = _parts(decoder, embed, different, predict, n_sequences)

@@ -21,6 +21,7 @@ from lightning_dsmoe.inference.engine.grouped import (
 )
 from lightning_dsmoe.inference.engine.wide import add_wide_experts, add_wide_heads
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing.remaining import select
 from lightning_dsmoe.routing.routing import MixtureOutput
 
 
@@ -79,7 +80,7 @@ def _attend(
         add_wide_heads(into_XD, *attended, None)
         return None
     routing: Routing = layer.router(x_BTD)
-    gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
+    gates_XE, pairs = _gates(routing, selection, layer, grouped)
     if pairs is None:
         add_wide_heads(into_XD, *attended, gates_XE)
     else:
@@ -99,7 +100,7 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
         add_wide_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
         return None
     routing: Routing = layer.router(x_BTD)
-    gates_XE, pairs = _gates(routing, selection, layer.gate_factor, grouped)
+    gates_XE, pairs = _gates(routing, selection, layer, grouped)
     if pairs is None:
         add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)
     else:
@@ -110,11 +111,14 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
 
 
 def _gates(
-    routing: Routing, selection: Selection, factor: float, grouped: bool
+    routing: Routing,
+    selection: Selection,
+    layer: MixtureOfExperts | MixtureOfAttentionHeads,
+    grouped: bool,
 ) -> tuple[Tensor, Pairs | None]:
     """Gates `[X, E]`, and the pairs that run if only those are to run."""
-    gates, active = selection(routing.probs)
-    gates_XE = (factor * gates).flatten(0, -2)
+    gates, active = select(selection, routing, layer.remaining)
+    gates_XE = (layer.gate_factor * gates).flatten(0, -2)
     if isinstance(selection, AllExperts) or not grouped:
         return gates_XE, None
     return gates_XE, pair_up(gates_XE, active.flatten(0, -2))

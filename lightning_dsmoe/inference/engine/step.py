@@ -121,7 +121,7 @@ class PredictStep(nn.Module):
 
 def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> Choice:
     if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
-        chosen = choose(selection, spelled_out(layer.router, x_TD))
+        chosen = choose(selection, spelled_out(layer.router, x_TD), layer.remaining)
         return Choice(chosen.experts_K, chosen.gates_KT * layer.gate_factor)
     n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
     return Choice(None, torch.ones(n_groups, x_TD.shape[0], device=x_TD.device))

@@ -17,6 +17,7 @@ from lightning_dsmoe.routing import (
     TopK,
     TopP,
 )
+from lightning_dsmoe.routing.remaining import select
 
 
 def drawn(n_tokens: int, n_experts: int) -> list[Routing]:
@@ -66,6 +67,36 @@ def test_experts_and_gates_are_those_of_the_selection(
         assert len(found) == len(expected) or (len(found), len(expected)) == (2, 1)
         assert not choice.gates_KT[len(expected) :].any()
         torch.testing.assert_close(spread(choice, n_experts), gates, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        TopK(1),
+        TopK(3),
+        TopK(3, renormalize=True),
+        Threshold(0.9),
+        ThresholdTopK(0.7, renormalize=True),
+        TopP(0.7),
+        AllExperts(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("remaining", [[0, 2, 3], [1, 4], [2]])
+@pytest.mark.parametrize("n_tokens", [1, 2, 17])
+def test_experts_that_remain_are_numbered_among_themselves(
+    n_tokens: int, remaining: list[int], selection: Selection
+) -> None:
+    numbers = torch.tensor(remaining)
+    for routing in drawn(n_tokens, 5):
+        expected = select(selection, routing, numbers).weight
+        experts, gates = choose(selection, routing, numbers)
+        if experts is None:
+            assert isinstance(selection, AllExperts)
+            assert torch.equal(gates.T, expected)
+            continue
+        found = spread(Choice(experts, gates), len(remaining))
+        torch.testing.assert_close(found, expected, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForwardLayer
-from lightning_dsmoe.inference import SparseModel, compile_sparse, generate
+from lightning_dsmoe.inference import Remaining, SparseModel, compile_sparse, generate, prune
 from lightning_dsmoe.inference.engine import compiled as compiled_module
 from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.engine import Engine
@@ -50,6 +50,11 @@ THRESHOLDS = SelectionPlan.uniform(2, experts=Threshold(0.8), attention=TopP(0.6
 EVERYONE = SelectionPlan.uniform(2, experts=TopK(5), attention=TopK(3))
 
 
+def pruned_mlp() -> Decoder:
+    """Layers of different sizes under the same selections."""
+    return prune(rotary_mlp(), Remaining(((0, 3, 4), (2,)), (None, (0, 2))))
+
+
 class Variant(NamedTuple):
     """A model to compile, and how near to the plain decoder its logits are, relatively."""
 
@@ -65,6 +70,7 @@ VARIANTS = {
     "top k": Variant(rotary_mlp, TOP_K, [0]),
     "threshold, padded": Variant(rotary_mlp, THRESHOLDS, [0, 5, 8]),
     "8 bits": Variant(learned_positions_glu, uniform(TopK(2)), [0], int8=True),
+    "pruned": Variant(pruned_mlp, uniform(Threshold(0.8)), [0]),
     "half": Variant(rotary_mlp, EVERYONE, [0], dtype=torch.bfloat16, near=3e-2),
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForwardLayer
+from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.inference.engine.packing import tiled
 from lightning_dsmoe.inference.engine.rows import Rows
 from lightning_dsmoe.inference.engine.step import BlockStep
@@ -41,6 +42,23 @@ def test_more_sequences(int8: bool, selection: Selection, one_decoder: Decoder) 
     expected = token_by_token(twin, uniform(selection), tokens, 0)
     for layout in (twin, tiled(twin, 2)):
         assert_near(in_steps(layout, uniform(selection), tokens, 0), expected)
+
+
+@pytest.mark.parametrize("remaining", [((0, 3, 4), (1, 2)), ((2,), (0,))])
+@pytest.mark.parametrize("n_sequences", [1, 3])
+def test_experts_that_remain(
+    n_sequences: int,
+    remaining: tuple[tuple[int, ...], tuple[int, ...]],
+    selection: Selection,
+    one_decoder: Decoder,
+    tokens: Tensor,
+) -> None:
+    experts, attention = remaining
+    pruned = prune(one_decoder, Remaining((None, experts), (attention, None)))
+    tokens, plan, twin = tokens[:n_sequences], uniform(selection), packed(pruned)
+    expected = token_by_token(pruned, plan, tokens, 0)
+    for layout in (twin, tiled(twin, 2)):
+        assert_near(in_steps(layout, plan, tokens, 0), expected, 3e-6)
 
 
 @pytest.mark.parametrize("n_sequences", [2, 3])
