@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "lightning_dsmoe"]
 def test_help() -> None:
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    tools = ("generate", "sweep", "calibrate", "configs")
+    tools = ("generate", "sweep", "calibrate", "prune", "certify", "report", "configs")
     for command in ("fit", "validate", "test", "predict", *tools, "--debug"):
         assert command in done.stdout
 

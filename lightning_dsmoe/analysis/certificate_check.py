@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_dsmoe.analysis.certificate_judgement import Judgement
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference import SelectionPlan, SparseModel, compile_sparse
+from lightning_dsmoe.inference import SelectionPlan, SparseModel, compile_sparse, prune
+from lightning_dsmoe.inference.pruning import remaining_experts
 
 ROUNDING = 1e-5
 """Largest difference of logits, relative to the largest one, that rounding to float32 explains."""
@@ -54,10 +55,11 @@ def check_weights(model: SparseModel, decoder: Decoder) -> None:
 
     Args:
         model: the sparse model.
-        decoder: the trained decoder, which is packed and quantised likewise to compare.
+        decoder: the trained decoder, which is pruned, packed and quantised likewise to compare.
     """
+    remaining = remaining_experts(model.decoder)
     made = compile_sparse(
-        decoder,
+        decoder if remaining is None else prune(decoder, remaining),
         SelectionPlan.uniform(decoder.n_layers),
         quantization=model.quantization,
         quantize_head=model.quantize_head,
@@ -73,8 +75,10 @@ def check_weights(model: SparseModel, decoder: Decoder) -> None:
 
 def is_exact(model: SparseModel) -> bool:
     """Whether a sparse model keeps all weights in float32, so that only rounding sets it apart."""
-    return not model.report().quantized and all(
-        tensor.dtype == torch.float32 for tensor in model.state_dict().values()
+    return (
+        remaining_experts(model.decoder) is None
+        and not model.report().quantized
+        and all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.pruning import Numbers, Remaining, remaining_experts
 from lightning_dsmoe.routing import SelectionPlan
 
 _MEASURED = "## Measured"
@@ -27,7 +28,12 @@ def model_card(
         quantized: bytes of each quantised weight, by its name.
         certificate: what was measured, by its name.
     """
-    experts, attention = decoder.plan_sizes
+    all_remain = (None,) * decoder.n_layers
+    remaining = remaining_experts(decoder) or Remaining(all_remain, all_remain)
+    experts, attention = (
+        list(map(_size, sizes, left))
+        for sizes, left in zip(decoder.plan_sizes, remaining, strict=True)
+    )
     lines = [
         "# A sparse DS-MoE language model",
         "",
@@ -125,11 +131,14 @@ def _quantized(n_bytes: dict[str, int]) -> str:
     return f"{' and '.join(parts)}, {sum(n_bytes.values()) / 2**20:.1f} MiB of them"
 
 
-def _sizes(counts: list[int | None]) -> str:
-    return ", ".join(
-        f"{'no router' if count is None else count} in {layers} layers"
-        for count, layers in Counter(counts).items()
-    )
+def _size(count: int | None, remaining: Numbers | None) -> str:
+    if count is None:
+        return "no router"
+    return str(count) if remaining is None else f"{len(remaining)} left of {count}"
+
+
+def _sizes(sizes: list[str]) -> str:
+    return ", ".join(f"{size} in {layers} layers" for size, layers in Counter(sizes).items())
 
 
 def _selections(selections: tuple[object, ...]) -> str:

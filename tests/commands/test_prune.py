@@ -57,6 +57,20 @@ def test_a_smaller_model_with_the_same_outputs(
     assert said == written.rstrip("\N{REPLACEMENT CHARACTER}") + "\n"
 
 
+def test_its_certificate(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+) -> None:
+    assert cli(*words).code == 0
+    data = [word for word in words if word.startswith(("--files", "--val", "--max", "--batch"))]
+    certify = ["certify", f"--artifact={tmp_path / 'pruned'}", f"--ckpt_path={trained.checkpoint}"]
+    made = cli(*certify, *data)
+    assert made.code == 0, made.err
+    assert "left of" in (tmp_path / "pruned" / "README.md").read_text()
+    again = cli(*certify, *data)
+    assert again.code == 0, again.err
+    assert "holds" in again.out
+
+
 def test_where_all_experts_run(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
