@@ -27,10 +27,8 @@ TINY = [
 ]
 STEPS = "--trainer.callbacks.init_args.steps=1"
 MEASURING = ("sweep", "calibrate", "prune", "report")
-SHORT = {
-    **dict.fromkeys(MEASURING, ["--files=input.txt", "--batch_tokens=64"]),
-    "certify": ["--files=input.txt"],
-}
+SHORT = {command: ["--files=input.txt", "--batch_tokens=64"] for command in MEASURING}
+SHORT["certify"] = ["--files=input.txt"]
 
 
 def blocks(language: str) -> list[str]:
