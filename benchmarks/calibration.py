@@ -1,0 +1,109 @@
+"""Calibrated plans against the best plans of one rule for all layers, on text that neither saw.
+
+    python benchmarks/calibration.py --text tinyshakespeare.txt --ckpt_paths runs/*.ckpt
+
+For each checkpoint and budget, thresholds are found on the first half of the validation split as
+`lightning-dsmoe calibrate` does. On the second half their loss is compared with that of the best
+uniform plan, one threshold for all routers or one number of experts of each kind, which is chosen
+with hindsight on that half and may run as large a share as the calibrated plan was measured to.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine
+
+from lightning_dsmoe.analysis import evaluate_plan
+from lightning_dsmoe.analysis.plan_search import search
+from lightning_dsmoe.analysis.routing_statistics import routing_statistics
+from lightning_dsmoe.analysis.solvers import thresholds
+from lightning_dsmoe.analysis.uniform import best_uniform
+from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.files import write_text
+
+BUDGETS = [0.12, 0.16, 0.25, 0.4]
+
+
+def main() -> None:
+    """Compare at every budget, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", required=True, help="the text that the models were trained on")
+    parser.add_argument("--ckpt_paths", type=Path, nargs="+", required=True)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--val_fraction", type=float, default=0.1)
+    parser.add_argument("--json", type=Path, default=Path("calibration.json"))
+    options = parser.parse_args()
+    rows = []
+    for path in options.ckpt_paths:
+        rows += compare(path, options.text, options.budgets, options.val_fraction)
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
+    print(f"{machine()}, {torch.get_num_threads()} threads\n\n{table(rows)}")
+
+
+def compare(
+    path: Path, text: str, budgets: list[float], val_fraction: float
+) -> list[dict[str, Any]]:
+    """Losses of one checkpoint at each budget that it can keep to."""
+    model, counts, whole = open_trained(
+        str(path),
+        text,
+        context=None,
+        split="val",
+        val_fraction=val_fraction,
+        test_fraction=0.0,
+        max_tokens=sys.maxsize,
+        batch_tokens=4096,
+    )
+    found_on, judged_on = whole.halves()
+    statistics = routing_statistics(model, found_on, counts)
+    unseen = routing_statistics(model, judged_on, counts)
+    rows = []
+    for budget in budgets:
+        if budget < statistics.least_share:
+            continue
+        found = search(
+            statistics,
+            budget,
+            thresholds,
+            lambda plan: evaluate_plan(model, plan, found_on, counts),
+        )
+        calibrated = evaluate_plan(model, found.plan, judged_on, counts)
+        uniform = best_uniform(
+            unseen, calibrated.share, lambda plan: evaluate_plan(model, plan, judged_on, counts)
+        )
+        assert uniform is not None
+        rows.append(
+            {
+                "model": path.stem,
+                "budget": budget,
+                "share": calibrated.share,
+                "loss": calibrated.loss,
+                "uniform_share": uniform.result.share,
+                "uniform_loss": uniform.result.loss,
+            }
+        )
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line for each model and budget."""
+    lines = [
+        "| model | budget | calibrated: active | loss | best uniform: active | loss | better by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['budget']:.0%} | {row['share']:.2%} | {row['loss']:.4f} "
+        f"| {row['uniform_share']:.2%} | {row['uniform_loss']:.4f} "
+        f"| {1 - row['loss'] / row['uniform_loss']:.3%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
