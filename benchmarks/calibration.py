@@ -48,7 +48,7 @@ def compare(
     path: Path, text: str, budgets: list[float], val_fraction: float
 ) -> list[dict[str, Any]]:
     """Losses of one checkpoint at each budget that it can keep to."""
-    model, counts, whole = open_trained(
+    trained = open_trained(
         str(path),
         text,
         context=None,
@@ -58,7 +58,8 @@ def compare(
         max_tokens=sys.maxsize,
         batch_tokens=4096,
     )
-    found_on, judged_on = whole.halves()
+    model, counts = trained.model, trained.counts
+    found_on, judged_on = trained.text.halves()
     statistics = routing_statistics(model, found_on, counts)
     unseen = routing_statistics(model, judged_on, counts)
     rows = []

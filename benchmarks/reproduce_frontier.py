@@ -34,7 +34,7 @@ def measure(
         `points`, each with its `rule`, the `budget` it was to keep to, `plan`, `share` and `loss`;
         and the experts `running` under the threshold `eps`, by kind.
     """
-    model, counts, text = trained
+    model, counts, text = trained.model, trained.counts, trained.text
     part = every_fourth(text)
 
     @cache

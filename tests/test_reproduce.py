@@ -30,6 +30,7 @@ from lightning_dsmoe import (
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.routing_statistics import RouterStatistics, Statistics
 from lightning_dsmoe.commands.trained import Trained
+from lightning_dsmoe.data.tokenizers import ByteTokenizer
 from lightning_dsmoe.inference import SwitchPoints
 from lightning_dsmoe.metrics import count_parameters
 
@@ -43,6 +44,7 @@ OWN = (
     "claims",
     "reproduce_report",
     "reproduce",
+    "calibration",
 )
 
 
@@ -177,6 +179,38 @@ def test_a_run_trains_and_measures(
     )
 
 
+@pytest.mark.parametrize(
+    "callbacks", [["MIWeightAnnealing"], ["SparsityTarget"], ["SparseFinishing"]], ids=str
+)
+def test_other_ways_of_training(
+    benchmark_modules: SimpleNamespace,
+    models: ModuleType,
+    callbacks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    found = {
+        name: [c["class_path"].rpartition(".")[2] for c in models.further_callbacks(name, 2000)]
+        for name in (*models.MODELS, *models.OTHER_WAYS)
+    }
+    assert not any(found[name] for name in models.MODELS)
+    name = next(name for name in models.OTHER_WAYS if found[name] == callbacks)
+    configuration = models.configuration(name, tiny(models), seed=1, steps=2)
+    settings = {"shares": [], "eps": 0.48, "configuration": configuration}
+    benchmark_modules.reproduce_runs.BATCH_TOKENS = 256
+    kept = tmp_path / "kept" / "model.ckpt"
+    run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), 1, str(kept))
+    assert run["points"][0]["rule"] == "all"
+    rows = benchmark_modules.calibration.compare(kept, str(text), [0.1, 0.6], 0.5)
+    assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
+    assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
+    assert "| model | 60% |" in benchmark_modules.calibration.table(rows)
+
+
 def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamespace) -> None:
     decoder = Decoder(
         11,
@@ -191,7 +225,7 @@ def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamesp
     batches = [tuple(torch.randint(11, (2, 2, 16))) for _ in range(5)]
     counts, plan = count_parameters(decoder), SelectionPlan.uniform(2)
     model = compile_sparse(decoder, plan, switch_points=SwitchPoints(gather_up_to=0))
-    trained = Trained(model, counts, HeldOut(batches, 160))
+    trained = Trained(model, counts, HeldOut(batches, 160), ByteTokenizer())
     found = benchmark_modules.reproduce_frontier.measure(trained, plan, [0.8], 0.48)
 
     def loss(plan: SelectionPlan) -> float:
