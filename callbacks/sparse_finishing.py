@@ -68,6 +68,7 @@ class SparseFinishing(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._restore(pl_module)  # a batch that was skipped had no end
         if trainer.global_step >= self._first:
             model: Any = pl_module
             self._configured = model.plan

@@ -1,73 +1,16 @@
-"""A controller for the weights of the mutual-information loss.
+"""A controller for the weights of the mutual-information loss."""
 
-Shapes: B batch, T tokens, K top experts, N experts.
-"""
-
-import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_dsmoe.callbacks.mass_steering import check_steering, steered_factor, top_mass
 from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing
 from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.routing import Routing
 
-_LEAST_MISSING = 1e-6  # what float32 can still tell from nothing
-_MOST_MASS = 0.9999
 WEIGHTS = {"experts": "expert_mi_weight", "attention": "attention_mi_weight"}
-
-
-def top_mass(routings: Sequence[Routing | None], k: int, mask_BT: Tensor) -> Tensor:
-    """Sum over tokens of the k largest probabilities, mean over routers; and the token count.
-
-    Args:
-        routings: of each layer, None for a layer without a router; one at least has one.
-        k: number of experts K, from 1 to N.
-        mask_BT: tokens that count, bool.
-
-    Returns:
-        The two numbers, `[2]`; their sums over batches and ranks divide to a mean over tokens.
-    """
-    held_BT = [r.probs.topk(k, sorted=False).values.sum(-1) for r in routings if r is not None]
-    return torch.stack([torch.stack(held_BT).mean(0)[mask_BT].sum(), mask_BT.sum()])
-
-
-def steered_factor(
-    factor: float,
-    mass: float,
-    before: float,
-    *,
-    target: float,
-    rate: float,
-    ahead: float,
-    least: float,
-    most: float,
-) -> float:
-    """Factor after a measurement, f <- clip(f rate^clip(e, -1, 1), least, most).
-
-    e = d + ahead (d - d'), d = ln((1 - m) / (1 - target)): how far the mass that is missing is from
-    what may be missing, if the trend since the measurement before (d') goes on. A change is `rate`
-    or 1/`rate` far from the target and fades out close to it.
-
-    Args:
-        factor: f so far.
-        mass: the measured mass m.
-        before: the mass measured before it.
-        target: the mass that is wanted, below 1.
-        rate: the largest change.
-        ahead: measurements to look ahead.
-        least: lower bound of f.
-        most: upper bound of f.
-    """
-    distance, distance_before = (
-        math.log(max(1 - m, _LEAST_MISSING) / (1 - target)) for m in (mass, before)
-    )
-    error = distance + ahead * (distance - distance_before)
-    return min(most, max(least, factor * math.pow(rate, min(1.0, max(-1.0, error)))))
 
 
 class SparsityTarget(Callback):
@@ -126,20 +69,13 @@ class SparsityTarget(Callback):
                 "SparsityTarget needs expert_top_k, attention_top_k or both, 1 or more, "
                 f"got {expert_top_k} and {attention_top_k}"
             )
-        if not 0 < mass <= _MOST_MASS:
-            raise ValueError(f"mass must be above 0 and at most {_MOST_MASS}, got {mass}")
-        if not 1 < rate < math.inf:
-            raise ValueError(f"rate must be above 1, got {rate}")
         if every < 1 or delay < 0:
             raise ValueError(
                 f"every must be 1 or more and delay 0 or more, got {every} and {delay}"
             )
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        if not 0 <= ahead < math.inf:
-            raise ValueError(f"ahead must be 0 or more, got {ahead}")
-        if not 0 < least <= 1 <= most < math.inf:
-            raise ValueError(f"bounds must be 0 < least <= 1 <= most, got {least} and {most}")
+        check_steering(target=mass, rate=rate, ahead=ahead, least=least, most=most)
         self.mass = mass
         self.rate = rate
         self.every = every

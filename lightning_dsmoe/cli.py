@@ -1,6 +1,7 @@
 """The command line: LightningCLI for training, and the tools that work on trained models."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
             tool = words.pop(0)
             jsonargparse.auto_cli(
                 TOOLS[tool],
-                args=words,
+                args=[_underscored(word) for word in words],
                 as_positional=False,
                 prog=f"lightning-dsmoe {tool}",
                 parser_class=OneLineErrors,
@@ -129,6 +130,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if _DEBUG in os.environ:
             raise
         sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+
+
+def _underscored(word: str) -> str:
+    """An option that is written with dashes, such as `--max-loss-increase=1%`, as it is called."""
+    option = re.match("--[a-z]+(-[a-z]+)+(?=$|=)", word)
+    return word if option is None else "--" + option[0][2:].replace("-", "_") + word[option.end() :]
 
 
 def _failure(message: str, *, code: int) -> int:

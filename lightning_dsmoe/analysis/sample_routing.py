@@ -56,7 +56,8 @@ def sample_routing(
     read_T = tokens_T[:most]
     seen: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] = [], []
     for part_T in read_T.split(context):
-        running = active_masks(model(part_T[None], plan).routings, plan)
+        routings = model(part_T[None], plan).routings
+        running = active_masks(routings, plan, model.decoder)
         for kind, masks in zip(seen, running, strict=True):
             kind.append(masks)
     experts, attention = ([_joined(parts) for parts in zip(*kind, strict=True)] for kind in seen)

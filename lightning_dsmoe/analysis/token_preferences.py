@@ -13,6 +13,7 @@ from lightning_dsmoe.data.windows import IGNORED
 
 LEAST_COUNT = 20
 """Tokens of a text that occur less often say little of an expert."""
+_LIKED = 1.05  # what is closer to 1 may be rounding
 
 
 class FrequentTokens(NamedTuple):
@@ -65,7 +66,7 @@ def preferences(
         [
             Preference(int(frequent.numbers_K[k]), lift.item(), int(frequent.counts_K[k]))
             for k, lift in zip(order_K, lift_KN[order_K, expert], strict=True)
-            if lift > 1
+            if lift > _LIKED
         ]
         for expert, order_K in enumerate(order_KN.T)
     ]

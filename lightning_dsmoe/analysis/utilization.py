@@ -1,8 +1,9 @@
 """How a model uses its experts on a text: the gates of all of them, and who runs under a plan.
 
-Shapes: B windows, T tokens of a window, X tokens, N experts, K frequent tokens.
+Shapes: B windows, T tokens of a window, V vocabulary, X tokens, N experts, K frequent tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.analysis.token_preferences import FrequentTokens
 from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import (
     ActiveParameters,
@@ -95,6 +97,7 @@ def utilization(
 
     Raises:
         ValueError: if the plan does not fit the model, or no layer of the model has experts.
+        FloatingPointError: if a loss is not a finite number.
     """
     sizes = model.decoder.plan_sizes
     check_mixtures(sizes)
@@ -108,11 +111,11 @@ def utilization(
     losses = [0.0, 0.0]
     for inputs_BT, labels_BT in text.batches:
         mask_BT = labels_BT != IGNORED
-        logits_BTV, routings = model(inputs_BT, dense)
-        plan_logits_BTV, plan_routings = model(inputs_BT, plan)
-        losses[0] += _nll(logits_BTV, labels_BT)
-        losses[1] += _nll(plan_logits_BTV, labels_BT)
-        running = active_masks(plan_routings, plan)
+        nll, routings = _read(model, dense, inputs_BT, labels_BT)
+        plan_nll, plan_routings = _read(model, plan, inputs_BT, labels_BT)
+        losses[0] += nll
+        losses[1] += plan_nll
+        running = active_masks(plan_routings, plan, model.decoder)
         active.update(*running, mask_BT)
         for kind, layers, masks in zip(meters, routings, running, strict=True):
             for meter, routing, running_BTN in zip(kind, layers, masks, strict=True):
@@ -124,6 +127,8 @@ def utilization(
         for kind in meters
     )
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
+    if not math.isfinite(loss + plan_loss):
+        raise FloatingPointError(f"the loss is {loss}, under the plan {plan_loss}")
     return ModelUse(experts, attention, loss, plan_loss, active.compute())
 
 
@@ -167,10 +172,15 @@ class _Meter:
         )
 
 
-def _nll(logits_BTV: Tensor, labels_BT: Tensor) -> float:
-    return F.cross_entropy(
+def _read(
+    model: SparseModel, plan: SelectionPlan, inputs_BT: Tensor, labels_BT: Tensor
+) -> tuple[float, Routings]:
+    """Loss summed over the tokens, and the routings; the logits, which are large, are let go."""
+    logits_BTV, routings = model(inputs_BT, plan)
+    nll = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(),
         labels_BT.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
-    ).item()
+    )
+    return nll.item(), routings

@@ -36,7 +36,8 @@ def calibrate(
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        budget: share of the hidden parameters to run at the most, in the mean over tokens.
+        budget: share of the hidden parameters to run at the most, in the mean over tokens; what
+            runs under thresholds can end a little above it.
         max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
         output: where to write the plan, as JSON.
         fixed: choose numbers of experts, the same for all tokens, instead of thresholds. A budget
@@ -56,7 +57,7 @@ def calibrate(
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
     increase = None if max_loss_increase is None else _percent(max_loss_increase)
-    model, counts, text = open_trained(
+    model, counts, text, _ = open_trained(
         ckpt_path,
         files,
         context=context,

@@ -19,10 +19,10 @@ from lightning_dsmoe.analysis.report_page.naming import plan_label
 from lightning_dsmoe.analysis.sample_routing import sample_routing
 from lightning_dsmoe.analysis.token_preferences import frequent_tokens
 from lightning_dsmoe.analysis.utilization import check_mixtures, utilization
-from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.commands.trained import any_plan, open_trained, tokenizer_of
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.files import sha256, write_text
-from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.architecture import differences
 from lightning_dsmoe.routing import SelectionPlan, Threshold
 
@@ -35,7 +35,7 @@ def report(
     other: str | None = None,
     plan: str | None = None,
     output: str = "report.html",
-    sample: str | list[str] | None = None,
+    sample: str | None = None,
     files: str | list[str] | None = None,
     split: Literal["val", "test"] = "val",
     val_fraction: float = 0.1,
@@ -54,7 +54,7 @@ def report(
         other: another checkpoint of the same model, to show what changed.
         plan: JSON file of a selection plan; by default all experts with N*S above 0.1 run.
         output: the page.
-        sample: a text to colour, or a JSON list of them; by default the first tokens of the text.
+        sample: a text to colour; by default the first tokens of the text.
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to measure on.
         val_fraction: share of the text in the validation split.
@@ -69,7 +69,7 @@ def report(
     """
     if Path(output).is_dir():
         raise ValueError(f"output must be a file, {output} is a folder")
-    model, counts, text = open_trained(
+    model, counts, text, tokenizer = open_trained(
         ckpt_path,
         files,
         context=context,
@@ -81,18 +81,14 @@ def report(
     )
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
-    tokenizer = Tokenizer.from_dict(load_decoder(ckpt_path).tokenizer or {})
     before = None if other is None else _other(other, model, tokenizer)
-    samples = [
-        sample_routing(
-            model,
-            selections,
-            tokens_T,
-            context=text.batches[0][0].shape[1],
-            most=_SAMPLE_TOKENS,
-        )
-        for tokens_T in _samples(sample, tokenizer, text)
-    ]
+    coloured = sample_routing(
+        model,
+        selections,
+        _tokens(sample, tokenizer, text),
+        context=text.batches[0][0].shape[1],
+        most=_SAMPLE_TOKENS,
+    )
     frequent = frequent_tokens(text)
     models = [model] if before is None else [model, before]
     with Progress(console=Console(stderr=True)) as progress:
@@ -110,7 +106,7 @@ def report(
             use=use,
             frequent=frequent,
             token_text=cache(lambda token: tokenizer.decode([token])),
-            samples=samples,
+            sample=coloured,
             drift=drift(use, others[0]) if others else None,
         )
     )
@@ -130,26 +126,21 @@ def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
 
 def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
     """Load the other checkpoint, if it is of the same model."""
-    decoder, state, _ = load_decoder(path)
-    if state is None or Tokenizer.from_dict(state).fingerprint() != tokenizer.fingerprint():
+    loaded = load_decoder(path)
+    if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
-    found = compile_sparse(
-        decoder,
-        SelectionPlan.uniform(decoder.n_layers),
-        switch_points=SwitchPoints(gather_up_to=0),
-    )
+    found = any_plan(loaded.decoder)
     if changes := differences(model.architecture, found.architecture):
         raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
     return found
 
 
-def _samples(sample: str | list[str] | None, tokenizer: Tokenizer, text: HeldOut) -> list[Tensor]:
-    """Tokens of the texts to colour; what is not UTF-8 is replaced."""
-    texts = [sample] if isinstance(sample, str) else sample
-    if not texts:
-        return [text.batches[0][0].flatten()[:_SAMPLE_TOKENS]]
-    clean = [each.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for each in texts]
-    return [torch.as_tensor(tokenizer.encode(each)).long() for each in clean]
+def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
+    """Tokens of the text to colour; what is not UTF-8 is replaced."""
+    if sample is None:
+        return text.batches[0][0].flatten()[:_SAMPLE_TOKENS]
+    clean = sample.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return torch.as_tensor(tokenizer.encode(clean)).long()
 
 
 def _text_name(files: str | list[str] | None, split: str) -> str:

@@ -49,7 +49,7 @@ def sweep(
         ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
             something else.
     """
-    model, counts, text = open_trained(
+    model, counts, text, _ = open_trained(
         ckpt_path,
         files,
         context=context,

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from lightning_dsmoe.analysis import HeldOut, held_out
 from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
 from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
@@ -11,11 +12,12 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 class Trained(NamedTuple):
-    """A model that runs any plan, the parameters of its decoder, and text."""
+    """A model that runs any plan, the parameters of its decoder, text, and its tokenizer."""
 
     model: SparseModel
     counts: ParameterCounts
     text: HeldOut
+    tokenizer: Tokenizer
 
 
 def open_trained(
@@ -45,10 +47,25 @@ def open_trained(
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
     )
-    dense = SelectionPlan.uniform(loaded.decoder.n_layers)
     counts = count_parameters(loaded.decoder)
-    model = compile_sparse(loaded.decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
-    return Trained(model, counts, text)
+    return Trained(any_plan(loaded.decoder), counts, text, tokenizer_of(loaded))
+
+
+def any_plan(decoder: Decoder) -> SparseModel:
+    """A decoder as a model that runs any plan, by default that of all experts."""
+    dense = SelectionPlan.uniform(decoder.n_layers)
+    return compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+
+
+def tokenizer_of(loaded: LoadedDecoder) -> Tokenizer:
+    """The tokenizer of a loaded checkpoint.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
+    return Tokenizer.from_dict(loaded.tokenizer)
 
 
 def text_for(
@@ -67,10 +84,8 @@ def text_for(
     Raises:
         ValueError: if the checkpoint has no tokenizer or the text is too short.
     """
-    if loaded.tokenizer is None:
-        raise ValueError("this model was saved without a tokenizer, so it cannot read text")
     return held_out(
-        Tokenizer.from_dict(loaded.tokenizer),
+        tokenizer_of(loaded),
         files,
         context=context or loaded.context or 128,
         split=split,

@@ -120,7 +120,7 @@ def made(
         use=uses[0],
         frequent=FrequentTokens(torch.tensor(tokens), torch.full((n_frequent,), 30)),
         token_text=text,
-        samples=[SampleRouting(tokens, masks(experts), masks(attention), 7)],
+        sample=SampleRouting(tokens, masks(experts), masks(attention), 7),
         drift=drift(*uses) if with_drift else None,
     )
 
@@ -211,7 +211,8 @@ def test_nothing_is_loaded() -> None:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     [policy] = [v for t, n, v in found.attributes if (t, n) == ("meta", "content") and "src" in v]
     assert policy == (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
@@ -252,8 +253,8 @@ def test_many_experts_of_a_token_are_counted_not_named() -> None:
     report = made([20], [2])
     mask = torch.zeros(11, 20, dtype=torch.bool)
     mask[0, :7], mask[1, 3:5] = True, True
-    sample = report.samples[0]._replace(experts=[mask])
-    page = report_page(report._replace(samples=[sample]))
+    sample = report.sample._replace(experts=[mask])
+    page = report_page(report._replace(sample=sample))
     assert "feed-forward 0: 7 of 20" in page
     assert "feed-forward 0: 3, 4;" in page
 

@@ -268,6 +268,18 @@ def test_a_plan_that_does_not_fit(
         utilization(model, plan, text, counts, frequent)
 
 
+def test_a_loss_that_is_no_number(
+    decoder: Decoder, text: HeldOut, counts: ParameterCounts, frequent: FrequentTokens
+) -> None:
+    with torch.no_grad():
+        decoder.embedding.weight[0] = math.nan
+    broken = compile_sparse(
+        decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
+    )
+    with pytest.raises(FloatingPointError, match="the loss is nan, under the plan nan"):
+        utilization(broken, PLAN, text, counts, frequent)
+
+
 def test_losses_are_means_over_counted_tokens(
     decoder: Decoder, text: HeldOut, use: ModelUse
 ) -> None:

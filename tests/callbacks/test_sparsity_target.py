@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.callbacks import MIWeightAnnealing, SparsityTarget
-from lightning_dsmoe.callbacks.sparsity_target import steered_factor, top_mass
+from lightning_dsmoe.callbacks.mass_steering import steered_factor, top_mass
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import Routing
 

@@ -32,7 +32,7 @@ def test_a_plan_for_a_budget(
 
 
 def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_path: Path) -> None:
-    outcome = cli(*words, "--max_loss_increase=5%")
+    outcome = cli(*words, "--max-loss-increase=5%")
     assert outcome.code == 0, outcome.err
     plan = SelectionPlan.load(tmp_path / "plan.json")
     assert plan != SelectionPlan.uniform(plan.n_layers)  # a model of two steps needs few experts

@@ -18,6 +18,11 @@ def kinds(use: ModelUse) -> list[tuple[str, list[RouterUse | None]]]:
     ]
 
 
+def count_experts(use: ModelUse) -> int:
+    """Experts of all layers and of both kinds."""
+    return sum(len(router.running_N) for _, layers in kinds(use) for _, router in routers(layers))
+
+
 def mean_effective(layers: Sequence[RouterUse | None]) -> tuple[float, float]:
     """Effective experts and all experts, both in the mean over layers."""
     found = [router for _, router in routers(layers)]

@@ -41,7 +41,7 @@
   document.addEventListener("scroll", hide, { passive: true });
 
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
-  for (const group of document.querySelectorAll(".walk")) {
+  for (const group of document.querySelectorAll(".walk:has([title])")) {
     group.tabIndex = 0;
     group.addEventListener("blur", hide);
     group.addEventListener("keydown", (event) => {

@@ -10,12 +10,12 @@ from lightning_dsmoe.analysis.drift import Drift
 from lightning_dsmoe.analysis.report_page.escaping import escaped
 from lightning_dsmoe.analysis.report_page.gates import drift_maps, gate_maps
 from lightning_dsmoe.analysis.report_page.layers import layer_tables
-from lightning_dsmoe.analysis.report_page.naming import kinds, mean_effective
+from lightning_dsmoe.analysis.report_page.naming import count_experts, kinds, mean_effective
 from lightning_dsmoe.analysis.report_page.pairs import together
-from lightning_dsmoe.analysis.report_page.tokens import TokenText, favourites, samples
+from lightning_dsmoe.analysis.report_page.tokens import TokenText, favourites, sample
 from lightning_dsmoe.analysis.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.token_preferences import LEAST_COUNT, FrequentTokens
-from lightning_dsmoe.analysis.utilization import ModelUse, RouterUse, routers
+from lightning_dsmoe.analysis.utilization import ModelUse, RouterUse
 from lightning_dsmoe.metrics import ParameterCounts
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -31,7 +31,7 @@ class Report(NamedTuple):
         use: how the model uses its experts.
         frequent: the tokens that preferences are told of.
         token_text: text of a token.
-        samples: texts to colour.
+        sample: the text to colour.
         drift: what differs from another checkpoint; None without one.
     """
 
@@ -42,7 +42,7 @@ class Report(NamedTuple):
     use: ModelUse
     frequent: FrequentTokens
     token_text: TokenText
-    samples: Sequence[SampleRouting]
+    sample: SampleRouting
     drift: Drift | None
 
 
@@ -57,7 +57,10 @@ def report_page(report: Report) -> str:
     """HTML of a report, which loads nothing and runs only its own script."""
     style, script = _packaged("page.css"), _packaged("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     title = f"How {escaped(report.title)} uses its experts"
     sections = _sections(report)
     links = "".join(f'<a href="#{s.anchor}">{s.heading}</a>' for s in sections)
@@ -120,7 +123,7 @@ def _sections(report: Report) -> list[_Section]:
             "Where experts are needed",
             "The number of experts that each token runs under the plan, of all layers and of both "
             "kinds; each token's title names them.",
-            samples(report.samples, report.token_text),
+            sample(report.sample, report.token_text),
         ),
     ]
     if drift is not None:
@@ -143,10 +146,9 @@ def _sections(report: Report) -> list[_Section]:
 def _tiles(report: Report) -> str:
     use, counts = report.use, report.counts
     active = use.active
-    n_experts = sum(len(r.running_N) for _, layers in kinds(use) for _, r in routers(layers))
     tiles = [
         ("Parameters", _size(counts.outside + counts.hidden), f"{_size(counts.hidden)} hidden"),
-        ("Layers", f"{len(counts.experts)}", f"{n_experts} experts"),
+        ("Layers", f"{len(counts.experts)}", f"{count_experts(use)} experts"),
         (
             "Active share",
             f"{active.mean.item():.1%}",

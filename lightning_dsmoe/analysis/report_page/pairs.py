@@ -24,10 +24,9 @@ def together(use: ModelUse) -> str:
         strongest = [p.share for _, router in routers(layers) for p in strongest_pairs(router, 1)]
         most = max(strongest, default=0.0)
         figures = "".join(_together(name, layer, router, most) for layer, router in routers(layers))
-        parts.append(
-            f'<h3>{name.capitalize()}</h3><div class="squares">{figures}</div>'
-            + level_scale("never", f"{most:.2%} of the tokens")
-        )
+        parts.append(f'<h3>{name.capitalize()}</h3><div class="squares">{figures}</div>')
+        if any(_has_square(router) for _, router in routers(layers)):
+            parts.append(level_scale("never", f"{most:.2%} of the tokens"))
     return "".join(parts)
 
 
@@ -38,7 +37,7 @@ def _together(name: str, layer: int, use: RouterUse, most: float) -> str:
         return f"layer {layer}, experts {second} and {first} run together for {share:.2%}"
 
     square = ""
-    if len(use.together_NN) <= _LARGEST_SQUARE:
+    if _has_square(use):
         label = f"how often {name} of layer {layer} run together"
         square = _square(use.together_NN, most, title, label=label)
     rows = "".join(
@@ -53,6 +52,10 @@ def _together(name: str, layer: int, use: RouterUse, most: float) -> str:
         else '<p class="quiet">No two run together.</p>'
     )
     return f'<figure class="square"><figcaption>layer {layer}</figcaption>{square}{table}</figure>'
+
+
+def _has_square(use: RouterUse) -> bool:
+    return len(use.together_NN) <= _LARGEST_SQUARE
 
 
 def _square(

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_dsmoe.analysis.report_page.escaping import escaped, visible
 from lightning_dsmoe.analysis.report_page.heat_map import level, level_scale
-from lightning_dsmoe.analysis.report_page.naming import kinds
+from lightning_dsmoe.analysis.report_page.naming import count_experts, kinds
 from lightning_dsmoe.analysis.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.token_preferences import FrequentTokens, Preference, preferences
 from lightning_dsmoe.analysis.utilization import ModelUse, routers
@@ -25,8 +24,7 @@ def favourites(use: ModelUse, frequent: FrequentTokens, text: TokenText) -> str:
     """The tokens that each expert likes, layer by layer; fewer of each where experts are many."""
     if not len(frequent.numbers_K):
         return '<p class="quiet">The text is too short: no token occurs often enough.</p>'
-    n_experts = sum(len(r.running_N) for _, layers in kinds(use) for _, r in routers(layers))
-    most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // n_experts))
+    most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // count_experts(use)))
     parts = []
     for name, layers in kinds(use):
         for layer, router in routers(layers):
@@ -61,19 +59,16 @@ def _card(
     )
 
 
-def samples(routings: Sequence[SampleRouting], text: TokenText) -> str:
-    """Texts coloured by the number of experts that each token runs, of all layers together."""
-    numbers = [routing.n_running_T for routing in routings]
-    least = int(torch.cat(numbers).min())
-    most = int(torch.cat(numbers).double().quantile(_MOST_QUANTILE).ceil())
-    parts = [
-        _sample(routing, running_T, least, most, text)
-        for routing, running_T in zip(routings, numbers, strict=True)
-    ]
-    return "".join(parts) + level_scale(f"{least} experts", f"{most} or more")
+def sample(routing: SampleRouting, text: TokenText) -> str:
+    """A text coloured by the number of experts that each token runs, of all layers together."""
+    running_T = routing.n_running_T
+    least = int(running_T.min())
+    most = int(running_T.double().quantile(_MOST_QUANTILE).ceil())
+    words = _coloured(routing, running_T, least, most, text)
+    return words + level_scale(f"{least} experts", f"{most} or more")
 
 
-def _sample(
+def _coloured(
     routing: SampleRouting, running_T: Tensor, least: int, most: int, text: TokenText
 ) -> str:
     layers = [*_layers("feed-forward", routing.experts), *_layers("attention", routing.attention)]
