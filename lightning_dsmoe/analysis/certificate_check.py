@@ -9,6 +9,8 @@ from torch import Tensor
 from lightning_dsmoe.analysis.certificate_judgement import Judgement
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SelectionPlan, SparseModel, compile_sparse, prune
+from lightning_dsmoe.inference.architecture import build_decoder, describe_decoder
+from lightning_dsmoe.inference.architecture import differences as parts_that_differ
 from lightning_dsmoe.inference.pruning import remaining_experts
 
 ROUNDING = 1e-5
@@ -51,7 +53,7 @@ def differences(
 
 
 def check_weights(model: SparseModel, decoder: Decoder) -> None:
-    """Raise a ValueError if a sparse model was not made of a decoder's weights.
+    """Raise a ValueError if a sparse model was not made of a decoder.
 
     Args:
         model: the sparse model.
@@ -63,14 +65,18 @@ def check_weights(model: SparseModel, decoder: Decoder) -> None:
         SelectionPlan.uniform(decoder.n_layers),
         quantization=model.quantization,
         quantize_head=model.quantize_head,
-    ).state_dict()
-    own = model.state_dict()
-    for name in sorted(own.keys() | made.keys()):
-        if name not in own or name not in made or not _same(own[name], made[name]):
+    )
+    own, expected = model.state_dict(), made.state_dict()
+    for name in sorted(own.keys() | expected.keys()):
+        if name not in own or name not in expected or not _same(own[name], expected[name]):
             raise ValueError(
                 f"the artifact was not made of this checkpoint: {name.removeprefix('decoder.')} "
                 "is another"
             )
+    own_parts = describe_decoder(build_decoder(model.architecture))
+    others = parts_that_differ(made.architecture, own_parts)
+    if others:
+        raise ValueError(f"the artifact was not made of this checkpoint: {'; '.join(others)}")
 
 
 def is_exact(model: SparseModel) -> bool:

@@ -100,7 +100,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         if trained is not None:
             dense_BTV = trained.add(inputs_BT, labels_BT, dense_BTV, routings)
         windows.append(compare_windows(dense_BTV, sparse_BTV, labels_BT))
-        active.update(*active_masks(routings, model.plan), mask_BT)
+        active.update(*active_masks(routings, model.plan, model.decoder), mask_BT)
         _add_mixtures(mixtures, model, inputs_BT, mask_BT)
     sums = WindowSums(*(torch.cat(parts) for parts in zip(*windows, strict=True)))
     tokens = int(sums.tokens.sum())

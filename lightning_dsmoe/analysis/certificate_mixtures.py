@@ -8,7 +8,7 @@ under a selection, with w the gates that it keeps. By the triangle inequality
 which for raw gates sums over the dropped experts alone, c sum S_e |e_e(x)|. Both sides are divided
 by |y|, shared experts and output biases included, which no plan touches. The bound holds but for
 rounding, in one mixture and on the inputs that it gets under the plan; what later layers make of a
-change is not in it.
+change is not in it. Experts that were removed from a mixture are in neither sum.
 
 Shapes: B batch, T tokens, D width, E experts.
 """
@@ -36,7 +36,8 @@ class TokenErrors(NamedTuple):
     """A mixture under a selection, token by token.
 
     Shape:
-        dropped_mass: `[B, T]`, sum of the probabilities of the experts that do not run.
+        dropped_mass: `[B, T]`, sum of the probabilities of the experts that are there and do not
+            run.
         error: `[B, T]`, |y' - y| / |y|.
         bound: `[B, T]`, what the error cannot exceed.
     """

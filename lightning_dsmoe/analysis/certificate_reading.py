@@ -48,8 +48,12 @@ def read_certificate(name: str, data: object) -> dict[str, Any] | None:
 
 
 def _check_fields(name: str, data: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
-    if set(data) != set(fields):
-        raise ValueError(f"{name} must have the fields {', '.join(fields)}")
+    wrong = sorted(set(data) ^ set(fields))
+    if wrong:
+        raise ValueError(
+            f"{name} must have the fields {', '.join(fields)}; missing or unknown: "
+            f"{short_repr(wrong)}"
+        )
     for field, (what, fits) in fields.items():
         if not fits(data[field]):
             raise ValueError(f"{name}: {field} must be {what}, got {short_repr(data[field])}")

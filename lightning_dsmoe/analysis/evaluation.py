@@ -71,7 +71,7 @@ def evaluate_plan(
             ignore_index=IGNORED,
             reduction="sum",
         ).item()
-        active.update(*active_masks(routings, plan), labels_BT != IGNORED)
+        active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
     share = active.compute()
     return PlanResult(
         nll / text.n_tokens,

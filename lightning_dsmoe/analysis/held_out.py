@@ -26,7 +26,16 @@ class HeldOut(NamedTuple):
     n_tokens: int
 
     def halves(self) -> "tuple[HeldOut, HeldOut]":
-        """The first and the second half of the batches."""
+        """The first and the second half of the batches.
+
+        Raises:
+            ValueError: if there is only one batch.
+        """
+        if len(self.batches) < 2:
+            raise ValueError(
+                f"the text has {self.n_tokens} tokens in one batch, which is too short to find a "
+                f"plan on and to judge it: it takes more than {self.batches[0][0].numel()}"
+            )
         middle = len(self.batches) // 2
         return _counted(self.batches[:middle]), _counted(self.batches[middle:])
 
@@ -64,7 +73,7 @@ def held_out(
         batch_tokens: tokens in a batch.
 
     Raises:
-        ValueError: if the text is missing or too short for two batches.
+        ValueError: if the text is missing or too short for two windows.
     """
     data = TextDataModule(
         files,
@@ -82,10 +91,10 @@ def held_out(
             break
         batches.append((batch["input_ids"], batch["labels"]))
         n_tokens += int((batch["labels"] != IGNORED).sum())
-    if len(batches) < 2:
+    if sum(len(inputs_BT) for inputs_BT, _ in batches) < 2:
         raise ValueError(
             f"the {split} split has {n_tokens} tokens, which is too short to judge a model by: it "
-            f"takes more than {data.batch_size * context}"
+            f"takes more than {context}"
         )
     return HeldOut(batches, n_tokens)
 

@@ -1,8 +1,9 @@
 """Finding the selections of every layer that cost the least loss for a share of the parameters.
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
-time, and then tried out against the loss, all attention together and each router alone. The plans
-that treat all layers alike are tried too, so that on the text of the search none of them is better.
+time, and then tried out against the loss, all attention together and each router alone. `search`
+tries the numbers of experts that treat all layers alike too, and with `thresholds` the one
+threshold for all, so that on its text none of them is better.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ def search(statistics: Statistics, budget: float, solve: Solver, measure: Measur
 
     Args:
         statistics: what the routers say of a text.
-        budget: the share of the hidden parameters to run at the most, in the mean over tokens.
+        budget: the share of the hidden parameters to run at the most, in the mean over tokens, as
+            routers choose while all experts run; under thresholds they may choose some more.
         solve: `thresholds` or `fixed_numbers`.
         measure: evaluates a plan on that text.
 
@@ -51,7 +53,7 @@ def search(statistics: Statistics, budget: float, solve: Solver, measure: Measur
     check_budget(statistics, budget)
     found = _tuned(statistics, budget, solve, measure).found
     rivals = [Found(plan, measure(plan)) for plan in uniform_numbers(statistics, budget)]
-    return min(found, *rivals, key=_loss) if rivals else found
+    return min([found, *rivals], key=_loss)
 
 
 def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Measure) -> Found:

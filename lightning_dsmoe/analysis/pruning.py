@@ -3,6 +3,7 @@
 Shapes: B windows, T tokens, N experts.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import Remaining, SparseModel
 from lightning_dsmoe.inference.pruning import mixtures
+from lightning_dsmoe.metrics import active_masks
 from lightning_dsmoe.routing import SelectionPlan, Threshold, ThresholdTopK
-from lightning_dsmoe.routing.remaining import remaining_mask
 
 TOLERANCE = 2e-6
 """Of the largest logit, by which rounding may change one."""
@@ -63,8 +64,10 @@ def used_experts(model: SparseModel, plan: SelectionPlan, text: HeldOut) -> Rema
                     seen_N, before_N = chosen.flatten(0, -2).any(0), used[place]
                     used[place] = seen_N if before_N is None else before_N | seen_N
     numbers = [
-        None if each is None or bool(each.all()) else tuple(each.nonzero()[:, 0].tolist())
-        for each in used
+        None
+        if mixture is None or each is None or bool(each.all())
+        else tuple(each.nonzero()[:, 0].tolist())
+        for mixture, each in zip(chain(*mixtures(model.decoder)), used, strict=True)
     ]
     return Remaining(tuple(numbers[: plan.n_layers]), tuple(numbers[plan.n_layers :]))
 
@@ -97,23 +100,8 @@ def prove(whole: SparseModel, pruned: SparseModel, plan: SelectionPlan, text: He
 
 def _choices(model: SparseModel, plan: SelectionPlan, routings: Routings) -> list[Tensor | None]:
     """The experts that run, bool `[B, T, N]` for the mixtures of both kinds and all layers."""
-    found = mixtures(model.decoder)
-    chosen: list[Tensor | None] = []
-    for mixture, selection, routing in zip(
-        [*found.experts, *found.attention],
-        [*plan.experts, *plan.attention],
-        [*routings.experts, *routings.attention],
-        strict=True,
-    ):
-        if mixture is None or routing is None:
-            chosen.append(None)
-            continue
-        active = remaining_mask(selection, routing, mixture.remaining)
-        if mixture.remaining is not None:
-            everywhere = torch.zeros_like(routing.probs, dtype=torch.bool)
-            active = everywhere.index_copy(-1, mixture.remaining, active)
-        chosen.append(active)
-    return chosen
+    experts, attention = active_masks(routings, plan, model.decoder)
+    return [*experts, *attention]
 
 
 def _counted(plan: SelectionPlan) -> SelectionPlan:

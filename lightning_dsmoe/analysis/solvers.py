@@ -16,7 +16,7 @@ Sensitivities = tuple[float, ...]
 Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
 
 _HALVINGS = 40
-_WIDEST = 1e9
+_WIDEST = 1e18
 _MOST = 1 - 2**-20  # of N, which no N S_e can exceed
 
 

@@ -37,11 +37,9 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
     room = share * statistics.hidden - statistics.always
     plans = []
     for heads in range(1, most_heads + 1):
-        number = int((room - heads * cost_heads + 0.5) // cost) if cost else most
-        if number >= 1:
-            plans.append(
-                SelectionPlan.uniform(
-                    layers, experts=TopK(min(number, most)), attention=TopK(heads)
-                )
-            )
+        left = room - heads * cost_heads + 0.5
+        if left < cost:
+            break
+        number = min(int(left // cost), most) if cost else most
+        plans.append(SelectionPlan.uniform(layers, experts=TopK(number), attention=TopK(heads)))
     return plans

@@ -20,7 +20,9 @@ def print_certificates(certificates: Mapping[str, Mapping[str, Any]]) -> None:
         if any(row):
             table.add_row(label, *row)
     console.print(table)
-    console.print(_mixtures(list(certificates.values())[-1]))
+    mixtures = _mixtures(list(certificates.values())[-1])
+    if mixtures.row_count:
+        console.print(mixtures)
 
 
 def _mixtures(made: Mapping[str, Any]) -> Table:

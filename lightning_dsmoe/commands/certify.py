@@ -121,7 +121,10 @@ def certify(
     print_certificates({"certificate": recorded, "now": made})
     print(f"{name} holds.")
     if not dense_too:
-        print("What compares with the dense model was not checked: that takes the same --ckpt_path")
+        needed = "the same" if recorded["dense"] == "checkpoint" else "no"
+        print(
+            f"What compares with the dense model was not checked: that takes {needed} --ckpt_path"
+        )
 
 
 class _Text(NamedTuple):

@@ -70,7 +70,9 @@ def with_measured(card: str, certificate: dict[str, Any]) -> str:
     if _MEASURED not in lines:
         lines += ["", _MEASURED]
     start = lines.index(_MEASURED)
-    rest = next((n for n in range(start + 1, len(lines)) if lines[n].startswith("## ")), len(lines))
+    rest = next(
+        (n for n in range(start + 1, len(lines)) if lines[n].startswith(("# ", "## "))), len(lines)
+    )
     lines[start:rest] = _measured(certificate)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_dsmoe.decoder import Routings
+from lightning_dsmoe.decoder import Decoder, Routings
 from lightning_dsmoe.metrics.parameter_counts import ParameterCounts
 from lightning_dsmoe.routing import Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing.remaining import running_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,23 +37,36 @@ class ActiveShare(NamedTuple):
 
 
 def active_masks(
-    routings: Routings, plan: SelectionPlan
+    routings: Routings, plan: SelectionPlan, decoder: Decoder | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The experts that run under a plan: for each layer bool `[..., N]`, None without a router.
+
+    Args:
+        routings: what the routers say.
+        plan: the plan.
+        decoder: whose routers they are, if some of its experts may have been removed.
 
     Returns:
         The masks of the feed-forward experts and those of the attention experts.
     """
 
     def masks(
-        layers: Sequence[Routing | None], selections: Sequence[Selection]
+        layers: Sequence[Routing | None], selections: Sequence[Selection], part: str
     ) -> list[Tensor | None]:
+        mixtures = [None] * len(layers)
+        if decoder is not None:
+            mixtures = [getattr(block, part) for block in decoder.blocks]
         return [
-            None if routing is None else selection.mask(routing.probs)
-            for routing, selection in zip(layers, selections, strict=True)
+            None
+            if routing is None
+            else running_mask(selection, routing, getattr(mixture, "remaining", None))
+            for routing, selection, mixture in zip(layers, selections, mixtures, strict=True)
         ]
 
-    return masks(routings.experts, plan.experts), masks(routings.attention, plan.attention)
+    return (
+        masks(routings.experts, plan.experts, "feed_forward"),
+        masks(routings.attention, plan.attention, "attention"),
+    )
 
 
 def active_parameters(

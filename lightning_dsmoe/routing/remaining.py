@@ -32,12 +32,17 @@ def select(selection: Selection, routing: Routing, remaining: Tensor | None) -> 
 
 def remaining_mask(selection: Selection, routing: Routing, remaining: Tensor | None) -> Tensor:
     """The experts that run, bool `[..., R]`, one or more in each row."""
+    mask = running_mask(selection, routing, remaining)
+    return mask if remaining is None else mask[..., remaining]
+
+
+def running_mask(selection: Selection, routing: Routing, remaining: Tensor | None) -> Tensor:
+    """The same among all experts, bool `[..., N]`."""
     if remaining is None:
         return selection.mask(routing.probs)
     places_N = torch.arange(routing.probs.shape[-1], device=remaining.device)
     remains_N = (places_N[:, None] == remaining).any(-1)
-    removed_last = routing.probs.masked_fill(~remains_N, -1.0)
-    return selection.mask(removed_last)[..., remaining]
+    return selection.mask(routing.probs.masked_fill(~remains_N, -1.0)) & remains_N
 
 
 def remaining_probs(selection: Selection, routing: Routing, remaining: Tensor | None) -> Tensor:

@@ -95,6 +95,16 @@ def test_weights_of_the_checkpoint(quantization: Any, half: bool, decoder: Decod
         check_weights(model, decoder)
 
 
+def test_the_same_weights_under_other_functions(decoder: Decoder) -> None:
+    model = compile_sparse(decoder, PLAN, quantization="int8")
+    for block in decoder.blocks:
+        block.feed_forward.experts.activation = "relu"
+    with pytest.raises(
+        ValueError, match=r"not made of this checkpoint: .*activation was relu, is gelu"
+    ):
+        check_weights(model, decoder)
+
+
 def test_weights_of_another_architecture(decoder: Decoder) -> None:
     model = compile_sparse(decoder, PLAN)
     del decoder.blocks[1]

@@ -198,6 +198,30 @@ def test_impossible_budgets(budget: float, statistics: Statistics) -> None:
         search(statistics, budget, thresholds, measure)
 
 
+@pytest.mark.parametrize("without", ["experts", "attention"])
+def test_uniform_plans_keep_to_the_share_where_one_kind_has_no_mixtures(without: str) -> None:
+    router = RouterStatistics(torch.full((2, 4), 0.25), per_expert=10)
+    kinds = {"experts": [router, router], "attention": [router, router], without: [None, None]}
+    statistics = Statistics(**kinds, always=20, hidden=100)
+    found = {
+        getattr(plan, kind)[0]
+        for plan in uniform_numbers(statistics, 0.65)
+        for kind in kinds
+        if kind != without
+    }
+    assert max(selection.k for selection in found) == 2
+
+
+@pytest.mark.parametrize("per_expert", [1, 10**9])
+def test_thresholds_use_the_budget_whatever_the_size(per_expert: int) -> None:
+    probs = torch.rand(200, 8).softmax(-1).sort(dim=-1, descending=True).values
+    router = RouterStatistics(probs, per_expert)
+    statistics = Statistics([router], [router], always=0, hidden=16 * per_expert)
+    for sensitivity in ((1.0, 1.0), (1e-4, 1e-4)):
+        plan = thresholds(statistics, sensitivity, 0.95)
+        assert 0.94 < share_of(statistics, plan) <= 0.95
+
+
 def test_uniform_plans_of_a_share(statistics: Statistics, measure: Any) -> None:
     plans = uniform_plans(statistics, 0.7)
     assert [type(plan.experts[0]) for plan in plans] == [Threshold, TopK, TopK, TopK]

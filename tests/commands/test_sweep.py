@@ -93,7 +93,7 @@ def test_results_of_something_else_are_not_mixed(
 def test_text_that_is_too_short(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 20)
+    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 13)
     outcome = cli(*words, f"--files={tmp_path / 'short.txt'}")
     assert outcome.code == 1
     [error] = outcome.errors

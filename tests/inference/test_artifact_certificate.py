@@ -115,6 +115,11 @@ def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> No
     (path / "README.md").write_text("My own words.")
     save_certificate(path, model, CERTIFICATE)
     assert (path / "README.md").read_text().startswith("My own words.\n\n## Measured\n\n- kl: ")
+    (path / "README.md").write_text("## Measured\n\n- old\n\n# Notes\n\nMine.\n")
+    save_certificate(path, model, CERTIFICATE)
+    card = (path / "README.md").read_text()
+    assert card.endswith("\n\n# Notes\n\nMine.\n")
+    assert "- old" not in card
     (path / "README.md").unlink()
     save_certificate(path, model, CERTIFICATE)
     assert (path / "README.md").read_text().startswith("# A sparse DS-MoE language model\n")

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.metrics import (
     ActiveParameters,
     ParameterCounts,
@@ -130,6 +131,18 @@ def test_masks_under_a_plan(mixed_decoder: Decoder) -> None:
         None,
     ]
     assert [None if m is None else m.all().item() for m in attention] == [None, None, True]
+
+
+def test_removed_experts_do_not_run(small_decoder: Decoder) -> None:
+    plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(3))
+    pruned = prune(small_decoder, Remaining(((1,), None), ((0, 3), None)))
+    routings = pruned(torch.randint(97, (2, 6)), plan).routings
+    experts, attention = active_masks(routings, plan, pruned)
+    assert [experts[0][..., e].unique().tolist() for e in range(4)] == [[0], [1], [0], [0]]
+    assert [attention[0][..., e].unique().tolist() for e in range(4)] == [[1], [0], [0], [1]]
+    assert experts[1].sum(-1).unique().tolist() == [2]
+    whole = active_masks(routings, plan)[0][0]
+    assert whole.sum(-1).unique().tolist() == [2]
 
 
 def test_plot() -> None:

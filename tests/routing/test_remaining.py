@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, Threshold, TopK, TopP
-from lightning_dsmoe.routing.remaining import remaining_mask, select
+from lightning_dsmoe.routing.remaining import remaining_mask, running_mask, select
 
 from .among import SELECTIONS, Among
 
@@ -27,6 +27,7 @@ def test_the_best_of_those_that_remain(
     assert torch.equal(found.active, expected.active[..., numbers])
     torch.testing.assert_close(found.weight, expected.weight[..., numbers], rtol=1e-6, atol=0)
     assert torch.equal(remaining_mask(selection, routing, numbers), found.active)
+    assert torch.equal(running_mask(selection, routing, numbers), expected.active)
     assert found.active.any(-1).all()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dsmoe.inference.engine.spelling import kept
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, TopK
-from lightning_dsmoe.routing.remaining import remaining_mask, remaining_probs
+from lightning_dsmoe.routing.remaining import remaining_mask, remaining_probs, select
 from lightning_dsmoe.routing.selection import rank
 
 _FEWEST_SLOTS = 2  # sizes known only at run time may not be 1 in a compiled graph
@@ -40,10 +40,10 @@ def choose(selection: Selection, routing: Routing, remaining: Tensor | None = No
         routing: what the router says.
         remaining: the experts that were not removed, among which all are numbered; None for all.
     """
+    if isinstance(selection, AllExperts):
+        return Choice(None, select(selection, routing, remaining).weight.T)
     probs_TN = remaining_probs(selection, routing, remaining)
     n_tokens, n_experts = probs_TN.shape
-    if isinstance(selection, AllExperts):
-        return Choice(None, probs_TN.T)
     if type(selection) is TopK and n_tokens == 1:
         logits_TN = routing.logits if remaining is None else routing.logits[:, remaining]
         return _best(selection, Routing(logits_TN, probs_TN))

@@ -79,6 +79,7 @@ def test_experts_and_gates_are_those_of_the_selection(
         ThresholdTopK(0.7, renormalize=True),
         TopP(0.7),
         AllExperts(),
+        AllExperts(renormalize=True),
     ],
     ids=str,
 )
