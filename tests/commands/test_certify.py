@@ -238,12 +238,12 @@ def test_an_engine_that_computes_something_else(
 def test_another_text(
     cli: Callable[..., Outcome], certify: Certify, artifact: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 13)
+    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 3)
     (tmp_path / "other.txt").write_text("".join(f"x = {i}\n" for i in range(9000)))
     before = content(tmp_path)
     for words, message in (
-        ([f"--files={tmp_path / 'short.txt'}"], "too short to judge a model by"),
-        ([f"--files={tmp_path / 'short.txt'}", "--renew=true"], "too short to judge a model by"),
+        ([f"--files={tmp_path / 'short.txt'}"], "needs at least 17: use more text"),
+        ([f"--files={tmp_path / 'short.txt'}", "--renew=true"], "needs at least 17: use more text"),
         ([f"--files={tmp_path / 'other.txt'}"], "the certificate is of another text"),
         (["--val_fraction=0.3"], "the certificate is of another text"),
         (["--context=8"], "the certificate is of another text"),

@@ -93,9 +93,9 @@ def test_results_of_something_else_are_not_mixed(
 def test_text_that_is_too_short(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 13)
+    (tmp_path / "short.txt").write_text("def f(x): return x\n" * 3)
     outcome = cli(*words, f"--files={tmp_path / 'short.txt'}")
     assert outcome.code == 1
     [error] = outcome.errors
-    assert "too short to judge a model by" in error
+    assert "needs at least 17: use more text" in error
     assert not (tmp_path / "sweep").exists()
