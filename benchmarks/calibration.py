@@ -35,17 +35,20 @@ def main() -> None:
     parser.add_argument("--ckpt_paths", type=Path, nargs="+", required=True)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--val_fraction", type=float, default=0.1)
+    parser.add_argument("--max_tokens", type=int, default=sys.maxsize, help="tokens to use at most")
     parser.add_argument("--json", type=Path, default=Path("calibration.json"))
     options = parser.parse_args()
     rows = []
     for path in options.ckpt_paths:
-        rows += compare(path, options.text, options.budgets, options.val_fraction)
+        rows += compare(
+            path, options.text, options.budgets, options.val_fraction, options.max_tokens
+        )
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     print(f"{machine()}, {torch.get_num_threads()} threads\n\n{table(rows)}")
 
 
 def compare(
-    path: Path, text: str, budgets: list[float], val_fraction: float
+    path: Path, text: str, budgets: list[float], val_fraction: float, max_tokens: int
 ) -> list[dict[str, Any]]:
     """Losses of one checkpoint at each budget that it can keep to."""
     trained = open_trained(
@@ -55,7 +58,7 @@ def compare(
         split="val",
         val_fraction=val_fraction,
         test_fraction=0.0,
-        max_tokens=sys.maxsize,
+        max_tokens=max_tokens,
         batch_tokens=4096,
     )
     model, counts = trained.model, trained.counts

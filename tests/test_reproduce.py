@@ -205,7 +205,7 @@ def test_other_ways_of_training(
     kept = tmp_path / "kept" / "model.ckpt"
     run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), 1, str(kept))
     assert run["points"][0]["rule"] == "all"
-    rows = benchmark_modules.calibration.compare(kept, str(text), [0.1, 0.6], 0.5)
+    rows = benchmark_modules.calibration.compare(kept, str(text), [0.1, 0.6], 0.5, 10**6)
     assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
     assert "| model | 60% |" in benchmark_modules.calibration.table(rows)
