@@ -59,7 +59,8 @@ def figure(runs: Runs, shares: Sequence[float], path: Path) -> None:
                 _draw(axes, line, hidden, style, f"C{number}", f"{model}, {rule}")
         else:
             axes.plot(hidden * _share(trained), _loss(trained), f"C{number}o", label=model)
-    axes.set(xlabel="hidden parameters that run, % of the dense model's")
+    worst = max(_loss([run["points"][0] for run in by_seed.values()]) for by_seed in runs.values())
+    axes.set(xlabel="hidden parameters that run, % of the dense model's", ylim=(None, 1.05 * worst))
     axes.set(ylabel="loss, nats per token", xlim=(0, None))
     axes.legend(fontsize="small")
     drawn.savefig(path, dpi=150)
