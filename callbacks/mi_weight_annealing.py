@@ -3,12 +3,12 @@
 import math
 from typing import Any, Literal, get_args
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
+from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
 
 Schedule = Literal["linear", "cosine", "constant_then_ramp"]
-WEIGHTS = ("expert_mi_weight", "attention_mi_weight")
 
 
 def annealed_factor(
@@ -30,7 +30,7 @@ def annealed_factor(
     return (1 - progress) * start + progress * end
 
 
-class MIWeightAnnealing(Callback):
+class MIWeightAnnealing(MIWeightSetter):
     """Scales the weights of the mutual-information loss in training by a factor that changes.
 
     The weights that the model was made with are its configuration, and the factor depends on the
@@ -58,6 +58,7 @@ class MIWeightAnnealing(Callback):
         steps: int,
         delay: int = 0,
     ) -> None:
+        super().__init__()
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {get_args(Schedule)}, got {schedule!r}")
         if not (0 <= start < math.inf and 0 <= end < math.inf):
@@ -74,7 +75,6 @@ class MIWeightAnnealing(Callback):
         self.end = end
         self.steps = steps
         self.delay = delay
-        self._configured: dict[str, float] = {}
 
     def factor(self, step: int) -> float:
         """Factor at an optimizer step."""
@@ -87,34 +87,14 @@ class MIWeightAnnealing(Callback):
             delay=self.delay,
         )
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, MIWeightAnnealing) for callback in callbacks) > 1:
-            raise ValueError("one MIWeightAnnealing per trainer, since both would set the weights")
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._configured = {name: float(getattr(pl_module, name)) for name in WEIGHTS}
+        self._remember(pl_module, WEIGHTS)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        factor = self.factor(trainer.global_step)
-        weights = {name: factor * weight for name, weight in self._configured.items()}
-        for name, weight in weights.items():
-            setattr(pl_module, name, weight)
+        factors = dict.fromkeys(WEIGHTS, self.factor(trainer.global_step))
+        self._scale(pl_module, factors)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
-            log_scalars(trainer, {f"train/{name}": weight for name, weight in weights.items()})
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore(pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._restore(pl_module)
-
-    def _restore(self, pl_module: LightningModule) -> None:
-        for name, weight in self._configured.items():
-            setattr(pl_module, name, weight)
-        self._configured = {}
+            log_scalars(trainer, self._weights(factors))

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dsmoe.callbacks.mass_steering import check_steering, steered_factor, top_mass
-from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing
+from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.decoder import Decoder
 
-WEIGHTS = {"experts": "expert_mi_weight", "attention": "attention_mi_weight"}
 
-
-class SparsityTarget(Callback):
+class SparsityTarget(MIWeightSetter):
     """Steers the weights of the mutual-information loss so that the top K hold a wanted gate mass.
 
     m is the mean over routers and tokens of the sum of the K largest probabilities S, measured on
@@ -62,6 +60,7 @@ class SparsityTarget(Callback):
         most: float = 100.0,
         delay: int = 100,
     ) -> None:
+        super().__init__()
         top_k = {"experts": expert_top_k, "attention": attention_top_k}
         self.top_k = {kind: k for kind, k in top_k.items() if k is not None}
         if not self.top_k or min(self.top_k.values()) < 1:
@@ -84,7 +83,6 @@ class SparsityTarget(Callback):
         self.least = least
         self.most = most
         self.delay = delay
-        self._configured: dict[str, float] = {}
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -103,13 +101,7 @@ class SparsityTarget(Callback):
             values.update({k: float(v) for k, v in state_dict[name].items() if k in self.top_k})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        setters = [c for c in callbacks if isinstance(c, SparsityTarget | MIWeightAnnealing)]
-        if len(setters) > 1:
-            raise ValueError(
-                "one SparsityTarget per trainer and no MIWeightAnnealing beside it, "
-                "since both would set the weights"
-            )
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._start_afresh()
 
@@ -117,10 +109,10 @@ class SparsityTarget(Callback):
         decoder = pl_module.decoder
         assert isinstance(decoder, Decoder)
         sizes = dict(zip(WEIGHTS, decoder.plan_sizes, strict=True))
-        configured = {kind: float(getattr(pl_module, WEIGHTS[kind])) for kind in self.top_k}
         for kind, k in self.top_k.items():
-            self._check(kind, k, [n for n in sizes[kind] if n is not None], configured[kind])
-        self._configured = configured
+            weight = float(getattr(pl_module, WEIGHTS[kind]))
+            self._check(kind, k, [n for n in sizes[kind] if n is not None], weight)
+        self._remember(pl_module, self.top_k)
 
     def _check(self, kind: str, k: int, n_experts: list[int], weight: float) -> None:
         name = f"SparsityTarget, {WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
@@ -140,8 +132,7 @@ class SparsityTarget(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._steps_before_batch = trainer.global_step
-        for kind, weight in self._configured.items():
-            setattr(pl_module, WEIGHTS[kind], self._factors[kind] * weight)
+        self._scale(pl_module, self._factors)
 
     def on_train_batch_end(
         self,
@@ -189,22 +180,5 @@ class SparsityTarget(Callback):
             )
 
     def _log(self, trainer: Trainer) -> None:
-        weights = {
-            f"train/{WEIGHTS[kind]}": self._factors[kind] * weight
-            for kind, weight in self._configured.items()
-        }
         masses = {f"train/{kind}/top_mass": mass for kind, mass in self._masses.items()}
-        log_scalars(trainer, weights | masses)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore(pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._restore(pl_module)
-
-    def _restore(self, pl_module: LightningModule) -> None:
-        for kind, weight in self._configured.items():
-            setattr(pl_module, WEIGHTS[kind], weight)
-        self._configured = {}
+        log_scalars(trainer, self._weights(self._factors) | masses)

@@ -164,7 +164,7 @@ def test_one_per_trainer(
     make_trainer: Callable[..., Trainer],
 ) -> None:
     callbacks = [MIWeightAnnealing(steps=1), MIWeightAnnealing(steps=2)]
-    with pytest.raises(ValueError, match="one MIWeightAnnealing per trainer"):
+    with pytest.raises(ValueError, match="got MIWeightAnnealing and MIWeightAnnealing"):
         make_trainer(callbacks=callbacks).fit(model, make_loader(1), make_loader(1))
 
 

@@ -1,0 +1,58 @@
+"""What sets the weights of the mutual-information loss while a model trains."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+WEIGHTS = {"experts": "expert_mi_weight", "attention": "attention_mi_weight"}
+"""Name of the weight of each kind of expert in a model."""
+
+
+class MIWeightSetter(Callback, ABC):
+    """Base of callbacks that scale a model's weights in training, and give them back at its end."""
+
+    def __init__(self) -> None:
+        self._configured: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        setters = [type(c).__name__ for c in callbacks if isinstance(c, MIWeightSetter)]
+        if len(setters) > 1:
+            raise ValueError(
+                "one MIWeightAnnealing or SparsityTarget per trainer, since each sets the weights, "
+                f"got {' and '.join(setters)}"
+            )
+
+    @abstractmethod
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None: ...
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore(pl_module)
+
+    def _remember(self, pl_module: LightningModule, kinds: Iterable[str]) -> None:
+        self._configured = {kind: float(getattr(pl_module, WEIGHTS[kind])) for kind in kinds}
+
+    def _scale(self, pl_module: LightningModule, factors: Mapping[str, float]) -> None:
+        for kind, factor in factors.items():
+            setattr(pl_module, WEIGHTS[kind], factor * self._configured[kind])
+
+    def _weights(self, factors: Mapping[str, float]) -> dict[str, float]:
+        """The scaled weights, by the names that they are logged under."""
+        return {
+            f"train/{WEIGHTS[kind]}": factor * self._configured[kind]
+            for kind, factor in factors.items()
+        }
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        for kind, weight in self._configured.items():
+            setattr(pl_module, WEIGHTS[kind], weight)
+        self._configured = {}
