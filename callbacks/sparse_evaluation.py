@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
-from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -120,12 +119,7 @@ class SparseEvaluation(Callback):
         for plan, loss, active in self._meters.values():
             with trainer.precision_plugin.forward_context():
                 logits_BTV, routings = pl_module(batch["input_ids"], plan)
-            nll = F.cross_entropy(
-                logits_BTV.flatten(0, 1).float(),
-                batch["labels"].flatten(),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+            nll = summed_cross_entropy(logits_BTV, batch["labels"])
             loss.update(nll / count.clamp_min(1), count)
             active.update(*active_masks(routings, plan), mask_BT)
 

@@ -34,6 +34,7 @@ from lightning_dsmoe.inference.checkpoint import (
     read_checkpoint,
 )
 from lightning_dsmoe.inference.class_paths import check_hyperparameters
+from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
@@ -281,9 +282,7 @@ class DSMoELanguageModel(LightningModule):
     def _step(self, batch: dict[str, Tensor]) -> "_Step":
         logits_BTV, routings = self(batch["input_ids"])
         mask_BT = batch["labels"] != IGNORED
-        nll = F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum"
-        )
+        nll = summed_cross_entropy(logits_BTV, batch["labels"])
         return _Step(nll / mask_BT.sum().clamp_min(1), routings, mask_BT)
 
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -65,12 +65,7 @@ def evaluate_plan(
         start = time.perf_counter()
         logits_BTV, routings = model(inputs_BT, plan)
         seconds += time.perf_counter() - start
-        nll += F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(),
-            labels_BT.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        ).item()
+        nll += summed_cross_entropy(logits_BTV, labels_BT).item()
         active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
     share = active.compute()
     return PlanResult(

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.analysis.token_preferences import FrequentTokens
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import (
     ActiveParameters,
     ActiveShare,
@@ -177,10 +177,4 @@ def _read(
 ) -> tuple[float, Routings]:
     """Loss summed over the tokens, and the routings; the logits, which are large, are let go."""
     logits_BTV, routings = model(inputs_BT, plan)
-    nll = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        labels_BT.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-    return nll.item(), routings
+    return summed_cross_entropy(logits_BTV, labels_BT).item(), routings

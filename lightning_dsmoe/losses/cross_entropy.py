@@ -1,0 +1,22 @@
+"""The loss of a language model.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of -ln p(label) over the tokens that count, in nats and in float32.
+
+    Args:
+        logits_BTV: logits of the next tokens, `[B, T, V]`.
+        labels_BT: the next tokens, `[B, T]`; -100 does not count.
+
+    Returns:
+        A scalar, 0 if no token counts.
+    """
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100, reduction="sum"
+    )
