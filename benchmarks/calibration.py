@@ -53,8 +53,7 @@ def compare(
     """Losses of one checkpoint at each budget that it can keep to."""
     trained = open_trained(
         str(path),
-        text,
-        context=None,
+        files=text,
         split="val",
         val_fraction=val_fraction,
         test_fraction=0.0,

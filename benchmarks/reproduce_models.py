@@ -15,9 +15,11 @@ Config = dict[str, Any]
 RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
 """Weight of the loss of each feed-forward and each attention router; None for the recipe's."""
+SMALLER_MI_WEIGHTS = {"faint MI": (0.0025, 0.0025), "light MI": (0.005, 0.005)}
+"""Those that the claims are not about."""
 LOAD_BALANCING_WEIGHT = 0.01
-FINISHING_EPS = 0.3
-"""Threshold of the last fifth of a sparsely finished training."""
+FINISHINGS = {"finished sparsely": (0.3, 0.2), "finished more sparsely": (1.0, 0.3)}
+"""Threshold of the last part of training, and the share of the steps that this part is."""
 SPARSE_PART = 6
 """One in so many feed-forward experts runs in a sparsely trained model, beside all attention."""
 
@@ -27,8 +29,18 @@ DS_MOE = {strength: f"DS-MoE, {strength}" for strength in MI_WEIGHTS}
 MODELS = (DENSE, SMALL_DENSE, SAME_TOTAL, SAME_ACTIVE, TOP_1, *DS_MOE.values())
 """What the claims are about."""
 ANNEALED, STEERED = "DS-MoE, annealed to strong MI", "DS-MoE, steered from weak MI"
-FINISHED = {strength: f"{name}, finished sparsely" for strength, name in DS_MOE.items()}
-OTHER_WAYS = (ANNEALED, STEERED, *FINISHED.values())
+ALL_STRENGTHS: dict[str, tuple[float, float] | None] = {**SMALLER_MI_WEIGHTS, **MI_WEIGHTS}
+FINISHED = {
+    f"DS-MoE, {strength}, {finishing}": (strength, finishing)
+    for strength in ALL_STRENGTHS
+    for finishing in FINISHINGS
+}
+OTHER_WAYS = (
+    ANNEALED,
+    STEERED,
+    *(f"DS-MoE, {strength}" for strength in SMALLER_MI_WEIGHTS),
+    *FINISHED,
+)
 """Other ways of training DS-MoE, to compare it with."""
 
 
@@ -144,10 +156,10 @@ def variants(model: Config) -> dict[str, Config]:
         layer = {**model["feed_forward"], "init_args": {**experts, "n_experts": n}}
         return {"attention": heads, "feed_forward": layer, "expert_selection": _top(k), **_SWITCH}
 
-    weights = ("expert_mi_weight", "attention_mi_weight")
+    names = ("expert_mi_weight", "attention_mi_weight")
     by_strength: dict[str, Config] = {
-        strength: {} if given is None else dict(zip(weights, given, strict=True))
-        for strength, given in MI_WEIGHTS.items()
+        strength: {} if given is None else dict(zip(names, given, strict=True))
+        for strength, given in ALL_STRENGTHS.items()
     }
     return {
         DENSE: dense(n_experts * d_expert),
@@ -155,7 +167,8 @@ def variants(model: Config) -> dict[str, Config]:
         SAME_TOTAL: sparse(n_experts),
         SAME_ACTIVE: sparse(2 * n_experts),
         TOP_1: {"expert_selection": _top(1), "attention_selection": _top(1), **_SWITCH},
-        **{name: by_strength[strength] for strength, name in [*DS_MOE.items(), *FINISHED.items()]},
+        **{f"DS-MoE, {strength}": weights for strength, weights in by_strength.items()},
+        **{name: by_strength[strength] for name, (strength, _) in FINISHED.items()},
         ANNEALED: by_strength["strong MI"],
         STEERED: by_strength["weak MI"],
     }
@@ -167,10 +180,11 @@ def further_callbacks(name: str, steps: int) -> list[Config]:
         return [_callback("MIWeightAnnealing", steps=max(1, steps // 2))]
     if name == STEERED:
         return [_callback("SparsityTarget", expert_top_k=2, attention_top_k=1, mass=0.99)]
-    if name in FINISHED.values():
-        kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": FINISHING_EPS}}
+    if name in FINISHED:
+        eps, part = FINISHINGS[FINISHED[name][1]]
+        kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
         plan = {"experts": kept, "attention": kept}
-        return [_callback("SparseFinishing", plan=plan, steps=max(1, steps // 5))]
+        return [_callback("SparseFinishing", plan=plan, steps=max(1, int(part * steps)))]
     return []
 
 

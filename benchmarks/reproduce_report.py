@@ -27,8 +27,8 @@ def tables(runs: Runs, shares: Sequence[float]) -> str:
     """
     on = next(iter(next(iter(runs.values())).values()))["machine"]
     begin = (
-        f"{on['cpu']}, {on['threads']} threads a run, torch {on['torch']}, {on['date']}. Losses "
-        "are means over seeds, with the lowest and the highest."
+        f"{on.get('gpu', on['cpu'])}, {on['threads']} threads a run, torch {on['torch']}, "
+        f"{on['date']}. Losses are means over seeds, with the lowest and the highest."
     )
     parts = (_models(runs), _frontiers(runs, shares), _claims(runs))
     return "\n\n".join([begin, *("\n".join(lines) for lines in parts)])

@@ -47,8 +47,7 @@ def carry_out(
             shutil.copyfile(checkpoint, keep_as)
         trained = open_trained(
             str(checkpoint),
-            text,
-            context=None,
+            files=text,
             split="val",
             val_fraction=config["data"]["init_args"]["val_fraction"],
             test_fraction=0.0,

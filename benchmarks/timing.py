@@ -91,7 +91,9 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
 
 def machine() -> dict[str, str | int]:
     """What the numbers were measured on, and when."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

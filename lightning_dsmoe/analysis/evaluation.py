@@ -5,6 +5,7 @@ Shapes: B windows, T tokens, V vocabulary.
 
 import time
 from collections.abc import Callable
+from statistics import stdev
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ class PlanResult(NamedTuple):
             are not among them.
         share_p50: its median over tokens.
         share_p95: its 95th percentile.
-        tokens_per_second: speed of reading the text.
+        tokens_per_second: speed of reading the text and taking its loss.
+        batch_losses: cross entropy of each batch of the text, summed over its tokens.
     """
 
     loss: float
@@ -34,6 +36,17 @@ class PlanResult(NamedTuple):
     share_p50: float
     share_p95: float
     tokens_per_second: float
+    batch_losses: tuple[float, ...]
+
+    def clearly_below(self, other: "PlanResult") -> bool:
+        """Whether the loss is lower than that of another plan by more than a standard error.
+
+        The error is that of the mean difference over the batches of the text, which must be the
+        same; of a single batch any lower loss is enough.
+        """
+        gains = [b - a for a, b in zip(self.batch_losses, other.batch_losses, strict=True)]
+        error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        return sum(gains) > error
 
 
 class Found(NamedTuple):
@@ -59,19 +72,21 @@ def evaluate_plan(
         text: what to measure it on.
         counts: parameters of the decoder before it was packed, from `count_parameters`.
     """
-    active = ActiveParameters(counts)
-    nll, seconds = 0.0, 0.0
+    active = ActiveParameters(counts).to(text.device)
+    nll: list[float] = []
+    seconds = 0.0
     for inputs_BT, labels_BT in text.batches:
         start = time.perf_counter()
         logits_BTV, routings = model(inputs_BT, plan)
+        nll.append(summed_cross_entropy(logits_BTV, labels_BT).item())
         seconds += time.perf_counter() - start
-        nll += summed_cross_entropy(logits_BTV, labels_BT).item()
         active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
     share = active.compute()
     return PlanResult(
-        nll / text.n_tokens,
+        sum(nll) / text.n_tokens,
         share.mean.item(),
         share.p50.item(),
         share.p95.item(),
         text.n_tokens / seconds,
+        tuple(nll),
     )

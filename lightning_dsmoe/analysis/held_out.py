@@ -7,6 +7,7 @@ import hashlib
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_dsmoe.data import TextDataModule
@@ -39,12 +40,22 @@ class HeldOut(NamedTuple):
         middle = len(self.batches) // 2
         return _counted(self.batches[:middle]), _counted(self.batches[middle:])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the windows are."""
+        return self.batches[0][0].device
+
+    def to(self, device: torch.device) -> "HeldOut":
+        """The same text on a device."""
+        batches = [(inputs.to(device), labels.to(device)) for inputs, labels in self.batches]
+        return HeldOut(batches, self.n_tokens)
+
     def fingerprint(self) -> str:
         """A hash of all tokens."""
         digest = hashlib.sha256()
         for inputs_BT, labels_BT in self.batches:
-            digest.update(np.ascontiguousarray(inputs_BT.numpy()).tobytes())
-            digest.update(np.ascontiguousarray(labels_BT.numpy()).tobytes())
+            digest.update(np.ascontiguousarray(inputs_BT.cpu().numpy()).tobytes())
+            digest.update(np.ascontiguousarray(labels_BT.cpu().numpy()).tobytes())
         return digest.hexdigest()
 
 

@@ -1,7 +1,8 @@
 """Finding the selections of every layer that cost the least loss for a share of the parameters.
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
-time, and then tried out against the loss, all attention together and each router alone. `search`
+time, and then tried out against the loss, all attention together and each router alone; a change
+must do more for the loss than chance explains, as the plan is for other text. `search`
 tries the numbers of experts that treat all layers alike too, and with `thresholds` the one
 threshold for all, so that on its text none of them is better.
 """
@@ -134,14 +135,14 @@ def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measur
 def _climbed(
     start: _Trial, group: Sequence[int], trial: Callable[[Sensitivities], _Trial]
 ) -> _Trial:
-    """Make some routers more or else less sensitive as long as it helps."""
+    """Make some routers more or else less sensitive as long as that clearly helps."""
     best = start
     for factor in _FACTORS:
         for _ in range(_MOST_STEPS):
             tried = trial(
                 tuple(s * factor if n in group else s for n, s in enumerate(best.sensitivities))
             )
-            if _loss(tried.found) >= _loss(best.found):
+            if not tried.found.result.clearly_below(best.found.result):
                 break
             best = tried
         if best is not start:

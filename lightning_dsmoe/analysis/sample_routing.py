@@ -65,5 +65,5 @@ def sample_routing(
 
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    found = [part[0] for part in parts if part is not None]
+    found = [part[0].cpu() for part in parts if part is not None]
     return torch.cat(found) if found else None

@@ -24,8 +24,9 @@ class FrequentTokens(NamedTuple):
 
     def rows(self, vocab_size: int) -> Tensor:
         """Place of each token of the vocabulary among them, `[V]`; K for those not among them."""
-        row_V = torch.full((vocab_size,), len(self.numbers_K))
-        row_V[self.numbers_K] = torch.arange(len(self.numbers_K))
+        rows = len(self.numbers_K)
+        row_V = torch.full((vocab_size,), rows, device=self.numbers_K.device)
+        row_V[self.numbers_K] = torch.arange(rows, device=self.numbers_K.device)
         return row_V
 
 

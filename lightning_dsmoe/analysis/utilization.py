@@ -105,9 +105,10 @@ def utilization(
     dense = SelectionPlan.uniform(plan.n_layers)
     row_V = frequent.rows(model.decoder.vocab_size)
     meters = [
-        [None if n is None else _Meter(n, len(frequent.numbers_K)) for n in kind] for kind in sizes
+        [None if n is None else _Meter(n, len(frequent.numbers_K), text.device) for n in kind]
+        for kind in sizes
     ]
-    active = ActiveParameters(counts)
+    active = ActiveParameters(counts).to(text.device)
     losses = [0.0, 0.0]
     for inputs_BT, labels_BT in text.batches:
         mask_BT = labels_BT != IGNORED
@@ -129,7 +130,7 @@ def utilization(
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
     if not math.isfinite(loss + plan_loss):
         raise FloatingPointError(f"the loss is {loss}, under the plan {plan_loss}")
-    return ModelUse(experts, attention, loss, plan_loss, active.compute())
+    return ModelUse(experts, attention, loss, plan_loss, active.cpu().compute())
 
 
 def check_mixtures(sizes: tuple[list[int | None], list[int | None]]) -> None:
@@ -146,10 +147,11 @@ def routers(use: Sequence[RouterUse | None]) -> list[tuple[int, RouterUse]]:
 class _Meter:
     """Sums over the tokens of one router."""
 
-    def __init__(self, n_experts: int, n_frequent: int) -> None:
-        self.gates = ExpertUtilization(n_experts, dead_share=DEAD_SHARE)
-        self.together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
-        self.token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
+    def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
+        self.gates = ExpertUtilization(n_experts, dead_share=DEAD_SHARE).to(device)
+        together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
+        token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
+        self.together_NN, self.token_gates_KN = together_NN.to(device), token_gates_KN.to(device)
         self.best: list[Tensor] = []
 
     def update(
@@ -165,10 +167,10 @@ class _Meter:
     def compute(self, counts_K: Tensor) -> RouterUse:
         best_X = torch.cat(self.best)
         return RouterUse(
-            self.gates.compute(),
-            self.together_NN / len(best_X),
-            self.token_gates_KN[:-1] / counts_K[:, None],
-            best_X,
+            self.gates.cpu().compute(),
+            (self.together_NN / len(best_X)).cpu(),
+            (self.token_gates_KN[:-1] / counts_K[:, None]).cpu(),
+            best_X.cpu(),
         )
 
 

@@ -1,7 +1,7 @@
 """The plan that a model loses least with."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,13 +22,7 @@ def calibrate(
     max_loss_increase: str | None = None,
     output: str = "plan.json",
     fixed: bool = False,
-    files: str | list[str] | None = None,
-    split: Literal["val", "test"] = "val",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.0,
-    context: int | None = None,
-    max_tokens: int = 100_000,
-    batch_tokens: int = 2048,
+    **options: Any,
 ) -> None:
     """Find for each layer which experts to run, and say how much better that is than one rule.
 
@@ -42,13 +36,7 @@ def calibrate(
         output: where to write the plan, as JSON.
         fixed: choose numbers of experts, the same for all tokens, instead of thresholds. A budget
             is met with numbers too where one pair of them for all layers beats every threshold.
-        files: text files as in training; without it the Python sources of the standard library.
-        split: part of the text to use.
-        val_fraction: share of the text in the validation split.
-        test_fraction: share of the text in the test split.
-        context: tokens in a window; by default as in training.
-        max_tokens: tokens to use at the most.
-        batch_tokens: tokens that run at once.
+        options: of the text and the device, see `open_trained`.
 
     Raises:
         ValueError: if not exactly one of budget and max_loss_increase is given or it cannot be met,
@@ -57,16 +45,7 @@ def calibrate(
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
     increase = None if max_loss_increase is None else _percent(max_loss_increase)
-    model, counts, text, _ = open_trained(
-        ckpt_path,
-        files,
-        context=context,
-        split=split,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-    )
+    model, counts, text, _ = open_trained(ckpt_path, **options)
     found_on, judged_on = text.halves()
     dense = model.plan
     solve = fixed_numbers if fixed else thresholds

@@ -1,7 +1,7 @@
 """Sparse models without the experts that a text never uses."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +25,7 @@ def prune(
     plan: str,
     output: str = "pruned",
     quantization: Quantization | None = None,
-    files: str | list[str] | None = None,
-    split: Literal["val", "test"] = "val",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.0,
-    context: int | None = None,
-    max_tokens: int = 100_000,
-    batch_tokens: int = 2048,
+    **options: Any,
 ) -> None:
     """Write a sparse model without the experts that its plan never runs on a text, and prove it.
 
@@ -46,13 +40,7 @@ def prune(
         plan: JSON file of the selection plan, such as `calibrate` writes.
         output: directory of the sparse model; an earlier one there is replaced.
         quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
-        files: text files as in training; without it the Python sources of the standard library.
-        split: part of the text to use.
-        val_fraction: share of the text in the validation split.
-        test_fraction: share of the text in the test split.
-        context: tokens in a window; by default as in training.
-        max_tokens: tokens to use at the most.
-        batch_tokens: tokens that run at once.
+        options: of the text, see `text_for`.
 
     Raises:
         ValueError: if the plan is not one for this model, the checkpoint or the text is not fit for
@@ -67,16 +55,7 @@ def prune(
         selections.check(*decoder.plan_sizes)
     except ValueError as error:
         raise ValueError(f"{plan} is not a plan for this model: {error}") from None
-    text = text_for(
-        loaded,
-        files,
-        context=context,
-        split=split,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-    )
+    text = text_for(loaded, **options)
     used_on, judged_on = text.halves()
     with Console(stderr=True).status("reading the text with all experts there") as status:
         whole = _compiled(loaded, decoder, selections, quantization)

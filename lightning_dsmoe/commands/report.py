@@ -4,7 +4,7 @@ import platform
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,13 +36,7 @@ def report(
     plan: str | None = None,
     output: str = "report.html",
     sample: str | None = None,
-    files: str | list[str] | None = None,
-    split: Literal["val", "test"] = "val",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.0,
-    context: int | None = None,
-    max_tokens: int = 100_000,
-    batch_tokens: int = 2048,
+    **options: Any,
 ) -> None:
     """Write one HTML page on how a trained model uses its experts.
 
@@ -55,13 +49,7 @@ def report(
         plan: JSON file of a selection plan; by default all experts with N*S above 0.1 run.
         output: the page.
         sample: a text to colour; by default the first tokens of the text.
-        files: text files as in training; without it the Python sources of the standard library.
-        split: part of the text to measure on.
-        val_fraction: share of the text in the validation split.
-        test_fraction: share of the text in the test split.
-        context: tokens in a window; by default as in training.
-        max_tokens: tokens to measure on at the most.
-        batch_tokens: tokens that run at once.
+        options: of the text and the device, see `open_trained`.
 
     Raises:
         ValueError: if a checkpoint, the plan, a sample or the text is not fit for it, or the other
@@ -69,19 +57,10 @@ def report(
     """
     if Path(output).is_dir():
         raise ValueError(f"output must be a file, {output} is a folder")
-    model, counts, text, tokenizer = open_trained(
-        ckpt_path,
-        files,
-        context=context,
-        split=split,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-    )
+    model, counts, text, tokenizer = open_trained(ckpt_path, **options)
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
-    before = None if other is None else _other(other, model, tokenizer)
+    before = None if other is None else _other(other, model, tokenizer).to(text.device)
     coloured = sample_routing(
         model,
         selections,
@@ -100,7 +79,7 @@ def report(
     page = report_page(
         Report(
             title=Path(ckpt_path).name,
-            facts=_facts(ckpt_path, other, plan, selections, _text_name(files, split), text),
+            facts=_facts(ckpt_path, other, plan, selections, _text_name(**options), text),
             counts=counts,
             plan=selections,
             use=use,
@@ -140,10 +119,10 @@ def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
     if sample is None:
         return text.batches[0][0].flatten()[:_SAMPLE_TOKENS]
     clean = sample.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    return torch.as_tensor(tokenizer.encode(clean)).long()
+    return torch.as_tensor(tokenizer.encode(clean)).long().to(text.device)
 
 
-def _text_name(files: str | list[str] | None, split: str) -> str:
+def _text_name(files: str | list[str] | None = None, split: str = "val", **options: Any) -> str:
     if files is None:
         return f"{split} split of the standard library of Python {platform.python_version()}"
     return f"{split} split of {files if isinstance(files, str) else ', '.join(files)}"

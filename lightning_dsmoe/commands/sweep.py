@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -21,13 +21,7 @@ from lightning_dsmoe.routing import SelectionPlan
 def sweep(
     ckpt_path: str,
     output: str = "sweep",
-    files: str | list[str] | None = None,
-    split: Literal["val", "test"] = "val",
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.0,
-    context: int | None = None,
-    max_tokens: int = 100_000,
-    batch_tokens: int = 2048,
+    **options: Any,
 ) -> None:
     """Measure a trained model under some forty plans, from very sparse to dense.
 
@@ -37,28 +31,13 @@ def sweep(
     Args:
         ckpt_path: checkpoint of `fit`.
         output: folder of the results.
-        files: text files as in training; without it the Python sources of the standard library.
-        split: part of the text to measure on.
-        val_fraction: share of the text in the validation split.
-        test_fraction: share of the text in the test split.
-        context: tokens in a window; by default as in training.
-        max_tokens: tokens to measure on at the most.
-        batch_tokens: tokens that run at once.
+        options: of the text and the device, see `open_trained`.
 
     Raises:
         ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
             something else.
     """
-    model, counts, text, _ = open_trained(
-        ckpt_path,
-        files,
-        context=context,
-        split=split,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-    )
+    model, counts, text, _ = open_trained(ckpt_path, **options)
     plans = sweep_plans(model.decoder)
     identity = {"checkpoint": sha256(Path(ckpt_path)), "text": text.fingerprint()}
     folder = Path(output)
@@ -115,9 +94,11 @@ def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
     best = frontier([(r.share, r.loss) for r in results.values()])
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["plan", *PlanResult._fields, "on_frontier"])
+    columns = [name for name in PlanResult._fields if name != "batch_losses"]
+    writer.writerow(["plan", *columns, "on_frontier"])
     for number, (name, result) in enumerate(results.items()):
-        writer.writerow([name, *result, number in best])
+        row = [getattr(result, column) for column in columns]
+        writer.writerow([name, *row, number in best])
     write_text(path, lines.getvalue())
 
 

@@ -1,6 +1,8 @@
 """A trained model and text to judge it on, for commands that measure."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from lightning_dsmoe.analysis import HeldOut, held_out
 from lightning_dsmoe.data.tokenizers import Tokenizer
@@ -20,35 +22,23 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_trained(
-    ckpt_path: str,
-    files: str | list[str] | None,
-    *,
-    context: int | None,
-    split: Literal["val", "test"],
-    val_fraction: float,
-    test_fraction: float,
-    max_tokens: int,
-    batch_tokens: int,
-) -> Trained:
-    """Load a checkpoint and windows of text, as long as in training unless `context` says so.
+def open_trained(ckpt_path: str, *, device: str | None = None, **options: Any) -> Trained:
+    """Load a checkpoint and windows of text.
+
+    Args:
+        ckpt_path: checkpoint of `fit`.
+        device: where to run, such as cpu or cuda:1; by default a GPU if there is one.
+        options: of the text, see `text_for`.
 
     Raises:
-        ValueError: if the checkpoint or the text is not fit for it.
+        ValueError: if the checkpoint or the text is not fit for it, or there is no such device.
     """
+    place = _device(device)
     loaded = load_decoder(ckpt_path)
-    text = text_for(
-        loaded,
-        files,
-        context=context,
-        split=split,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
-    )
+    text = text_for(loaded, **options)
     counts = count_parameters(loaded.decoder)
-    return Trained(any_plan(loaded.decoder), counts, text, tokenizer_of(loaded))
+    model = any_plan(loaded.decoder).to(place)
+    return Trained(model, counts, text.to(place), tokenizer_of(loaded))
 
 
 def any_plan(decoder: Decoder) -> SparseModel:
@@ -70,16 +60,26 @@ def tokenizer_of(loaded: LoadedDecoder) -> Tokenizer:
 
 def text_for(
     loaded: LoadedDecoder,
-    files: str | list[str] | None,
+    files: str | list[str] | None = None,
     *,
-    context: int | None,
-    split: Literal["val", "test"],
-    val_fraction: float,
-    test_fraction: float,
-    max_tokens: int,
-    batch_tokens: int,
+    split: Literal["val", "test"] = "val",
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    context: int | None = None,
+    max_tokens: int = 100_000,
+    batch_tokens: int = 2048,
 ) -> HeldOut:
-    """Windows of text for a loaded checkpoint, as long as in training unless `context` says so.
+    """Windows of text for a loaded checkpoint.
+
+    Args:
+        loaded: a checkpoint.
+        files: text files as in training; without it the Python sources of the standard library.
+        split: part of the text to use.
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
+        context: tokens in a window; by default as in training.
+        max_tokens: tokens to use at the most.
+        batch_tokens: tokens that run at once.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer or the text is too short.
@@ -94,3 +94,15 @@ def text_for(
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
     )
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one of this machine, got {name!r}: {reason}") from None
+    return device

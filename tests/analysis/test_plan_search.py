@@ -112,7 +112,11 @@ def test_the_search_is_no_worse_than_where_it_starts(
 
 
 def made_up(loss: Callable[[SelectionPlan], float]) -> Callable[[SelectionPlan], PlanResult]:
-    return lambda plan: PlanResult(loss(plan), 0.0, 0.0, 0.0, 1.0)
+    def measure(plan: SelectionPlan) -> PlanResult:
+        found = loss(plan)
+        return PlanResult(found, 0.0, 0.0, 0.0, 1.0, (found,))
+
+    return measure
 
 
 def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics) -> None:
@@ -127,6 +131,22 @@ def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics)
     start = thresholds(statistics, EVEN, 0.6).attention[1]
     found = search(statistics, 0.6, thresholds, made_up(loss)).plan.attention[1]
     assert found.eps < start.eps / 2
+
+
+def result(*batch_losses: float) -> PlanResult:
+    return PlanResult(sum(batch_losses) / 8, 0.0, 0.0, 0.0, 1.0, batch_losses)
+
+
+def test_a_loss_is_clearly_lower_if_chance_does_not_explain_it() -> None:
+    before = result(3.0, 5.0, 4.0, 6.0)
+    assert result(2.9, 4.9, 3.9, 5.9).clearly_below(before)
+    assert not before.clearly_below(result(2.9, 4.9, 3.9, 5.9))
+    assert not before.clearly_below(before)
+    # Gains of 1, -0.9, 0.5 and -0.1 sum to 0.5; their standard deviation is 0.818.
+    assert not result(2.0, 5.9, 3.5, 6.1).clearly_below(before)
+    # Gains of 1, -0.2, 0.9 and 0.1 sum to 1.8; their standard deviation is 0.592.
+    assert result(2.0, 5.2, 3.1, 5.9).clearly_below(before)
+    assert result(2.9).clearly_below(result(3.0))
 
 
 def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Statistics) -> None:

@@ -32,7 +32,8 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
         "grouped": Engine(decoder, SwitchPoints(gather_up_to=0)),
         "masked": Engine(decoder, SwitchPoints(gather_up_to=0, grouped_from=_NEVER)),
     }
-    if ways["gathered"].compiled_step(plan, 1) is None:
+    gathers = ways["gathered"].switch_points.gather_up_to > 0
+    if not gathers or ways["gathered"].compiled_step(plan, 1) is None:
         del ways["gathered"]
     fastest = [_fastest(ways, plan, n_sequences) for n_sequences in _SEQUENCES]
     timed = list(zip(_SEQUENCES, fastest, strict=True))

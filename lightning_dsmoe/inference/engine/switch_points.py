@@ -14,7 +14,8 @@ class SwitchPoints(NamedTuple):
         gather_up_to: most sequences that decode with the compiled step, up to 16 at a time, which
             reads each expert once that any of them needs. It is compiled for a number of sequences
             when that is first met, and keeps a second copy of the expert weights for more than
-            one, or of those in 8 bits or of very small experts for one. 0 compiles nothing.
+            one, or of those in 8 bits or of very small experts for one. 0 compiles nothing, which
+            holds on every device but the CPU.
         grouped_from: fewest tokens for which each expert runs on its own tokens only; below, all
             experts run on all tokens, those not chosen under gates of zero.
         measured_on: what they were measured on, as `place_of` tells it; elsewhere the defaults
@@ -45,4 +46,6 @@ def place_of(decoder: Decoder) -> str:
 
 def here(points: SwitchPoints, decoder: Decoder) -> SwitchPoints:
     """Switch points if they hold for a decoder where it is, otherwise the defaults."""
-    return points if points.measured_on in (None, place_of(decoder)) else SwitchPoints()
+    held = points if points.measured_on in (None, place_of(decoder)) else SwitchPoints()
+    on_cpu = decoder.embedding.weight.device.type == "cpu"
+    return held if on_cpu else held._replace(gather_up_to=0)

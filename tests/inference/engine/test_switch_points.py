@@ -120,6 +120,7 @@ def test_elsewhere_the_defaults_hold(one_decoder: Decoder) -> None:
     assert model.switch_points == measured
     assert model.double().switch_points == SwitchPoints()
     assert model.float().switch_points == measured
+    assert model.to("meta").switch_points.gather_up_to == 0
     with pytest.raises(ValueError, match="switch points must be 0 or more"):
         model.switch_points = SwitchPoints(-1)
     assert "float32" in place_of(twin)
