@@ -1,0 +1,76 @@
+"""The models of the benchmark of the paper's claims."""
+
+from types import ModuleType
+
+import jsonargparse
+import pytest
+import torch
+
+from lightning_dsmoe import DSMoELanguageModel
+from lightning_dsmoe.metrics import count_parameters
+
+
+def sizes(models: ModuleType, name: str, preset: str) -> tuple[int, int, int]:
+    """All, hidden, and running hidden parameters of a model as it is trained."""
+    config = models.configuration(name, models.PRESETS[preset], seed=1, steps=10)["model"]
+    config["init_args"]["vocab_size"] = 65
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(DSMoELanguageModel, "model")
+    with torch.device("meta"):
+        model = parser.instantiate(parser.parse_object({"model": config})).model
+        model.configure_model()
+    counts = count_parameters(model.decoder)
+    running = counts.always
+    for layers, selections in (
+        (counts.experts, model.plan.experts),
+        (counts.attention, model.plan.attention),
+    ):
+        for layer, selection in zip(layers, selections, strict=True):
+            if layer is not None:
+                running += layer.per_expert * getattr(selection, "k", layer.n_experts)
+    return counts.outside + counts.hidden, counts.hidden, running
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"], ids=["small", "large"])
+def test_models_have_the_sizes_that_their_names_say(models: ModuleType, preset: str) -> None:
+    _, hidden, _ = sizes(models, models.DS_MOE["strong MI"], preset)
+    _, dense, _ = sizes(models, models.DENSE, preset)
+    _, small, small_running = sizes(models, models.SMALL_DENSE, preset)
+    _, same, running = sizes(models, models.SAME_TOTAL, preset)
+    _, larger, larger_running = sizes(models, models.SAME_ACTIVE, preset)
+    _, top_1, fewest = sizes(models, models.TOP_1, preset)
+    assert small == small_running
+    assert top_1 == hidden
+    assert dense == pytest.approx(hidden, rel=0.02)
+    assert same == pytest.approx(hidden, rel=0.02)
+    assert larger > 1.6 * hidden
+    assert larger_running == pytest.approx(running, rel=0.05)
+    assert small == pytest.approx(running, rel=0.05)
+    assert 0.3 < running / same < 0.4
+    assert fewest / top_1 < 0.15
+
+
+def test_the_gpu_preset_has_the_size_of_nanogpts(models: ModuleType) -> None:
+    assert sizes(models, models.DENSE, "gpu")[0] == pytest.approx(10.7e6, rel=0.01)
+
+
+def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
+    models: ModuleType,
+) -> None:
+    weights, rest = [], []
+    for name in models.DS_MOE.values():
+        config = models.configuration(name, models.PRESETS["cpu"], seed=1, steps=2000)
+        arguments = config["model"]["init_args"]
+        weights.append([arguments.pop(f"{kind}_mi_weight") for kind in ("expert", "attention")])
+        rest.append(config)
+    assert rest[0] == rest[1] == rest[2]
+    assert weights == sorted(weights)
+    assert weights[0][0] < weights[1][0] < weights[2][0]
+
+
+def test_a_short_run_has_a_shorter_warm_up_and_one_validation(models: ModuleType) -> None:
+    config = models.configuration(models.DENSE, models.PRESETS["gpu"], seed=7, steps=40)
+    schedule = config["model"]["init_args"]["lr_scheduler"]["init_args"]
+    assert (schedule["max_steps"], schedule["warmup_steps"]) == (40, 2)
+    assert config["trainer"]["val_check_interval"] == config["trainer"]["max_steps"] == 40
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 7

@@ -1,0 +1,87 @@
+"""Training and measuring in the benchmark of the paper's claims."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+def tiny(models: ModuleType) -> Any:
+    changes = {
+        "model": {"d_model": 16, "n_layers": 2},
+        "attention": {"n_experts": 2, "n_heads": 1, "d_head": 8},
+        "feed_forward": {"n_experts": 6, "d_expert": 4},
+        "data": {"context": 16, "batch_size": 4},
+        "trainer": {"accelerator": "cpu"},
+    }
+    return models.Preset(2, None, changes)
+
+
+@pytest.mark.parametrize("name", ["DENSE", "SAME_ACTIVE", "strong MI"])
+def test_a_run_trains_and_measures(
+    benchmark_modules: SimpleNamespace,
+    models: ModuleType,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    monkeypatch.setattr(benchmark_modules.reproduce_runs, "BATCH_TOKENS", 256)
+    model = models.DS_MOE.get(name) or getattr(models, name)
+    configuration = models.configuration(model, tiny(models), seed=1, steps=2)
+    settings = {"shares": [0.1, 0.75], "eps": 0.48, "configuration": configuration}
+    run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), threads=1)
+    assert json.loads(json.dumps(run))["settings"] == settings
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    first, *points = run["points"]
+    assert (first["rule"], first["share"]) == ("all", 1.0)
+    rules = {point["rule"] for point in points}
+    trained = {"as trained"} if name == "SAME_ACTIVE" else set()
+    assert rules == (set() if name == "DENSE" else {"threshold", "top-k"} | trained)
+    for point in points:
+        assert point["budget"] != 0.1  # less than one expert of each router
+        assert point["share"] <= point["budget"] + 0.01
+        assert math.isfinite(point["loss"])
+    routed = {kind for kind, found in run["running"].items() if found}
+    assert routed == {"DENSE": set(), "SAME_ACTIVE": {"experts"}}.get(
+        name, {"experts", "attention"}
+    )
+
+
+@pytest.mark.parametrize(
+    "callbacks", [["MIWeightAnnealing"], ["SparsityTarget"], ["SparseFinishing"]], ids=str
+)
+def test_other_ways_of_training(
+    benchmark_modules: SimpleNamespace,
+    models: ModuleType,
+    callbacks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    found = {
+        name: [c["class_path"].rpartition(".")[2] for c in models.further_callbacks(name, 2000)]
+        for name in (*models.MODELS, *models.OTHER_WAYS)
+    }
+    assert not any(found[name] for name in models.MODELS)
+    name = next(name for name in models.OTHER_WAYS if found[name] == callbacks)
+    configuration = models.configuration(name, tiny(models), seed=1, steps=2)
+    settings = {"shares": [], "eps": 0.48, "configuration": configuration}
+    benchmark_modules.reproduce_runs.BATCH_TOKENS = 256
+    kept = tmp_path / "kept" / "model.ckpt"
+    run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), 1, str(kept))
+    assert run["points"][0]["rule"] == "all"
+    rows = benchmark_modules.calibration.compare(kept, str(text), [0.1, 0.6], 0.5, 10**6)
+    assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
+    assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
+    assert "| model | 60% |" in benchmark_modules.calibration.table(rows)
