@@ -25,7 +25,7 @@ def read_certificate(name: str, data: object) -> dict[str, Any] | None:
         data: what was read from JSON; None if there was nothing.
 
     Returns:
-        The certificate; None for nothing, or for other notes on a model, without a format.
+        The certificate; None for nothing.
 
     Raises:
         ValueError: if it is broken or of another format, naming the field at fault.
@@ -35,7 +35,10 @@ def read_certificate(name: str, data: object) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be an object")
     if "format_version" not in data:
-        return None
+        raise ValueError(
+            f"{name} is not a certificate, it has no format_version; --renew true makes one in its "
+            "place"
+        )
     if data["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{name} has format {short_repr(data['format_version'])}, this version reads "
