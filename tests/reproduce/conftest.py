@@ -18,6 +18,7 @@ OWN = (
     "claims",
     "reproduce_report",
     "reproduce",
+    "price_list",
     "calibration",
 )
 
