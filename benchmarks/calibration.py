@@ -3,9 +3,10 @@
     python benchmarks/calibration.py --text tinyshakespeare.txt --ckpt_paths runs/*.ckpt
 
 For each checkpoint and budget, thresholds are found on the first half of the validation split as
-`lightning-dsmoe calibrate` does. On the second half their loss is compared with that of the best
-uniform plan, one threshold for all routers or one number of experts of each kind, which is chosen
-with hindsight on that half and may run as large a share as the calibrated plan was measured to.
+`lightning-dsmoe calibrate` does, or numbers of experts with `--fixed`. On the second half their
+loss is compared with that of the best uniform plan, one threshold for all routers or one number of
+experts of each kind, which is chosen with hindsight on that half and may run as large a share as
+the calibrated plan was measured to.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from timing import machine
 from lightning_dsmoe.analysis import evaluate_plan
 from lightning_dsmoe.analysis.plan_search import search
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.solvers import thresholds
+from lightning_dsmoe.analysis.solvers import Solver, fixed_numbers, thresholds
 from lightning_dsmoe.analysis.uniform import best_uniform
 from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.files import write_text
@@ -36,19 +37,31 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--val_fraction", type=float, default=0.1)
     parser.add_argument("--max_tokens", type=int, default=sys.maxsize, help="tokens to use at most")
+    parser.add_argument("--fixed", action="store_true", help="numbers of experts, not thresholds")
     parser.add_argument("--json", type=Path, default=Path("calibration.json"))
     options = parser.parse_args()
     rows = []
     for path in options.ckpt_paths:
         rows += compare(
-            path, options.text, options.budgets, options.val_fraction, options.max_tokens
+            path,
+            options.text,
+            options.budgets,
+            fixed_numbers if options.fixed else thresholds,
+            val_fraction=options.val_fraction,
+            max_tokens=options.max_tokens,
         )
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     print(f"{machine()}, {torch.get_num_threads()} threads\n\n{table(rows)}")
 
 
 def compare(
-    path: Path, text: str, budgets: list[float], val_fraction: float, max_tokens: int
+    path: Path,
+    text: str,
+    budgets: list[float],
+    solve: Solver,
+    *,
+    val_fraction: float,
+    max_tokens: int,
 ) -> list[dict[str, Any]]:
     """Losses of one checkpoint at each budget that it can keep to."""
     trained = open_trained(
@@ -64,6 +77,7 @@ def compare(
     found_on, judged_on = trained.text.halves()
     statistics = routing_statistics(model, found_on, counts)
     unseen = routing_statistics(model, judged_on, counts)
+    dense = evaluate_plan(model, model.plan, judged_on, counts)
     rows = []
     for budget in budgets:
         if budget < statistics.least_share:
@@ -71,7 +85,7 @@ def compare(
         found = search(
             statistics,
             budget,
-            thresholds,
+            solve,
             lambda plan: evaluate_plan(model, plan, found_on, counts),
         )
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
@@ -85,6 +99,7 @@ def compare(
                 "budget": budget,
                 "share": calibrated.share,
                 "loss": calibrated.loss,
+                "all_experts": dense.loss,
                 "uniform_share": uniform.result.share,
                 "uniform_loss": uniform.result.loss,
             }
@@ -96,11 +111,13 @@ def compare(
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each model and budget."""
     lines = [
-        "| model | budget | calibrated: active | loss | best uniform: active | loss | better by |",
-        "|---|---|---|---|---|---|---|",
+        "| model | all experts | budget | calibrated: active | loss | against all "
+        "| best uniform: active | loss | better by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['model']} | {row['budget']:.0%} | {row['share']:.2%} | {row['loss']:.4f} "
+        f"| {row['model']} | {row['all_experts']:.4f} | {row['budget']:.0%} | {row['share']:.2%} "
+        f"| {row['loss']:.4f} | {row['loss'] / row['all_experts'] - 1:+.3%} "
         f"| {row['uniform_share']:.2%} | {row['uniform_loss']:.4f} "
         f"| {1 - row['loss'] / row['uniform_loss']:.3%} |"
         for row in rows

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lightning_dsmoe.analysis.solvers import thresholds
+
 
 def tiny(models: ModuleType) -> Any:
     changes = {
@@ -81,7 +83,9 @@ def test_other_ways_of_training(
     kept = tmp_path / "kept" / "model.ckpt"
     run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), 1, str(kept))
     assert run["points"][0]["rule"] == "all"
-    rows = benchmark_modules.calibration.compare(kept, str(text), [0.1, 0.6], 0.5, 10**6)
+    rows = benchmark_modules.calibration.compare(
+        kept, str(text), [0.1, 0.6], thresholds, val_fraction=0.5, max_tokens=10**6
+    )
     assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
-    assert "| model | 60% |" in benchmark_modules.calibration.table(rows)
+    assert "| 60% |" in benchmark_modules.calibration.table(rows)
