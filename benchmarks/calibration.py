@@ -96,6 +96,7 @@ def compare(
         rows.append(
             {
                 "model": path.stem,
+                "fixed": solve is fixed_numbers,
                 "budget": budget,
                 "share": calibrated.share,
                 "loss": calibrated.loss,

@@ -8,24 +8,28 @@ experts.
 """
 
 import argparse
+import copy
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from comparisons import Run
+from comparisons import Run, loss_at
 from matplotlib.figure import Figure
-from reproduce_models import ALL_STRENGTHS, DENSE, FINISHED, FINISHINGS
+from reproduce_models import DENSE, EVERY_DS_MOE, FINISHED, FINISHINGS
 
 from lightning_dsmoe.files import write_text
 
-PRICED = (*(f"DS-MoE, {strength}" for strength in ALL_STRENGTHS), *FINISHED)
+PRICED = (*EVERY_DS_MOE.values(), *FINISHED)
 """Models whose MI weights stay as they are in training."""
 TOLERANCE = 1e-3
 """Share of the loss with all experts that a safe share may add."""
+SHARES = (0.15, 0.25)
+"""Active shares to tell the loss at, those that aims are set for."""
 
 
 class Price(NamedTuple):
@@ -41,7 +45,7 @@ class Price(NamedTuple):
         over_dense: share of the loss of the dense twin that this is more, of seeds that have
             one; None without any.
         safe_share: smallest safe share.
-        safe_loss: loss at that share.
+        losses: at each of `SHARES`.
     """
 
     size: float
@@ -52,7 +56,7 @@ class Price(NamedTuple):
     loss: float
     over_dense: float | None
     safe_share: float
-    safe_loss: float
+    losses: tuple[float, ...]
 
 
 def main() -> None:
@@ -63,7 +67,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the list here, as .svg or .png")
     options = parser.parse_args()
     runs = [run for path in options.json for run in json.loads(path.read_text("utf-8"))]
-    found = prices(runs)
+    try:
+        found = prices(runs)
+    except ValueError as error:
+        sys.exit(str(error))
     if not found:
         sys.exit("none of the runs is of DS-MoE under constant MI weights")
     print(table(found))
@@ -74,68 +81,70 @@ def main() -> None:
 
 
 def prices(runs: Sequence[Run]) -> list[Price]:
-    """The list, by size, steps, finishing and weights."""
-    dense: dict[Any, float] = {}
+    """The list, by size, steps, finishing and weights.
+
+    Raises:
+        ValueError: if two runs differ in what no price tells.
+    """
     groups: dict[Any, dict[int, Run]] = {}
     for run in runs:
         name, seed = run["settings"]["model"], run["settings"]["seed"]
-        config = run["settings"]["configuration"]
-        model, steps = config["model"]["init_args"], config["trainer"]["max_steps"]
-        shape = model["d_model"], model["n_layers"], steps
-        if name == DENSE:
-            dense[*shape, seed] = run["points"][0]["loss"]
-        elif name in PRICED:
-            weights = model["expert_mi_weight"], model["attention_mi_weight"]
-            groups.setdefault((shape, _finishing(name), weights), {})[seed] = run
+        if name == DENSE or name in PRICED:
+            group = groups.setdefault((_recipe(run), name), {})
+            if group.setdefault(seed, run) is not run:
+                raise ValueError(f"there are two runs of {name} with seed {seed}; keep one")
     found = []
-    for (shape, finishing, weights), group in groups.items():
-        twins = {seed: dense[*shape, seed] for seed in group if (*shape, seed) in dense}
-        losses = {seed: run["points"][0]["loss"] for seed, run in group.items()}
-        safe = [safe_point(run) for run in group.values()]
-        share, safe_loss = (mean(values) for values in zip(*safe, strict=True))
+    for (recipe, name), group in groups.items():
+        if name == DENSE:
+            continue
+        run = next(iter(group.values()))
+        config = run["settings"]["configuration"]
+        model, twins = config["model"]["init_args"], groups.get((recipe, DENSE), {})
+        over = [_loss(group[seed]) / _loss(twins[seed]) - 1 for seed in group if seed in twins]
         found.append(
             Price(
-                next(iter(group.values()))["parameters"] / 1e6,
-                shape[-1],
-                weights,
-                finishing,
+                run["parameters"] / 1e6,
+                config["trainer"]["max_steps"],
+                (model["expert_mi_weight"], model["attention_mi_weight"]),
+                FINISHINGS[FINISHED[name][1]][0] if name in FINISHED else None,
                 len(group),
-                mean(losses.values()),
-                mean(losses[seed] / twin - 1 for seed, twin in twins.items()) if twins else None,
-                share,
-                safe_loss,
+                mean(map(_loss, group.values())),
+                mean(over) if over else None,
+                mean(map(safe_share, group.values())),
+                tuple(mean(loss_at(run, s) or math.nan for run in group.values()) for s in SHARES),
             )
         )
     return sorted(found, key=lambda p: (p.size, p.steps, p.finishing or 0.0, p.weights))
 
 
-def safe_point(run: Run) -> tuple[float, float]:
-    """Smallest safe share of a run and the loss there, interpolated between two plans."""
+def safe_share(run: Run) -> float:
+    """Smallest safe share of a run, interpolated between two plans."""
     line = sorted(
         (p["share"], p["loss"]) for p in run["points"] if p["rule"] in ("threshold", "all")
     )
-    most = run["points"][0]["loss"] * (1 + TOLERANCE)
-    for (left, before), (right, after) in itertools.pairwise(reversed(line)):
+    most = _loss(run) * (1 + TOLERANCE)
+    for (more, before), (fewer, after) in itertools.pairwise(reversed(line)):
         if after > most:
-            part = (most - before) / (after - before)
-            return left + part * (right - left), most
-    return line[0]
+            return float(more + (most - before) / (after - before) * (fewer - more))
+    return float(line[0][0])
 
 
 def table(found: Sequence[Price]) -> str:
     """Markdown: one line for each model."""
+    at = " | ".join(f"at {share:.0%}" for share in SHARES)
     lines = [
         "| parameters, M | steps | MI weight, experts / attention | finished under | seeds "
-        "| all experts | against dense | smallest safe share | loss there |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| loss of all experts | against dense | smallest safe share | loss {at} |",
+        "|---" * (8 + len(SHARES)) + "|",
     ]
     for price in found:
         weights = " / ".join(f"{weight:g}" for weight in price.weights)
         over = "" if price.over_dense is None else f"{price.over_dense:+.2%}"
         finishing = "" if price.finishing is None else f"threshold {price.finishing:g}"
+        losses = " | ".join("" if math.isnan(loss) else f"{loss:.4f}" for loss in price.losses)
         lines.append(
             f"| {price.size:.1f} | {price.steps:,} | {weights} | {finishing} | {price.seeds} "
-            f"| {price.loss:.4f} | {over} | {price.safe_share:.1%} | {price.safe_loss:.4f} |"
+            f"| {price.loss:.4f} | {over} | {price.safe_share:.1%} | {losses} |"
         )
     return "\n".join(lines)
 
@@ -169,8 +178,20 @@ def figure(found: Sequence[Price]) -> Figure:
     return drawn
 
 
-def _finishing(model: str) -> float | None:
-    return FINISHINGS[FINISHED[model][1]][0] if model in FINISHED else None
+def _loss(run: Run) -> float:
+    """Loss with all experts."""
+    return float(run["points"][0]["loss"])
+
+
+def _recipe(run: Run) -> str:
+    """What a model and its dense twin have in common, whatever the seed."""
+    config = copy.deepcopy(run["settings"]["configuration"])
+    model = config["model"]["init_args"]
+    for name in ("attention", "feed_forward", "expert_mi_weight", "attention_mi_weight"):
+        del model[name]
+    del config["seed_everything"], config["data"]["init_args"]["seed"]
+    del config["trainer"]["callbacks"]
+    return json.dumps([run["settings"]["text"], config], sort_keys=True)
 
 
 if __name__ == "__main__":

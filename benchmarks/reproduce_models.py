@@ -25,20 +25,21 @@ SPARSE_PART = 6
 
 DENSE, SMALL_DENSE = "dense", "dense, active size"
 SAME_TOTAL, SAME_ACTIVE, TOP_1 = "SMoE, same total", "SMoE, same active", "SMoE, top-1 of both"
-DS_MOE = {strength: f"DS-MoE, {strength}" for strength in MI_WEIGHTS}
+ALL_WEIGHTS: dict[str, tuple[float, float] | None] = {**SMALLER_MI_WEIGHTS, **MI_WEIGHTS}
+EVERY_DS_MOE = {strength: f"DS-MoE, {strength}" for strength in ALL_WEIGHTS}
+DS_MOE = {strength: EVERY_DS_MOE[strength] for strength in MI_WEIGHTS}
 MODELS = (DENSE, SMALL_DENSE, SAME_TOTAL, SAME_ACTIVE, TOP_1, *DS_MOE.values())
 """What the claims are about."""
 ANNEALED, STEERED = "DS-MoE, annealed to strong MI", "DS-MoE, steered from weak MI"
-ALL_STRENGTHS: dict[str, tuple[float, float] | None] = {**SMALLER_MI_WEIGHTS, **MI_WEIGHTS}
 FINISHED = {
-    f"DS-MoE, {strength}, {finishing}": (strength, finishing)
-    for strength in ALL_STRENGTHS
+    f"{name}, {finishing}": (strength, finishing)
+    for strength, name in EVERY_DS_MOE.items()
     for finishing in FINISHINGS
 }
 OTHER_WAYS = (
     ANNEALED,
     STEERED,
-    *(f"DS-MoE, {strength}" for strength in SMALLER_MI_WEIGHTS),
+    *(EVERY_DS_MOE[strength] for strength in SMALLER_MI_WEIGHTS),
     *FINISHED,
 )
 """Other ways of training DS-MoE, to compare it with."""
@@ -159,7 +160,7 @@ def variants(model: Config) -> dict[str, Config]:
     names = ("expert_mi_weight", "attention_mi_weight")
     by_strength: dict[str, Config] = {
         strength: {} if given is None else dict(zip(names, given, strict=True))
-        for strength, given in ALL_STRENGTHS.items()
+        for strength, given in ALL_WEIGHTS.items()
     }
     return {
         DENSE: dense(n_experts * d_expert),
@@ -167,7 +168,7 @@ def variants(model: Config) -> dict[str, Config]:
         SAME_TOTAL: sparse(n_experts),
         SAME_ACTIVE: sparse(2 * n_experts),
         TOP_1: {"expert_selection": _top(1), "attention_selection": _top(1), **_SWITCH},
-        **{f"DS-MoE, {strength}": weights for strength, weights in by_strength.items()},
+        **{name: by_strength[strength] for strength, name in EVERY_DS_MOE.items()},
         **{name: by_strength[strength] for name, (strength, _) in FINISHED.items()},
         ANNEALED: by_strength["strong MI"],
         STEERED: by_strength["weak MI"],

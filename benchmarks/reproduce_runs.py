@@ -57,7 +57,8 @@ def carry_out(
         found = measure(trained, training_plan(config), settings["shares"], settings["eps"])
     counts = trained.counts
     sizes = {"parameters": counts.outside + counts.hidden, "hidden": counts.hidden}
-    return {"settings": settings, "machine": machine(), "seconds": seconds, **sizes, **found}
+    on = machine(trained.text.device)
+    return {"settings": settings, "machine": on, "seconds": seconds, **sizes, **found}
 
 
 def train(config: Config, text: str, folder: Path) -> Path:

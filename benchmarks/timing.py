@@ -89,9 +89,10 @@ def seconds_per_call(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on, and when."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+def machine(device: torch.device | None = None) -> dict[str, str | int]:
+    """What the numbers were measured on, and when; a GPU is told if it is the device."""
+    on_gpu = device is not None and device.type == "cuda"
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if on_gpu else {}
     return {
         **gpu,
         "cpu": _cpu_model(),

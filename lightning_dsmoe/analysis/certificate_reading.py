@@ -35,10 +35,7 @@ def read_certificate(name: str, data: object) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise ValueError(f"{name} must be an object")
     if "format_version" not in data:
-        raise ValueError(
-            f"{name} is not a certificate, it has no format_version; --renew true makes one in its "
-            "place"
-        )
+        raise ValueError(f"{name} is not a certificate: it has no format_version")
     if data["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{name} has format {short_repr(data['format_version'])}, this version reads "

@@ -2,9 +2,9 @@
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
 time, and then tried out against the loss, all attention together and each router alone; a change
-must do more for the loss than chance explains, as the plan is for other text. `search`
-tries the numbers of experts that treat all layers alike too, and with `thresholds` the one
-threshold for all, so that on its text none of them is better.
+must lower the loss by more than a standard error, as the plan is for other text. `search` tries
+the numbers of experts that treat all layers alike too, and with `thresholds` the one threshold for
+all, so that on its text none of them is better.
 """
 
 from collections.abc import Callable, Sequence

@@ -24,9 +24,8 @@ class FrequentTokens(NamedTuple):
 
     def rows(self, vocab_size: int) -> Tensor:
         """Place of each token of the vocabulary among them, `[V]`; K for those not among them."""
-        rows = len(self.numbers_K)
-        row_V = torch.full((vocab_size,), rows, device=self.numbers_K.device)
-        row_V[self.numbers_K] = torch.arange(rows, device=self.numbers_K.device)
+        row_V = torch.full((vocab_size,), len(self.numbers_K))
+        row_V[self.numbers_K] = torch.arange(len(self.numbers_K))
         return row_V
 
 
@@ -44,7 +43,7 @@ class Preference(NamedTuple):
 def frequent_tokens(text: HeldOut, least: int = LEAST_COUNT) -> FrequentTokens:
     """The tokens that a model reads at least so many times in a text."""
     read = [inputs_BT[labels_BT != IGNORED] for inputs_BT, labels_BT in text.batches]
-    numbers, counts = torch.cat(read).unique(return_counts=True)
+    numbers, counts = torch.cat(read).cpu().unique(return_counts=True)
     often = counts >= least
     return FrequentTokens(numbers[often], counts[often])
 

@@ -103,7 +103,7 @@ def utilization(
     check_mixtures(sizes)
     plan.check(*sizes)
     dense = SelectionPlan.uniform(plan.n_layers)
-    row_V = frequent.rows(model.decoder.vocab_size)
+    row_V = frequent.rows(model.decoder.vocab_size).to(text.device)
     meters = [
         [None if n is None else _Meter(n, len(frequent.numbers_K), text.device) for n in kind]
         for kind in sizes
@@ -169,7 +169,7 @@ class _Meter:
         return RouterUse(
             self.gates.cpu().compute(),
             (self.together_NN / len(best_X)).cpu(),
-            (self.token_gates_KN[:-1] / counts_K[:, None]).cpu(),
+            self.token_gates_KN[:-1].cpu() / counts_K[:, None],
             best_X.cpu(),
         )
 

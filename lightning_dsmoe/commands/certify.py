@@ -56,13 +56,13 @@ def certify(
     An artifact without a certificate gets one, in certificate.json and in its card. One that has a
     certificate is checked: the plan and the weights must be those of the certificate, and what is
     measured on the same text must agree to 1 %, losses to 0.1 %. Whatever does not ends it with an
-    error, and nothing is written.
+    error, as do other notes in certificate.json, and nothing is written.
 
     Args:
         artifact: directory of a sparse model.
         ckpt_path: checkpoint that it was made of, which proves that the weights are the same;
             without it the artifact with all experts running is the dense model.
-        renew: certify anew and leave aside whatever certificate there is.
+        renew: certify anew and leave aside whatever is in certificate.json.
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to measure on; by default that of the certificate, or val.
         val_fraction: share of the text in the validation split; by default that of the

@@ -1,6 +1,7 @@
 """A page about how a trained model uses its experts."""
 
 import platform
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -79,7 +80,7 @@ def report(
     page = report_page(
         Report(
             title=Path(ckpt_path).name,
-            facts=_facts(ckpt_path, other, plan, selections, _text_name(**options), text),
+            facts=_facts(ckpt_path, other, plan, selections, _text_name(options), text),
             counts=counts,
             plan=selections,
             use=use,
@@ -122,7 +123,8 @@ def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
     return torch.as_tensor(tokenizer.encode(clean)).long().to(text.device)
 
 
-def _text_name(files: str | list[str] | None = None, split: str = "val", **options: Any) -> str:
+def _text_name(options: Mapping[str, Any]) -> str:
+    split, files = options.get("split", "val"), options.get("files")
     if files is None:
         return f"{split} split of the standard library of Python {platform.python_version()}"
     return f"{split} split of {files if isinstance(files, str) else ', '.join(files)}"

@@ -39,9 +39,14 @@ def sweep(
     """
     model, counts, text, _ = open_trained(ckpt_path, **options)
     plans = sweep_plans(model.decoder)
-    identity = {"checkpoint": sha256(Path(ckpt_path)), "text": text.fingerprint()}
+    identity = {
+        "checkpoint": sha256(Path(ckpt_path)),
+        "text": text.fingerprint(),
+        "device": str(text.device),
+    }
     folder = Path(output)
     results = _earlier(folder / "sweep.json", identity)
+    model(text.batches[0][0])  # a device is slow at first
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
             f"{len(plans)} plans on {text.n_tokens:,} tokens", total=len(plans)
@@ -69,11 +74,14 @@ def _earlier(path: Path, identity: dict[str, str]) -> dict[str, PlanResult]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         same = found["identity"] == identity
-        results = {name: PlanResult(**row["result"]) for name, row in found["plans"].items()}
+        results = {
+            name: PlanResult(**row["result"], batch_losses=())
+            for name, row in found["plans"].items()
+        }
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not a sweep; choose another output") from None
     if not same:
-        raise ValueError(f"{path} is of another model or text; choose another output")
+        raise ValueError(f"{path} is of another model, text or device; choose another output")
     return results
 
 
@@ -84,7 +92,7 @@ def _write_json(
     results: dict[str, PlanResult],
 ) -> None:
     rows = {
-        name: {"result": result._asdict(), "plan": plans[name].to_dict()}
+        name: {"result": _figures(result), "plan": plans[name].to_dict()}
         for name, result in results.items()
     }
     write_text(path, json.dumps({"identity": identity, "plans": rows}, indent=2) + "\n")
@@ -94,12 +102,15 @@ def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
     best = frontier([(r.share, r.loss) for r in results.values()])
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    columns = [name for name in PlanResult._fields if name != "batch_losses"]
-    writer.writerow(["plan", *columns, "on_frontier"])
+    writer.writerow(["plan", *_figures(results["all"]), "on_frontier"])
     for number, (name, result) in enumerate(results.items()):
-        row = [getattr(result, column) for column in columns]
-        writer.writerow([name, *row, number in best])
+        writer.writerow([name, *_figures(result).values(), number in best])
     write_text(path, lines.getvalue())
+
+
+def _figures(result: PlanResult) -> dict[str, float]:
+    """What is told of a plan: all but the losses of single batches."""
+    return {name: value for name, value in result._asdict().items() if name != "batch_losses"}
 
 
 def _table(results: dict[str, PlanResult], knee_name: str) -> Table:

@@ -27,7 +27,7 @@ def open_trained(ckpt_path: str, *, device: str | None = None, **options: Any) -
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        device: where to run, such as cpu or cuda:1; by default a GPU if there is one.
+        device: where to run, such as cpu or cuda:1; by default a CUDA GPU if there is one.
         options: of the text, see `text_for`.
 
     Raises:
@@ -105,4 +105,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one of this machine, got {name!r}: {reason}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or a CUDA GPU, got {name!r}")
     return device

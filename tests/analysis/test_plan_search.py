@@ -142,11 +142,28 @@ def test_a_loss_is_clearly_lower_if_chance_does_not_explain_it() -> None:
     assert result(2.9, 4.9, 3.9, 5.9).clearly_below(before)
     assert not before.clearly_below(result(2.9, 4.9, 3.9, 5.9))
     assert not before.clearly_below(before)
-    # Gains of 1, -0.9, 0.5 and -0.1 sum to 0.5; their standard deviation is 0.818.
-    assert not result(2.0, 5.9, 3.5, 6.1).clearly_below(before)
-    # Gains of 1, -0.2, 0.9 and 0.1 sum to 1.8; their standard deviation is 0.592.
+    # Gains of 1, -0.9, 0.5 and 0.4 sum to 1; their standard deviation is 0.81, twice that 1.62.
+    assert not result(2.0, 5.9, 3.5, 5.6).clearly_below(before)
+    # Gains of 1, -0.2, 0.9 and 0.1 sum to 1.8; their standard deviation is 0.59, twice that 1.18.
     assert result(2.0, 5.2, 3.1, 5.9).clearly_below(before)
     assert result(2.9).clearly_below(result(3.0))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_search_moves_on_for_clear_gains_alone(spread: float, statistics: Statistics) -> None:
+    """Half of the text gains by what the other half loses, and a little more."""
+    router = statistics.attention[1]
+    assert router is not None
+
+    def measure(plan: SelectionPlan) -> PlanResult:
+        last = plan.attention[1]
+        dropped = router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
+        return result(1 + (0.01 + spread) * dropped, 1 + (0.01 - spread) * dropped)
+
+    found = search(statistics, 0.6, thresholds, measure).plan
+    starts = [thresholds(statistics, sensitivity, 0.6) for sensitivity in (EVEN, alike(statistics))]
+    moved = found.attention[1].eps < min(plan.attention[1].eps for plan in starts) / 2
+    assert moved == (spread == 0)
 
 
 def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Statistics) -> None:

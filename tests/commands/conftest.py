@@ -131,6 +131,7 @@ def measuring(trained: Run, tmp_path: Path) -> Callable[[str, str], list[str]]:
             f"--output={tmp_path / output}",
             "--max_tokens=300",
             "--batch_tokens=64",
+            "--device=cpu",
         ]
 
     return words

@@ -261,6 +261,10 @@ def test_broken_certificates(certify: Certify, artifact: Path, tmp_path: Path) -
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
     assert "certificate.json is not JSON" in error
+    (artifact / "certificate.json").write_text('{"loss": 1.25}')
+    sign(artifact)
+    error = fails(certify(), tmp_path, content(tmp_path))
+    assert error.endswith("certificate.json is not a certificate: it has no format_version")
     assert certify("--renew=true", "--batch_tokens=64").code == 0
     assert certify().code == 0
 

@@ -180,3 +180,18 @@ def test_an_earlier_page_stays_if_something_goes_wrong(
     assert cli(*words).errors == ["lightning-dsmoe: error: no space left"]
     assert (tmp_path / "report.html").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_split_is_checked_before_anything_is_read(
+    cli: Callable[..., Outcome], words: list[str]
+) -> None:
+    outcome = cli(*words, "--split=train")
+    assert outcome.code == 2
+    assert "split" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["sweep", "calibrate", "report", "prune"])
+def test_help_tells_the_options_of_the_text(cli: Callable[..., Outcome], command: str) -> None:
+    told = " ".join(cli(command, "--help").out.split())
+    assert "--max_tokens MAX_TOKENS tokens to use at the most. (type: int, default: 100000)" in told
+    assert "Conditional" not in told

@@ -30,6 +30,15 @@ def test_it_writes_tables_plans_and_pictures(
     with (folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) > 20
+    assert list(rows[0]) == [
+        "plan",
+        "loss",
+        "share",
+        "share_p50",
+        "share_p95",
+        "tokens_per_second",
+        "on_frontier",
+    ]
     assert rows[0]["plan"] == "all"
     assert float(rows[0]["share"]) == 1
     assert {row["on_frontier"] for row in rows} == {"True", "False"}
@@ -83,7 +92,7 @@ def test_results_of_something_else_are_not_mixed(
     outcome = cli(*words, "--max_tokens=200")
     assert outcome.code == 1
     [error] = outcome.errors
-    assert "is of another model or text; choose another output" in error
+    assert "is of another model, text or device; choose another output" in error
     assert (tmp_path / "sweep" / "sweep.json").read_text() == before
     (tmp_path / "sweep" / "sweep.json").write_text("[1]")
     [error] = cli(*words).errors

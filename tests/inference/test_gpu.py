@@ -92,3 +92,10 @@ def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> No
         expected_BTV = SparseModel.load(folder).logits(tokens_BT)
         found_BTV = SparseModel.load(folder).to("cuda").logits(tokens_BT.cuda())
     assert off(found_BTV, expected_BTV) < ROUNDING
+
+
+def test_nothing_compiles() -> None:
+    decoder = rotary_glu().eval()
+    model = compile_sparse(decoder, everywhere(Threshold(0.9))).to("cuda")
+    assert model.switch_points.gather_up_to == 0
+    assert model.calibrate().gather_up_to == 0

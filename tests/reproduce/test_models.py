@@ -58,14 +58,27 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
     models: ModuleType,
 ) -> None:
     weights, rest = [], []
-    for name in models.DS_MOE.values():
+    for name in models.EVERY_DS_MOE.values():
         config = models.configuration(name, models.PRESETS["cpu"], seed=1, steps=2000)
         arguments = config["model"]["init_args"]
         weights.append([arguments.pop(f"{kind}_mi_weight") for kind in ("expert", "attention")])
         rest.append(config)
-    assert rest[0] == rest[1] == rest[2]
-    assert weights == sorted(weights)
-    assert weights[0][0] < weights[1][0] < weights[2][0]
+    assert all(other == rest[0] for other in rest)
+    assert [expert for expert, _ in weights] == [0.0025, 0.005, 0.01, 0.02, 0.05]
+    assert [attention for _, attention in weights] == [0.0025, 0.005, 0.01, 0.02, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("finishing", "eps", "steps"),
+    [("finished sparsely", 0.3, 400), ("finished more sparsely", 1.0, 600)],
+)
+def test_models_are_finished_under_a_threshold(
+    models: ModuleType, finishing: str, eps: float, steps: int
+) -> None:
+    [callback] = models.further_callbacks(f"DS-MoE, faint MI, {finishing}", 2000)
+    assert callback["init_args"]["steps"] == steps
+    kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
+    assert callback["init_args"]["plan"] == {"experts": kept, "attention": kept}
 
 
 def test_a_short_run_has_a_shorter_warm_up_and_one_validation(models: ModuleType) -> None:

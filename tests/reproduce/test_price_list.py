@@ -1,6 +1,7 @@
 """What sparsity costs, as a list."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,10 +19,15 @@ def price_list(benchmark_modules: SimpleNamespace) -> ModuleType:
 
 
 def trained(
-    models: ModuleType, name: str, seed: int, loss: float, points: dict[float, float] | None = None
+    models: ModuleType,
+    name: str,
+    seed: int,
+    loss: float,
+    points: dict[float, float] | None = None,
+    text: str = "ab",
 ) -> dict[str, Any]:
     configuration = models.configuration(name, models.PRESETS["cpu"], seed=seed, steps=50)
-    settings = {"model": name, "seed": seed, "configuration": configuration}
+    settings = {"model": name, "seed": seed, "text": text, "configuration": configuration}
     return run(loss, points) | {"settings": settings}
 
 
@@ -32,6 +38,7 @@ def runs(models: ModuleType) -> list[dict[str, Any]]:
     return [
         trained(models, models.DENSE, 1, 2.0),
         trained(models, models.DENSE, 2, 4.0),
+        trained(models, models.DENSE, 3, 9.0, text="cd"),
         trained(models, weak, 1, 2.2, {0.1: 3.0, 0.5: 2.2}),
         trained(models, weak, 2, 4.0, {0.1: 4.004, 0.5: 4.0}),
         trained(models, finished, 3, 1.0, {0.2: 2.0, 0.3: 1.0, 0.4: 1.1, 0.5: 1.0}),
@@ -47,9 +54,20 @@ def test_prices_are_means_over_seeds(price_list: ModuleType, runs: list[Any]) ->
     assert plain.over_dense == pytest.approx((0.1 + 0.0) / 2)
     first = 0.5 - 0.4 * 0.0022 / 0.8
     assert plain.safe_share == pytest.approx((first + 0.1) / 2)
-    assert plain.safe_loss == pytest.approx((2.2 * 1.001 + 4.004) / 2)
+    assert plain.losses == pytest.approx(
+        [(3.0 - 0.8 * 0.05 / 0.4 + 4.0035) / 2, (3.0 - 0.8 * 0.15 / 0.4 + 4.0025) / 2]
+    )
     assert (finished.finishing, finished.over_dense) == (0.3, None)
     assert finished.safe_share == pytest.approx(0.5 - 0.1 * 0.001 / 0.1)
+    assert math.isnan(finished.losses[0])
+
+
+def test_the_same_run_twice_is_a_mistake(
+    price_list: ModuleType, models: ModuleType, runs: list[Any]
+) -> None:
+    again = trained(models, models.DENSE, 2, 4.1)
+    with pytest.raises(ValueError, match="two runs of dense with seed 2; keep one"):
+        price_list.prices([*runs, again])
 
 
 def test_it_prints_and_draws(

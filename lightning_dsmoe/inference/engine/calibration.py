@@ -32,8 +32,8 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
         "grouped": Engine(decoder, SwitchPoints(gather_up_to=0)),
         "masked": Engine(decoder, SwitchPoints(gather_up_to=0, grouped_from=_NEVER)),
     }
-    gathers = ways["gathered"].switch_points.gather_up_to > 0
-    if not gathers or ways["gathered"].compiled_step(plan, 1) is None:
+    compiled = ways["gathered"]
+    if not compiled.switch_points.gather_up_to or compiled.compiled_step(plan, 1) is None:
         del ways["gathered"]
     fastest = [_fastest(ways, plan, n_sequences) for n_sequences in _SEQUENCES]
     timed = list(zip(_SEQUENCES, fastest, strict=True))

@@ -14,8 +14,8 @@ class SwitchPoints(NamedTuple):
         gather_up_to: most sequences that decode with the compiled step, up to 16 at a time, which
             reads each expert once that any of them needs. It is compiled for a number of sequences
             when that is first met, and keeps a second copy of the expert weights for more than
-            one, or of those in 8 bits or of very small experts for one. 0 compiles nothing, which
-            holds on every device but the CPU.
+            one, or of those in 8 bits or of very small experts for one. 0 compiles nothing;
+            off the CPU every number counts as 0.
         grouped_from: fewest tokens for which each expert runs on its own tokens only; below, all
             experts run on all tokens, those not chosen under gates of zero.
         measured_on: what they were measured on, as `place_of` tells it; elsewhere the defaults
