@@ -157,7 +157,7 @@ def figure(found: Sequence[Price]) -> Figure:
     for number, (size, steps, finishing) in enumerate(keys):
         line = [p for p in found if (p.size, p.steps, p.finishing) == (size, steps, finishing)]
         weights = [price.weights[0] for price in line]
-        ending = "" if finishing is None else f", finished under {finishing:g}"
+        ending = "" if finishing is None else f", finished under threshold {finishing:g}"
         style = {
             "color": f"C{number}",
             "marker": "o",

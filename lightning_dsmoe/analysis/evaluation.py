@@ -13,7 +13,7 @@ import torch
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.losses.cross_entropy import window_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -28,7 +28,7 @@ class PlanResult(NamedTuple):
         share_p50: its median over tokens.
         share_p95: its 95th percentile.
         tokens_per_second: speed of reading the text and taking its loss.
-        batch_losses: cross entropy of each batch of the text, summed over its tokens.
+        window_losses: cross entropy of each window of the text, summed over its tokens.
     """
 
     loss: float
@@ -36,15 +36,15 @@ class PlanResult(NamedTuple):
     share_p50: float
     share_p95: float
     tokens_per_second: float
-    batch_losses: tuple[float, ...]
+    window_losses: tuple[float, ...]
 
     def clearly_below(self, other: "PlanResult") -> bool:
         """Whether the loss is lower than that of another plan by more than a standard error.
 
-        The error is that of the mean difference over the batches of the text, which must be the
-        same; of a single batch any lower loss is enough.
+        The error is that of the mean difference over the windows of the text, which must be the
+        same; of a single window any lower loss is enough.
         """
-        gains = [b - a for a, b in zip(self.batch_losses, other.batch_losses, strict=True)]
+        gains = [b - a for a, b in zip(self.window_losses, other.window_losses, strict=True)]
         error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
         return sum(gains) > error
 
@@ -78,7 +78,7 @@ def evaluate_plan(
     for inputs_BT, labels_BT in text.batches:
         start = time.perf_counter()
         logits_BTV, routings = model(inputs_BT, plan)
-        nll.append(summed_cross_entropy(logits_BTV, labels_BT).item())
+        nll += window_cross_entropy(logits_BTV, labels_BT).tolist()
         seconds += time.perf_counter() - start
         active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
     share = active.compute()

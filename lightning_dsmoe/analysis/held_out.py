@@ -27,18 +27,23 @@ class HeldOut(NamedTuple):
     n_tokens: int
 
     def halves(self) -> "tuple[HeldOut, HeldOut]":
-        """The first and the second half of the batches.
+        """The first and the second half of the batches, of a single one those of its windows.
 
         Raises:
-            ValueError: if there is only one batch.
+            ValueError: if there is only one window.
         """
-        if len(self.batches) < 2:
+        batches = self.batches
+        if len(batches) == 1:
+            [(inputs_BT, labels_BT)] = batches
+            half = -(-len(inputs_BT) // 2)
+            batches = list(zip(inputs_BT.split(half), labels_BT.split(half), strict=True))
+        if len(batches) < 2:
             raise ValueError(
-                f"the text has {self.n_tokens} tokens in one batch, which is too short to find a "
-                f"plan on and to judge it: it takes more than {self.batches[0][0].numel()}"
+                f"the text has {self.n_tokens} tokens in one window, which is too short to find a "
+                f"plan on and to judge it: it takes more than {batches[0][0].numel()}"
             )
-        middle = len(self.batches) // 2
-        return _counted(self.batches[:middle]), _counted(self.batches[middle:])
+        middle = len(batches) // 2
+        return _counted(batches[:middle]), _counted(batches[middle:])
 
     @property
     def device(self) -> torch.device:

@@ -75,7 +75,7 @@ def _earlier(path: Path, identity: dict[str, str]) -> dict[str, PlanResult]:
         found = json.loads(path.read_text(encoding="utf-8"))
         same = found["identity"] == identity
         results = {
-            name: PlanResult(**row["result"], batch_losses=())
+            name: PlanResult(**row["result"], window_losses=())
             for name, row in found["plans"].items()
         }
     except (ValueError, TypeError, KeyError):
@@ -109,8 +109,8 @@ def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
 
 
 def _figures(result: PlanResult) -> dict[str, float]:
-    """What is told of a plan: all but the losses of single batches."""
-    return {name: value for name, value in result._asdict().items() if name != "batch_losses"}
+    """What is told of a plan: all but the losses of single windows."""
+    return {name: value for name, value in result._asdict().items() if name != "window_losses"}
 
 
 def _table(results: dict[str, PlanResult], knee_name: str) -> Table:

@@ -12,6 +12,9 @@ from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 
+_BATCH_TOKENS = 8192
+_MOST_LOGITS = 2**26  # of a batch, 256 MiB in float32
+
 
 class Trained(NamedTuple):
     """A model that runs any plan, the parameters of its decoder, text, and its tokenizer."""
@@ -67,7 +70,7 @@ def text_for(
     test_fraction: float = 0.0,
     context: int | None = None,
     max_tokens: int = 100_000,
-    batch_tokens: int = 2048,
+    batch_tokens: int | None = None,
 ) -> HeldOut:
     """Windows of text for a loaded checkpoint.
 
@@ -79,20 +82,21 @@ def text_for(
         test_fraction: share of the text in the test split.
         context: tokens in a window; by default as in training.
         max_tokens: tokens to use at the most.
-        batch_tokens: tokens that run at once.
+        batch_tokens: tokens that run at once; by default 8,192, or fewer of a large vocabulary.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer or the text is too short.
     """
+    tokenizer = tokenizer_of(loaded)
     return held_out(
-        tokenizer_of(loaded),
+        tokenizer,
         files,
         context=context or loaded.context or 128,
         split=split,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         max_tokens=max_tokens,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or min(_BATCH_TOKENS, _MOST_LOGITS // tokenizer.vocab_size),
     )
 
 

@@ -7,6 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def window_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of -ln p(label) over the tokens of each window that count, in nats and in float32: `[B]`.
+
+    Args:
+        logits_BTV: logits of the next tokens, `[B, T, V]`.
+        labels_BT: the next tokens, `[B, T]`; -100 does not count.
+    """
+    loss_X = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100, reduction="none"
+    )
+    return loss_X.view_as(labels_BT).sum(-1)
+
+
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum of -ln p(label) over the tokens that count, in nats and in float32.
 

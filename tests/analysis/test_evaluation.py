@@ -28,6 +28,16 @@ def test_loss_and_share_are_those_of_the_decoder(
     assert found.tokens_per_second > 0
 
 
+def test_halves_of_a_single_batch_share_its_windows() -> None:
+    inputs_BT, labels_BT = torch.randint(29, (2, 3, 4))
+    first, second = HeldOut([(inputs_BT, labels_BT)], 12).halves()
+    assert torch.equal(first.batches[0][0], inputs_BT[:2])
+    assert torch.equal(second.batches[0][1], labels_BT[2:])
+    assert (first.n_tokens, second.n_tokens) == (8, 4)
+    with pytest.raises(ValueError, match=r"4 tokens in one window, .* it takes more than 4"):
+        second.halves()
+
+
 def test_halves_share_the_text(text: HeldOut) -> None:
     first, second = text.halves()
     assert first.batches + second.batches == text.batches

@@ -133,8 +133,8 @@ def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics)
     assert found.eps < start.eps / 2
 
 
-def result(*batch_losses: float) -> PlanResult:
-    return PlanResult(sum(batch_losses) / 8, 0.0, 0.0, 0.0, 1.0, batch_losses)
+def result(*window_losses: float) -> PlanResult:
+    return PlanResult(sum(window_losses) / 8, 0.0, 0.0, 0.0, 1.0, window_losses)
 
 
 def test_a_loss_is_clearly_lower_if_chance_does_not_explain_it() -> None:

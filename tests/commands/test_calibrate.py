@@ -45,7 +45,10 @@ def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_pa
         (["--budget=0.5", "--max_loss_increase=1%"], "calibrate needs either --budget or"),
         (["--budget=0.01"], "a budget of 0.01 cannot be met: one expert in each layer is 0."),
         (["--budget=1.5"], "a budget of 1.5 cannot be met"),
-        (["--budget=0.5", "--max_tokens=1"], "in one batch, which is too short to find a plan on"),
+        (
+            ["--budget=0.5", "--max_tokens=1", "--batch_tokens=16"],
+            "in one window, which is too short to find a plan on and to judge it",
+        ),
         (["--max_loss_increase=much"], "max_loss_increase must be like 0.5% or 0.005, got 'much'"),
         (["--max_loss_increase=-1%"], "max_loss_increase must be from 0 to 1000%, got '-1%'"),
     ],

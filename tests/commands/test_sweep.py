@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from lightning_dsmoe.commands.trained import text_for, tokenizer_of
+from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan
 
-from .conftest import Outcome
+from .conftest import Outcome, Run
 
 sweep_module = import_module("lightning_dsmoe.commands.sweep")
+trained_module = import_module("lightning_dsmoe.commands.trained")
 
 
 @pytest.fixture
@@ -108,3 +111,17 @@ def test_text_that_is_too_short(
     [error] = outcome.errors
     assert "needs at least 17: use more text" in error
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(("vocab_size", "expected"), [(65, 8192), (2**15, 2048)])
+def test_batches_are_smaller_for_a_large_vocabulary(
+    vocab_size: int, expected: int, trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_decoder(trained.checkpoint)
+    asked: list[int] = []
+    monkeypatch.setattr(type(tokenizer_of(loaded)), "vocab_size", vocab_size)
+    monkeypatch.setattr(
+        trained_module, "held_out", lambda *_, batch_tokens, **__: asked.append(batch_tokens)
+    )
+    text_for(loaded)
+    assert asked == [expected]
