@@ -131,7 +131,7 @@ def measuring(trained: Run, tmp_path: Path) -> Callable[[str, str], list[str]]:
             f"--output={tmp_path / output}",
             "--max_tokens=300",
             "--batch_tokens=64",
-            "--device=cpu",
+            *([] if command == "prune" else ["--device=cpu"]),
         ]
 
     return words
