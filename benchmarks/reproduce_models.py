@@ -18,7 +18,7 @@ MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": N
 SMALLER_MI_WEIGHTS = {"faint MI": (0.0025, 0.0025), "light MI": (0.005, 0.005)}
 """Those that the claims are not about."""
 LOAD_BALANCING_WEIGHT = 0.01
-FINISHINGS = {"finished sparsely": (0.3, 0.2), "finished more sparsely": (1.0, 0.3)}
+FINISHINGS = {"finished sparsely": (0.3, 0.2), "finished more sparsely": (1.5, 0.5)}
 """Threshold of the last part of training, and the share of the steps that this part is."""
 SPARSE_PART = 6
 """One in so many feed-forward experts runs in a sparsely trained model, beside all attention."""
