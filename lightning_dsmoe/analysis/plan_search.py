@@ -1,10 +1,10 @@
 """Finding the selections of every layer that cost the least loss for a share of the parameters.
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
-time, and then tried out against the loss, all attention together and each router alone; a change
-must lower the loss by more than a standard error, as the plan is for other text. `search` tries
-the numbers of experts that treat all layers alike too, and with `thresholds` the one threshold for
-all, so that on its text none of them is better.
+time, and then tried out against the loss, all attention together and each router alone. `search`
+tries the numbers of experts that treat all layers alike too, and begins with the one threshold for
+all if `thresholds` are wanted. From one plan to the next the loss must fall by more than a standard
+error, as the plan is for other text.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,12 +34,16 @@ class _Trial(NamedTuple):
     sensitivities: Sensitivities
     found: Found
 
+    def or_better(self, other: "_Trial") -> "_Trial":
+        """The other one if its loss is clearly lower."""
+        return other if other.found.result.clearly_below(self.found.result) else self
+
 
 def search(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> Found:
     """Find a plan of a share with as little loss as possible.
 
-    It has fixed numbers of experts, whatever `solve` makes, if the best plan that treats all layers
-    alike has them and nothing better is found.
+    It has fixed numbers of experts, whatever `solve` makes, if a plan that treats all layers alike
+    has them and is clearly better than what is found.
 
     Args:
         statistics: what the routers say of a text.
@@ -52,9 +56,10 @@ def search(statistics: Statistics, budget: float, solve: Solver, measure: Measur
         ValueError: if one expert in each layer is more than the budget.
     """
     check_budget(statistics, budget)
-    found = _tuned(statistics, budget, solve, measure).found
-    rivals = [Found(plan, measure(plan)) for plan in uniform_numbers(statistics, budget)]
-    return min([found, *rivals], key=_loss)
+    best = _tuned(statistics, budget, solve, measure)
+    for plan in uniform_numbers(statistics, budget):
+        best = best.or_better(best._replace(found=Found(plan, measure(plan))))
+    return best.found
 
 
 def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Measure) -> Found:
@@ -115,7 +120,7 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure)
 
 
 def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> _Trial:
-    """The sensitivities whose plan has the least loss, of many that are tried out."""
+    """Sensitivities whose plan none is clearly better than, of many that are tried out."""
 
     def trial(tried: Sensitivities) -> _Trial:
         plan = solve(statistics, tried, budget)
@@ -123,8 +128,9 @@ def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measur
 
     flat = even(statistics)
     measured = sensitivities(statistics, thresholds(statistics, flat, budget), measure)
-    starts = flat, alike(statistics), measured, tuple(s**0.5 for s in measured)
-    best = min(map(trial, starts), key=lambda each: _loss(each.found))
+    best = trial(alike(statistics))
+    for start in (flat, measured, tuple(s**0.5 for s in measured)):
+        best = best.or_better(trial(start))
     layers = len(statistics.experts)
     alone = [[n] for n, router in enumerate(statistics.routers) if router is not None]
     for group in [list(range(layers, 2 * layers)), *alone]:
@@ -142,13 +148,10 @@ def _climbed(
             tried = trial(
                 tuple(s * factor if n in group else s for n, s in enumerate(best.sensitivities))
             )
-            if not tried.found.result.clearly_below(best.found.result):
+            better = best.or_better(tried)
+            if better is best:
                 break
-            best = tried
+            best = better
         if best is not start:
             break
     return best
-
-
-def _loss(found: Found) -> float:
-    return found.result.loss

@@ -104,11 +104,11 @@ def test_the_search_is_no_worse_than_where_it_starts(
         solve(statistics, alike(statistics), budget),
         *uniform_numbers(statistics, budget),
     ]
-    assert found.result.loss <= min(measure(plan).loss for plan in starts)
+    assert not any(measure(plan).clearly_below(found.result) for plan in starts)
     if solve is thresholds:
         best = best_uniform(statistics, budget, measure)
         assert best is not None
-        assert found.result.loss <= best.result.loss
+        assert not best.result.clearly_below(found.result)
 
 
 def made_up(loss: Callable[[SelectionPlan], float]) -> Callable[[SelectionPlan], PlanResult]:
