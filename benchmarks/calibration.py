@@ -19,6 +19,7 @@ import torch
 from timing import machine
 
 from lightning_dsmoe.analysis import evaluate_plan
+from lightning_dsmoe.analysis.divergence import divergence
 from lightning_dsmoe.analysis.plan_search import search
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.solvers import Solver, fixed_numbers, thresholds
@@ -76,6 +77,7 @@ def compare(
     model, counts = trained.model, trained.counts
     found_on, judged_on = trained.text.halves()
     statistics = routing_statistics(model, found_on, counts)
+    diverge = divergence(model, found_on)
     unseen = routing_statistics(model, judged_on, counts)
     dense = evaluate_plan(model, model.plan, judged_on, counts)
     rows = []
@@ -87,6 +89,7 @@ def compare(
             budget,
             solve,
             lambda plan: evaluate_plan(model, plan, found_on, counts),
+            diverge,
         )
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
         uniform = best_uniform(

@@ -3,15 +3,16 @@
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
 time, and then tried out against the loss, all attention together and each router alone. `search`
 tries the numbers of experts that treat all layers alike too, and begins with the one threshold for
-all if `thresholds` are wanted. From one plan to the next the loss must fall by more than a standard
-error, as the plan is for other text.
+all if `thresholds` are wanted. From one plan to the next the loss, or what stands for it, must fall
+by more than a standard error, as the plan is for other text.
 """
 
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from lightning_dsmoe.analysis.evaluation import Found, Measure
+from lightning_dsmoe.analysis.divergence import Diverge
+from lightning_dsmoe.analysis.evaluation import Found, Measure, PlanResult
 from lightning_dsmoe.analysis.routing_statistics import Statistics
 from lightning_dsmoe.analysis.solvers import (
     Sensitivities,
@@ -39,7 +40,13 @@ class _Trial(NamedTuple):
         return other if other.found.result.clearly_below(self.found.result) else self
 
 
-def search(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> Found:
+def search(
+    statistics: Statistics,
+    budget: float,
+    solve: Solver,
+    measure: Measure,
+    diverge: Diverge | None = None,
+) -> Found:
     """Find a plan of a share with as little loss as possible.
 
     It has fixed numbers of experts, whatever `solve` makes, if a plan that treats all layers alike
@@ -51,15 +58,24 @@ def search(statistics: Statistics, budget: float, solve: Solver, measure: Measur
             routers choose while all experts run; under thresholds they may choose some more.
         solve: `thresholds` or `fixed_numbers`.
         measure: evaluates a plan on that text.
+        diverge: tells how far a plan is from all experts on that text, which serves in place of the
+            loss unless that of the plan to begin with is clearly below that of all experts, as
+            after sparse finishing; None for the loss in any case.
 
     Raises:
         ValueError: if one expert in each layer is more than the budget.
     """
     check_budget(statistics, budget)
-    best = _tuned(statistics, budget, solve, measure)
+    judge = measure
+    if diverge is not None:
+        start = measure(solve(statistics, alike(statistics), budget))
+        dense = measure(SelectionPlan.uniform(len(statistics.experts)))
+        if not start.clearly_below(dense):
+            judge = _by_divergence(dense, diverge)
+    best = _tuned(statistics, budget, solve, judge)
     for plan in uniform_numbers(statistics, budget):
-        best = best.or_better(best._replace(found=Found(plan, measure(plan))))
-    return best.found
+        best = best.or_better(best._replace(found=Found(plan, judge(plan))))
+    return Found(best.found.plan, measure(best.found.plan))
 
 
 def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Measure) -> Found:
@@ -117,6 +133,16 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure)
         found.append(max(0.0, measure(plan_of(alone)).loss - base) / mass)
     typical = median([s for s in found if s] or [1.0])
     return tuple(typical if s is None else max(s, typical / 20) for s in found)
+
+
+def _by_divergence(dense: PlanResult, diverge: Diverge) -> Measure:
+    """The divergence of a plan, summed over the text, as if it were a loss."""
+
+    def judge(plan: SelectionPlan) -> PlanResult:
+        windows = diverge(plan)
+        return dense._replace(loss=sum(windows), window_losses=windows)
+
+    return judge
 
 
 def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> _Trial:

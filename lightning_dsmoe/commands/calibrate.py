@@ -8,6 +8,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan
+from lightning_dsmoe.analysis.divergence import divergence
 from lightning_dsmoe.analysis.plan_search import search, sparsest
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.solvers import fixed_numbers, thresholds
@@ -59,7 +60,8 @@ def calibrate(
             return evaluate_plan(model, plan, found_on, counts)
 
         if increase is None:
-            found = search(statistics, budget or 0.0, solve, measure)
+            diverge = divergence(model, found_on)
+            found = search(statistics, budget or 0.0, solve, measure, diverge)
         else:
             found = sparsest(statistics, increase, solve, measure)
         progress.update(task, description="judging the plan on the other half")

@@ -166,6 +166,29 @@ def test_the_search_moves_on_for_clear_gains_alone(spread: float, statistics: St
     assert moved == (spread == 0)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
+    finished: bool, statistics: Statistics
+) -> None:
+    """The loss counts what the last router of attention drops, the divergence the first one."""
+
+    def dropped(plan: SelectionPlan, layer: int) -> float:
+        router, selection = statistics.attention[layer], plan.attention[layer]
+        if not (router and isinstance(selection, Threshold)):
+            return float(isinstance(selection, TopK))
+        return router.dropped_mass(selection.eps).item()
+
+    def loss(plan: SelectionPlan) -> float:
+        return 9.0 if finished and plan == SelectionPlan.uniform(2) else dropped(plan, 1)
+
+    by_loss = search(statistics, 0.6, thresholds, made_up(loss))
+    by_divergence = search(statistics, 0.6, thresholds, made_up(lambda plan: dropped(plan, 0)))
+    assert by_loss.plan != by_divergence.plan
+    found = search(statistics, 0.6, thresholds, made_up(loss), lambda plan: (dropped(plan, 0),))
+    assert found.plan == (by_loss if finished else by_divergence).plan
+    assert found.result.loss == loss(found.plan)
+
+
 def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Statistics) -> None:
     best = uniform_numbers(statistics, 0.7)[1]
     found = search(statistics, 0.7, thresholds, made_up(lambda plan: float(plan != best)))
