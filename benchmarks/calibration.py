@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from timing import machine
 
 from lightning_dsmoe.analysis import evaluate_plan
@@ -52,7 +51,7 @@ def main() -> None:
             max_tokens=options.max_tokens,
         )
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
-    print(f"{machine()}, {torch.get_num_threads()} threads\n\n{table(rows)}")
+    print(f"{rows[0]['machine'] if rows else machine()}\n\n{table(rows)}")
 
 
 def compare(
@@ -99,6 +98,7 @@ def compare(
         rows.append(
             {
                 "model": path.stem,
+                "machine": machine(trained.text.device),
                 "fixed": solve is fixed_numbers,
                 "budget": budget,
                 "share": calibrated.share,

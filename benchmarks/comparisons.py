@@ -24,15 +24,20 @@ class Comparison(NamedTuple):
     limit: float = 0.0
 
 
+def threshold_line(run: Run) -> list[tuple[float, float]]:
+    """Shares under thresholds and the losses there, ascending, all experts last."""
+    return sorted(
+        (p["share"], p["loss"]) for p in run["points"] if p["rule"] in ("threshold", "all")
+    )
+
+
 def loss_at(run: Run, share: float) -> float | None:
     """Loss under a threshold that runs a share of the hidden parameters; None below the least one.
 
     Between two plans it is interpolated: with one of them for some texts and the other for the
     rest, a model has just that share and that loss in the mean.
     """
-    line = sorted(
-        (p["share"], p["loss"]) for p in run["points"] if p["rule"] in ("threshold", "all")
-    )
+    line = threshold_line(run)
     if share >= line[-1][0]:
         return line[-1][1]
     if line[0][0] - ROUNDING < share < line[0][0]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from comparisons import Run, loss_at
+from comparisons import Run, loss_at, threshold_line
 from matplotlib.figure import Figure
 from reproduce_models import DENSE, EVERY_DS_MOE, FINISHED, FINISHINGS
 
@@ -84,7 +84,7 @@ def prices(runs: Sequence[Run]) -> list[Price]:
     """The list, by size, steps, finishing and weights.
 
     Raises:
-        ValueError: if two runs differ in what no price tells.
+        ValueError: if there are two runs of a model with the same seed.
     """
     groups: dict[Any, dict[int, Run]] = {}
     for run in runs:
@@ -119,9 +119,7 @@ def prices(runs: Sequence[Run]) -> list[Price]:
 
 def safe_share(run: Run) -> float:
     """Smallest safe share of a run, interpolated between two plans."""
-    line = sorted(
-        (p["share"], p["loss"]) for p in run["points"] if p["rule"] in ("threshold", "all")
-    )
+    line = threshold_line(run)
     most = _loss(run) * (1 + TOLERANCE)
     for (more, before), (fewer, after) in itertools.pairwise(reversed(line)):
         if after > most:

@@ -23,18 +23,25 @@ def tiny(models: ModuleType) -> Any:
     return models.Preset(2, None, changes)
 
 
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text in a folder to run in, with a command line that `train` may change."""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return text
+
+
 @pytest.mark.parametrize("name", ["DENSE", "SAME_ACTIVE", "strong MI"])
 def test_a_run_trains_and_measures(
     benchmark_modules: SimpleNamespace,
     models: ModuleType,
     name: str,
+    text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
-    monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     monkeypatch.setattr(benchmark_modules.reproduce_runs, "BATCH_TOKENS", 256)
     model = models.DS_MOE.get(name) or getattr(models, name)
     configuration = models.configuration(model, tiny(models), seed=1, steps=2)
@@ -64,13 +71,9 @@ def test_other_ways_of_training(
     benchmark_modules: SimpleNamespace,
     models: ModuleType,
     callbacks: list[str],
+    text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
-    monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     found = {
         name: [c["class_path"].rpartition(".")[2] for c in models.further_callbacks(name, 2000)]
         for name in (*models.MODELS, *models.OTHER_WAYS)
