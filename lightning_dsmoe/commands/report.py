@@ -85,7 +85,7 @@ def report(
             plan=selections,
             use=use,
             frequent=frequent,
-            token_text=cache(lambda token: tokenizer.decode([token])),
+            token_text=cache(tokenizer.piece),
             sample=coloured,
             drift=drift(use, others[0]) if others else None,
         )

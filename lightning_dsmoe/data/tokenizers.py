@@ -28,6 +28,10 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token numbers."""
 
+    def piece(self, token: int) -> str:
+        """Return what a token adds to a text, with a blank at its start if it has one."""
+        return self.decode([token, token]).removeprefix(self.decode([token]))
+
     @abstractmethod
     def to_dict(self) -> dict[str, str]:
         """Return a JSON-able description that `from_dict` reads."""

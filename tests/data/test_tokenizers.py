@@ -74,6 +74,29 @@ def test_hugging_face_json_and_path_agree(bpe: str, tmp_path: Path) -> None:
         assert Tokenizer.from_dict(tokenizer.to_dict()).encode(text).tolist() == tokens.tolist()
 
 
+@pytest.mark.parametrize(
+    ("decoder", "vocabulary", "pieces"),
+    [
+        (tokenizers.decoders.Metaspace(), ["\u2581the", "re"], [" the", "re"]),
+        (tokenizers.decoders.ByteLevel(), ["\u0120the", "re"], [" the", "re"]),
+        (tokenizers.decoders.WordPiece(), ["the", "##re"], [" the", "re"]),
+    ],
+)
+def test_pieces_keep_the_blank_before_a_word(
+    decoder: tokenizers.decoders.Decoder, vocabulary: list[str], pieces: list[str]
+) -> None:
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="re"))
+    made.decoder = decoder
+    tokenizer = HuggingFaceTokenizer(made.to_str())
+    assert [tokenizer.piece(number) for number in range(2)] == pieces
+
+
+def test_pieces_of_bytes_and_characters_are_themselves() -> None:
+    assert [ByteTokenizer().piece(byte) for byte in b" a\xc3"] == [" ", "a", "\ufffd"]
+    assert [CharTokenizer(" ab").piece(number) for number in range(3)] == [" ", "a", "b"]
+
+
 def test_vocabulary_with_gaps_counts_to_its_largest_number() -> None:
     model = tokenizers.models.WordLevel({"a": 0, "b": 9}, unk_token="a")
     assert HuggingFaceTokenizer(tokenizers.Tokenizer(model).to_str()).vocab_size == 10
