@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from comparisons import Run, loss_at, threshold_line
+from comparisons import ROUNDING, Run, loss_at, threshold_line
 from matplotlib.figure import Figure
 from reproduce_models import DENSE, EVERY_DS_MOE, FINISHED, FINISHINGS
 
@@ -39,19 +39,19 @@ class Price(NamedTuple):
         size: parameters, in millions.
         steps: optimizer steps.
         weights: of the loss of each feed-forward and each attention router.
-        finishing: threshold of the last part of training, None without.
+        finishing: plan of the last part of training, empty without.
         seeds: number of seeds.
         loss: with all experts, in nats per token.
         over_dense: share of the loss of the dense twin that this is more, of seeds that have
             one; None without any.
         safe_share: smallest safe share.
-        losses: at each of `SHARES`.
+        losses: at each of `SHARES`, see `lowest_loss`.
     """
 
     size: float
     steps: int
     weights: tuple[float, float]
-    finishing: float | None
+    finishing: str
     seeds: int
     loss: float
     over_dense: float | None
@@ -106,15 +106,25 @@ def prices(runs: Sequence[Run]) -> list[Price]:
                 run["parameters"] / 1e6,
                 config["trainer"]["max_steps"],
                 (model["expert_mi_weight"], model["attention_mi_weight"]),
-                FINISHINGS[FINISHED[name][1]][0] if name in FINISHED else None,
+                FINISHINGS[FINISHED[name][1]].name if name in FINISHED else "",
                 len(group),
                 mean(map(_loss, group.values())),
                 mean(over) if over else None,
                 mean(map(safe_share, group.values())),
-                tuple(mean(loss_at(run, s) or math.nan for run in group.values()) for s in SHARES),
+                tuple(mean(lowest_loss(run, s) for run in group.values()) for s in SHARES),
             )
         )
-    return sorted(found, key=lambda p: (p.size, p.steps, p.finishing or 0.0, p.weights))
+    return sorted(found, key=lambda p: (p.size, p.steps, p.finishing, p.weights))
+
+
+def lowest_loss(run: Run, share: float) -> float:
+    """The lower loss of one threshold and of fixed numbers of experts; NaN if neither runs it."""
+    under_threshold = loss_at(run, share)
+    losses = [] if under_threshold is None else [under_threshold]
+    for point in run["points"]:
+        if point["rule"] == "top-k" and point["share"] < share + ROUNDING:
+            losses.append(point["loss"])
+    return min(losses, default=math.nan)
 
 
 def safe_share(run: Run) -> float:
@@ -138,10 +148,9 @@ def table(found: Sequence[Price]) -> str:
     for price in found:
         weights = " / ".join(f"{weight:g}" for weight in price.weights)
         over = "" if price.over_dense is None else f"{price.over_dense:+.2%}"
-        finishing = "" if price.finishing is None else f"threshold {price.finishing:g}"
         losses = " | ".join("" if math.isnan(loss) else f"{loss:.4f}" for loss in price.losses)
         lines.append(
-            f"| {price.size:.1f} | {price.steps:,} | {weights} | {finishing} | {price.seeds} "
+            f"| {price.size:.1f} | {price.steps:,} | {weights} | {price.finishing} | {price.seeds} "
             f"| {price.loss:.4f} | {over} | {price.safe_share:.1%} | {losses} |"
         )
     return "\n".join(lines)
@@ -155,7 +164,7 @@ def figure(found: Sequence[Price]) -> Figure:
     for number, (size, steps, finishing) in enumerate(keys):
         line = [p for p in found if (p.size, p.steps, p.finishing) == (size, steps, finishing)]
         weights = [price.weights[0] for price in line]
-        ending = "" if finishing is None else f", finished under threshold {finishing:g}"
+        ending = finishing and f", finished under {finishing}"
         style = {
             "color": f"C{number}",
             "marker": "o",

@@ -18,10 +18,39 @@ MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": N
 SMALLER_MI_WEIGHTS = {"faint MI": (0.0025, 0.0025), "light MI": (0.005, 0.005)}
 """Those that the claims are not about."""
 LOAD_BALANCING_WEIGHT = 0.01
-FINISHINGS = {"finished sparsely": (0.3, 0.2), "finished more sparsely": (1.5, 0.5)}
-"""Threshold of the last part of training, and the share of the steps that this part is."""
 SPARSE_PART = 6
 """One in so many feed-forward experts runs in a sparsely trained model, beside all attention."""
+
+
+class Finishing(NamedTuple):
+    """A last part of training that runs only some experts.
+
+    Args:
+        name: of the plan.
+        experts: selection of the feed-forward routers.
+        attention: selection of the attention routers.
+        part: share of the steps.
+    """
+
+    name: str
+    experts: Config
+    attention: Config
+    part: float
+
+
+def _top(k: int) -> Config:
+    return {"class_path": "lightning_dsmoe.TopK", "init_args": {"k": k}}
+
+
+def _threshold(eps: float) -> Config:
+    return {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
+
+
+FINISHINGS = {
+    "finished sparsely": Finishing("threshold 0.3", _threshold(0.3), _threshold(0.3), 0.2),
+    "finished more sparsely": Finishing("threshold 1.5", _threshold(1.5), _threshold(1.5), 0.5),
+    "finished at fixed numbers": Finishing("top 2 and 5", _top(2), _top(5), 0.5),
+}
 
 DENSE, SMALL_DENSE = "dense", "dense, active size"
 SAME_TOTAL, SAME_ACTIVE, TOP_1 = "SMoE, same total", "SMoE, same active", "SMoE, top-1 of both"
@@ -182,10 +211,9 @@ def further_callbacks(name: str, steps: int) -> list[Config]:
     if name == STEERED:
         return [_callback("SparsityTarget", expert_top_k=2, attention_top_k=1, mass=0.99)]
     if name in FINISHED:
-        eps, part = FINISHINGS[FINISHED[name][1]]
-        kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
-        plan = {"experts": kept, "attention": kept}
-        return [_callback("SparseFinishing", plan=plan, steps=max(1, int(part * steps)))]
+        finishing = FINISHINGS[FINISHED[name][1]]
+        plan = {"experts": finishing.experts, "attention": finishing.attention}
+        return [_callback("SparseFinishing", plan=plan, steps=max(1, int(finishing.part * steps)))]
     return []
 
 
@@ -202,10 +230,6 @@ _BEST = {
 
 def _callback(name: str, **options: Any) -> Config:
     return {"class_path": f"lightning_dsmoe.callbacks.{name}", "init_args": options}
-
-
-def _top(k: int) -> Config:
-    return {"class_path": "lightning_dsmoe.TopK", "init_args": {"k": k}}
 
 
 def _kept(arguments: Config, *names: str) -> Config:

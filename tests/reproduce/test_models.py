@@ -1,6 +1,7 @@
 """The models of the benchmark of the paper's claims."""
 
 from types import ModuleType
+from typing import Any
 
 import jsonargparse
 import pytest
@@ -69,16 +70,23 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
 
 
 @pytest.mark.parametrize(
-    ("finishing", "eps", "steps"),
-    [("finished sparsely", 0.3, 400), ("finished more sparsely", 1.5, 1000)],
+    ("finishing", "selections", "steps"),
+    [
+        ("finished sparsely", ("Threshold", {"eps": 0.3}, {"eps": 0.3}), 400),
+        ("finished more sparsely", ("Threshold", {"eps": 1.5}, {"eps": 1.5}), 1000),
+        ("finished at fixed numbers", ("TopK", {"k": 2}, {"k": 5}), 1000),
+    ],
 )
-def test_models_are_finished_under_a_threshold(
-    models: ModuleType, finishing: str, eps: float, steps: int
+def test_models_are_finished_under_a_plan(
+    models: ModuleType, finishing: str, selections: tuple[str, Any, Any], steps: int
 ) -> None:
     [callback] = models.further_callbacks(f"DS-MoE, faint MI, {finishing}", 2000)
     assert callback["init_args"]["steps"] == steps
-    kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
-    assert callback["init_args"]["plan"] == {"experts": kept, "attention": kept}
+    kind, *options = selections
+    assert callback["init_args"]["plan"] == {
+        name: {"class_path": f"lightning_dsmoe.{kind}", "init_args": given}
+        for name, given in zip(("experts", "attention"), options, strict=True)
+    }
 
 
 def test_a_short_run_has_a_shorter_warm_up_and_one_validation(models: ModuleType) -> None:

@@ -48,7 +48,7 @@ def runs(models: ModuleType) -> list[dict[str, Any]]:
 
 def test_prices_are_means_over_seeds(price_list: ModuleType, runs: list[Any]) -> None:
     plain, finished = price_list.prices(runs)
-    assert (plain.weights, plain.steps, plain.finishing) == ((0.01, 0.01), 50, None)
+    assert (plain.weights, plain.steps, plain.finishing) == ((0.01, 0.01), 50, "")
     assert plain.seeds == 2
     assert plain.loss == pytest.approx(3.1)
     assert plain.over_dense == pytest.approx((0.1 + 0.0) / 2)
@@ -57,9 +57,19 @@ def test_prices_are_means_over_seeds(price_list: ModuleType, runs: list[Any]) ->
     assert plain.losses == pytest.approx(
         [(3.0 - 0.8 * 0.05 / 0.4 + 4.0035) / 2, (3.0 - 0.8 * 0.15 / 0.4 + 4.0025) / 2]
     )
-    assert (finished.finishing, finished.over_dense) == (0.3, None)
+    assert (finished.finishing, finished.over_dense) == ("threshold 0.3", None)
     assert finished.safe_share == pytest.approx(0.5 - 0.1 * 0.001 / 0.1)
     assert math.isnan(finished.losses[0])
+
+
+def test_fixed_numbers_count_where_they_are_better(
+    price_list: ModuleType, models: ModuleType
+) -> None:
+    known = trained(models, models.DS_MOE["weak MI"], 1, 2.0, {0.1: 4.0, 0.2: 2.0})
+    numbers = [{"rule": "top-k", "share": s, "loss": x} for s, x in ((0.14, 2.5), (0.18, 2.3))]
+    known["points"] += numbers
+    found = [price_list.lowest_loss(known, share) for share in (0.05, 0.13, 0.14, 0.18, 0.2)]
+    assert found == pytest.approx([math.nan, 3.4, 2.5, 2.3, 2.0], nan_ok=True)
 
 
 def test_the_same_run_twice_is_a_mistake(
