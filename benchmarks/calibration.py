@@ -95,6 +95,7 @@ def compare(
             unseen, calibrated.share, lambda plan: evaluate_plan(model, plan, judged_on, counts)
         )
         assert uniform is not None
+        gain, error = calibrated.gain_over(uniform.result)
         rows.append(
             {
                 "model": path.stem,
@@ -106,6 +107,8 @@ def compare(
                 "all_experts": dense.loss,
                 "uniform_share": uniform.result.share,
                 "uniform_loss": uniform.result.loss,
+                "gain": gain / sum(uniform.result.window_losses),
+                "gain_error": error / sum(uniform.result.window_losses),
             }
         )
         print(rows[-1], file=sys.stderr)
@@ -116,14 +119,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each model and budget."""
     lines = [
         "| model | all experts | budget | calibrated: active | loss | against all "
-        "| best uniform: active | loss | better by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| best uniform: active | loss | better by | standard error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['model']} | {row['all_experts']:.4f} | {row['budget']:.0%} | {row['share']:.2%} "
         f"| {row['loss']:.4f} | {row['loss'] / row['all_experts'] - 1:+.3%} "
         f"| {row['uniform_share']:.2%} | {row['uniform_loss']:.4f} "
-        f"| {1 - row['loss'] / row['uniform_loss']:.3%} |"
+        f"| {row['gain']:.3%} | {row['gain_error']:.3%} |"
         for row in rows
     ]
     return "\n".join(lines)

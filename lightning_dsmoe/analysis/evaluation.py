@@ -38,15 +38,31 @@ class PlanResult(NamedTuple):
     tokens_per_second: float
     window_losses: tuple[float, ...]
 
+    def gain_over(self, other: "PlanResult") -> "Gain":
+        """How much lower the loss is than that of another plan on the same text."""
+        gains = [b - a for a, b in zip(self.window_losses, other.window_losses, strict=True)]
+        error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        return Gain(sum(gains), error)
+
     def clearly_below(self, other: "PlanResult") -> bool:
         """Whether the loss is lower than that of another plan by more than a standard error.
 
-        The error is that of the mean difference over the windows of the text, which must be the
-        same; of a single window any lower loss is enough.
+        Of a single window any lower loss is enough.
         """
-        gains = [b - a for a, b in zip(self.window_losses, other.window_losses, strict=True)]
-        error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return sum(gains) > error
+        total, error = self.gain_over(other)
+        return total > error
+
+
+class Gain(NamedTuple):
+    """Difference of two losses, summed over the tokens of a text, in nats.
+
+    Args:
+        total: the difference.
+        error: its standard error, from how much the windows of the text differ; 0 of one window.
+    """
+
+    total: float
+    error: float
 
 
 class Found(NamedTuple):

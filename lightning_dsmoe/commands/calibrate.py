@@ -79,9 +79,7 @@ def calibrate(
     found.plan.save(output)
     Console().print(_table(judged))
     if uniform is not None:
-        gain = 1 - judged["calibrated"].loss / uniform.result.loss
-        better = "better" if gain >= 0 else "worse"
-        print(f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule.")
+        print(_comparison(judged["calibrated"], uniform.result))
     print(f"The plan is in {Path(output)}")
 
 
@@ -102,6 +100,15 @@ def _rule(plan: SelectionPlan) -> str:
         return f"top {experts.k} and {attention.k}"
     assert isinstance(experts, Threshold)
     return f"threshold {experts.eps:.3g}"
+
+
+def _comparison(calibrated: PlanResult, rule: PlanResult) -> str:
+    gain, error = (nats / sum(rule.window_losses) for nats in calibrated.gain_over(rule))
+    better = "better" if gain >= 0 else "worse"
+    return (
+        f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule "
+        f"(standard error {error:.3%})."
+    )
 
 
 def _table(judged: dict[str, PlanResult]) -> Table:

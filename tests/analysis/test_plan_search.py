@@ -1,6 +1,7 @@
 """Plans for a budget, found on a text."""
 
 from collections.abc import Callable
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -146,7 +147,10 @@ def test_a_loss_is_clearly_lower_if_chance_does_not_explain_it() -> None:
     assert not result(2.0, 5.9, 3.5, 5.6).clearly_below(before)
     # Gains of 1, -0.2, 0.9 and 0.1 sum to 1.8; their standard deviation is 0.59, twice that 1.18.
     assert result(2.0, 5.2, 3.1, 5.9).clearly_below(before)
+    gain = result(2.0, 5.2, 3.1, 5.9).gain_over(before)
+    assert gain == pytest.approx((1.8, 2 * stdev([1.0, -0.2, 0.9, 0.1])))
     assert result(2.9).clearly_below(result(3.0))
+    assert result(2.9).gain_over(result(3.0)) == pytest.approx((0.1, 0.0))
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])

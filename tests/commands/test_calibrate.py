@@ -27,7 +27,7 @@ def test_a_plan_for_a_budget(
     kinds = {type(selection) for selection in plan.experts + plan.attention}
     assert len(kinds) == 1
     assert kinds <= ({TopK} if fixed else {Threshold, TopK})
-    for words_of_table in ("calibrated", "all experts", "best of one rule", "on unseen text"):
+    for words_of_table in ("calibrated", "all experts", "best of one rule", "standard error"):
         assert words_of_table in outcome.out
 
 

@@ -91,4 +91,5 @@ def test_other_ways_of_training(
     )
     assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
+    assert rows[0]["gain"] == pytest.approx(1 - rows[0]["loss"] / rows[0]["uniform_loss"])
     assert "| 60% |" in benchmark_modules.calibration.table(rows)
