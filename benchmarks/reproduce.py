@@ -148,7 +148,7 @@ def _options() -> argparse.Namespace:
         choices=(*MODELS, *OTHER_WAYS),
         default=MODELS,
         metavar="NAME",
-        help=f"by default {', '.join(MODELS)}; there are also {', '.join(OTHER_WAYS)}",
+        help=f"by default {_quoted(MODELS)}; there are also {_quoted(OTHER_WAYS)}",
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, help="optimizer steps; by default the preset's")
@@ -168,6 +168,10 @@ def _options() -> argparse.Namespace:
     if options.picture and options.picture.suffix not in (".svg", ".png"):
         parser.error(f"--picture must end in .svg or .png, got {options.picture}")
     return options
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 if __name__ == "__main__":
