@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from comparisons import ROUNDING, Run, loss_at, threshold_line
 from matplotlib.figure import Figure
-from reproduce_models import DENSE, EVERY_DS_MOE, FINISHED, FINISHINGS
+from reproduce_finishing import FINISHINGS
+from reproduce_models import DENSE, EVERY_DS_MOE, FINISHED
 
 from lightning_dsmoe.files import write_text
 

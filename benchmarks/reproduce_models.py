@@ -9,8 +9,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import yaml
-
-Config = dict[str, Any]
+from reproduce_finishing import FINISHINGS, Config, top, under
 
 RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
@@ -21,37 +20,6 @@ LOAD_BALANCING_WEIGHT = 0.01
 SPARSE_PART = 6
 """One in so many feed-forward experts runs in a sparsely trained model, beside all attention."""
 
-
-class Finishing(NamedTuple):
-    """A last part of training that runs only some experts.
-
-    Args:
-        name: of the plan.
-        experts: selection of the feed-forward routers.
-        attention: selection of the attention routers.
-        part: share of the steps.
-    """
-
-    name: str
-    experts: Config
-    attention: Config
-    part: float
-
-
-def _top(k: int) -> Config:
-    return {"class_path": "lightning_dsmoe.TopK", "init_args": {"k": k}}
-
-
-def _threshold(eps: float) -> Config:
-    return {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
-
-
-FINISHINGS = {
-    "finished sparsely": Finishing("threshold 0.3", _threshold(0.3), _threshold(0.3), 0.2),
-    "finished more sparsely": Finishing("threshold 1.5", _threshold(1.5), _threshold(1.5), 0.5),
-    "finished at fixed numbers": Finishing("top 2 and 5", _top(2), _top(5), 0.5),
-}
-
 DENSE, SMALL_DENSE = "dense", "dense, active size"
 SAME_TOTAL, SAME_ACTIVE, TOP_1 = "SMoE, same total", "SMoE, same active", "SMoE, top-1 of both"
 ALL_WEIGHTS: dict[str, tuple[float, float] | None] = {**SMALLER_MI_WEIGHTS, **MI_WEIGHTS}
@@ -60,6 +28,7 @@ DS_MOE = {strength: EVERY_DS_MOE[strength] for strength in MI_WEIGHTS}
 MODELS = (DENSE, SMALL_DENSE, SAME_TOTAL, SAME_ACTIVE, TOP_1, *DS_MOE.values())
 """What the claims are about."""
 ANNEALED, STEERED = "DS-MoE, annealed to strong MI", "DS-MoE, steered from weak MI"
+FALLING = "DS-MoE, falling MI, finished"
 FINISHED = {
     f"{name}, {finishing}": (strength, finishing)
     for strength, name in EVERY_DS_MOE.items()
@@ -68,6 +37,7 @@ FINISHED = {
 OTHER_WAYS = (
     ANNEALED,
     STEERED,
+    FALLING,
     *(EVERY_DS_MOE[strength] for strength in SMALLER_MI_WEIGHTS),
     *FINISHED,
 )
@@ -184,7 +154,7 @@ def variants(model: Config) -> dict[str, Config]:
 
     def sparse(n: int) -> Config:
         layer = {**model["feed_forward"], "init_args": {**experts, "n_experts": n}}
-        return {"attention": heads, "feed_forward": layer, "expert_selection": _top(k), **_SWITCH}
+        return {"attention": heads, "feed_forward": layer, "expert_selection": top(k), **_SWITCH}
 
     names = ("expert_mi_weight", "attention_mi_weight")
     by_strength: dict[str, Config] = {
@@ -196,11 +166,12 @@ def variants(model: Config) -> dict[str, Config]:
         SMALL_DENSE: dense(k * d_expert),
         SAME_TOTAL: sparse(n_experts),
         SAME_ACTIVE: sparse(2 * n_experts),
-        TOP_1: {"expert_selection": _top(1), "attention_selection": _top(1), **_SWITCH},
+        TOP_1: {"expert_selection": top(1), "attention_selection": top(1), **_SWITCH},
         **{name: by_strength[strength] for strength, name in EVERY_DS_MOE.items()},
         **{name: by_strength[strength] for name, (strength, _) in FINISHED.items()},
         ANNEALED: by_strength["strong MI"],
         STEERED: by_strength["weak MI"],
+        FALLING: dict.fromkeys(names, 0.015),
     }
 
 
@@ -211,9 +182,10 @@ def further_callbacks(name: str, steps: int) -> list[Config]:
     if name == STEERED:
         return [_callback("SparsityTarget", expert_top_k=2, attention_top_k=1, mass=0.99)]
     if name in FINISHED:
-        finishing = FINISHINGS[FINISHED[name][1]]
-        plan = {"experts": finishing.experts, "attention": finishing.attention}
-        return [_callback("SparseFinishing", plan=plan, steps=max(1, int(finishing.part * steps)))]
+        return [FINISHINGS[FINISHED[name][1]].callback(steps)]
+    if name == FALLING:
+        fall = _callback("MIWeightAnnealing", start=1.0, end=0.0, steps=steps)
+        return [fall, under(0.5, 0.4).callback(steps)]
     return []
 
 

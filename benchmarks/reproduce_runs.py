@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import yaml
+from reproduce_finishing import Config
 from reproduce_frontier import measure
-from reproduce_models import Config
 from timing import machine
 
 from lightning_dsmoe import SelectionPlan, TopK

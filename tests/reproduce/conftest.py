@@ -12,6 +12,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 OWN = (
     "timing",
+    "reproduce_finishing",
     "reproduce_models",
     "reproduce_frontier",
     "reproduce_runs",

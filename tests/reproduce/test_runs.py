@@ -65,7 +65,14 @@ def test_a_run_trains_and_measures(
 
 
 @pytest.mark.parametrize(
-    "callbacks", [["MIWeightAnnealing"], ["SparsityTarget"], ["SparseFinishing"]], ids=str
+    "callbacks",
+    [
+        ["MIWeightAnnealing"],
+        ["SparsityTarget"],
+        ["SparseFinishing"],
+        ["MIWeightAnnealing", "SparseFinishing"],
+    ],
+    ids=str,
 )
 def test_other_ways_of_training(
     benchmark_modules: SimpleNamespace,

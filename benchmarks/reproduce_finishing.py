@@ -1,0 +1,50 @@
+"""Last parts of training under a plan, in the benchmark of the paper's claims."""
+
+from typing import Any, NamedTuple
+
+Config = dict[str, Any]
+
+
+class Finishing(NamedTuple):
+    """A last part of training that runs only some experts.
+
+    Args:
+        name: of the plan.
+        experts: selection of the feed-forward routers.
+        attention: selection of the attention routers.
+        part: share of the steps.
+    """
+
+    name: str
+    experts: Config
+    attention: Config
+    part: float
+
+    def callback(self, steps: int) -> Config:
+        """What carries it out in a training of so many steps."""
+        return {
+            "class_path": "lightning_dsmoe.callbacks.SparseFinishing",
+            "init_args": {
+                "plan": {"experts": self.experts, "attention": self.attention},
+                "steps": max(1, int(self.part * steps)),
+            },
+        }
+
+
+def top(k: int) -> Config:
+    """A fixed number of experts."""
+    return {"class_path": "lightning_dsmoe.TopK", "init_args": {"k": k}}
+
+
+def under(eps: float, part: float) -> Finishing:
+    """One threshold for all routers."""
+    kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
+    return Finishing(f"threshold {eps:g}", kept, kept, part)
+
+
+FINISHINGS = {
+    "finished sparsely": under(0.3, 0.2),
+    "finished more sparsely": under(1.5, 0.5),
+    "finished at fixed numbers": Finishing("top 2 and 5", top(2), top(5), 0.5),
+}
+"""Those that every DS-MoE model can have."""
