@@ -7,7 +7,8 @@ For each checkpoint and budget, thresholds are found on the first half of the va
 loss is compared with that of the best uniform plan, one threshold for all routers or one number of
 experts of each kind, which is chosen with hindsight on that half and may run as large a share as
 the calibrated plan was measured to. The divergence from all experts, which varies less from text to
-text than the loss, is compared with the least one of these uniform plans.
+text than the loss, is compared with the least one of these uniform plans; it says little of models
+that were finished sparsely, which may predict better with fewer experts.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| model | all experts | budget | calibrated: active | loss | against all "
         "| best uniform: active | loss | better by | standard error "
-        "| divergence, nats | of uniform |",
+        "| divergence, nats per token | least of uniform plans |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [

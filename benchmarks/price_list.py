@@ -119,13 +119,14 @@ def prices(runs: Sequence[Run]) -> list[Price]:
 
 
 def lowest_loss(run: Run, share: float) -> float:
-    """The lower loss of one threshold and of fixed numbers of experts; NaN if neither runs it."""
-    under_threshold = loss_at(run, share)
-    losses = [] if under_threshold is None else [under_threshold]
-    for point in run["points"]:
-        if point["rule"] == "top-k" and point["share"] < share + ROUNDING:
-            losses.append(point["loss"])
-    return min(losses, default=math.nan)
+    """The lowest loss, under one threshold or fixed numbers, of at most a share; NaN if none is."""
+    losses = [
+        point["loss"]
+        for point in run["points"]
+        if point["rule"] in ("threshold", "top-k") and point["share"] < share + ROUNDING
+    ]
+    between = loss_at(run, share)
+    return min(losses if between is None else [*losses, between], default=math.nan)
 
 
 def safe_share(run: Run) -> float:

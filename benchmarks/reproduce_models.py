@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import yaml
-from reproduce_finishing import FINISHINGS, Config, top, under
+from reproduce_finishing import FINISHINGS, Config, at_threshold, top_k
 
 RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
@@ -154,7 +154,7 @@ def variants(model: Config) -> dict[str, Config]:
 
     def sparse(n: int) -> Config:
         layer = {**model["feed_forward"], "init_args": {**experts, "n_experts": n}}
-        return {"attention": heads, "feed_forward": layer, "expert_selection": top(k), **_SWITCH}
+        return {"attention": heads, "feed_forward": layer, "expert_selection": top_k(k), **_SWITCH}
 
     names = ("expert_mi_weight", "attention_mi_weight")
     by_strength: dict[str, Config] = {
@@ -166,7 +166,7 @@ def variants(model: Config) -> dict[str, Config]:
         SMALL_DENSE: dense(k * d_expert),
         SAME_TOTAL: sparse(n_experts),
         SAME_ACTIVE: sparse(2 * n_experts),
-        TOP_1: {"expert_selection": top(1), "attention_selection": top(1), **_SWITCH},
+        TOP_1: {"expert_selection": top_k(1), "attention_selection": top_k(1), **_SWITCH},
         **{name: by_strength[strength] for strength, name in EVERY_DS_MOE.items()},
         **{name: by_strength[strength] for name, (strength, _) in FINISHED.items()},
         ANNEALED: by_strength["strong MI"],
@@ -185,7 +185,7 @@ def further_callbacks(name: str, steps: int) -> list[Config]:
         return [FINISHINGS[FINISHED[name][1]].callback(steps)]
     if name == FALLING:
         fall = _callback("MIWeightAnnealing", start=1.0, end=0.0, steps=steps)
-        return [fall, under(0.5, 0.4).callback(steps)]
+        return [fall, at_threshold(0.5, 0.4).callback(steps)]
     return []
 
 

@@ -3,6 +3,7 @@
 Shapes: B windows, T tokens, V vocabulary, K tokens that are probable.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,7 @@ def divergence(model: SparseModel, text: HeldOut) -> Diverge:
         found: list[float] = []
         for (inputs_BT, labels_BT), (tokens_BTK, log_p_BTK) in zip(text.batches, kept, strict=True):
             log_q_BTV = model(inputs_BT, plan).logits.float().log_softmax(-1)
-            log_q_BTK = _with_others(log_q_BTV.gather(-1, tokens_BTK), log_q_BTV.shape[-1])
+            log_q_BTK = _with_others(log_q_BTV, tokens_BTK)
             kl_BT = (log_p_BTK.exp() * (log_p_BTK - log_q_BTK)).sum(-1)
             found += (kl_BT * (labels_BT != IGNORED)).sum(-1).tolist()
         return tuple(found)
@@ -51,15 +52,15 @@ def divergence(model: SparseModel, text: HeldOut) -> Diverge:
 
 def _most_probable(logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable tokens and their log-probabilities, with that of all others behind."""
-    n_tokens = logits_BTV.shape[-1]
-    log_p_BTK, tokens_BTK = logits_BTV.float().log_softmax(-1).topk(min(PROBABLE, n_tokens))
-    return tokens_BTK, _with_others(log_p_BTK, n_tokens)
+    log_p_BTV = logits_BTV.float().log_softmax(-1)
+    tokens_BTK = log_p_BTV.topk(min(PROBABLE, log_p_BTV.shape[-1])).indices
+    return tokens_BTK, _with_others(log_p_BTV, tokens_BTK)
 
 
-def _with_others(log_p_BTK: Tensor, n_tokens: int) -> Tensor:
-    """Log-probabilities with that of all other tokens behind, if there are any."""
-    if log_p_BTK.shape[-1] == n_tokens:
+def _with_others(log_p_BTV: Tensor, tokens_BTK: Tensor) -> Tensor:
+    """Log-probabilities of some tokens, with that of all others behind if there are any."""
+    log_p_BTK = log_p_BTV.gather(-1, tokens_BTK)
+    if log_p_BTK.shape == log_p_BTV.shape:
         return log_p_BTK
-    tiny = torch.finfo(log_p_BTK.dtype).tiny
-    others_BT1 = (1 - log_p_BTK.exp().sum(-1, keepdim=True)).clamp_min(tiny).log()
+    others_BT1 = log_p_BTV.scatter(-1, tokens_BTK, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_p_BTK, others_BT1], dim=-1)

@@ -18,6 +18,18 @@ from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_ma
 from lightning_dsmoe.routing import SelectionPlan
 
 
+class Gain(NamedTuple):
+    """How much lower a loss is than another, summed over the tokens of a text, in nats.
+
+    Args:
+        total: the other loss less this one.
+        error: its standard error, from how much the windows of the text differ; 0 of one window.
+    """
+
+    total: float
+    error: float
+
+
 class PlanResult(NamedTuple):
     """A model under one plan.
 
@@ -38,7 +50,7 @@ class PlanResult(NamedTuple):
     tokens_per_second: float
     window_losses: tuple[float, ...]
 
-    def gain_over(self, other: "PlanResult") -> "Gain":
+    def gain_over(self, other: "PlanResult") -> Gain:
         """How much lower the loss is than that of another plan on the same text."""
         gains = [b - a for a, b in zip(self.window_losses, other.window_losses, strict=True)]
         error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
@@ -51,18 +63,6 @@ class PlanResult(NamedTuple):
         """
         total, error = self.gain_over(other)
         return total > error
-
-
-class Gain(NamedTuple):
-    """Difference of two losses, summed over the tokens of a text, in nats.
-
-    Args:
-        total: the difference.
-        error: its standard error, from how much the windows of the text differ; 0 of one window.
-    """
-
-    total: float
-    error: float
 
 
 class Found(NamedTuple):

@@ -105,10 +105,8 @@ def _rule(plan: SelectionPlan) -> str:
 def _comparison(calibrated: PlanResult, rule: PlanResult) -> str:
     gain, error = (nats / sum(rule.window_losses) for nats in calibrated.gain_over(rule))
     better = "better" if gain >= 0 else "worse"
-    return (
-        f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule "
-        f"(standard error {error:.3%})."
-    )
+    told = f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule"
+    return f"{told} (standard error {error:.3%})" if len(rule.window_losses) > 1 else told
 
 
 def _table(judged: dict[str, PlanResult]) -> Table:

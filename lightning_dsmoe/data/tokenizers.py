@@ -30,7 +30,8 @@ class Tokenizer(ABC):
 
     def piece(self, token: int) -> str:
         """Return what a token adds to a text, with a blank at its start if it has one."""
-        return self.decode([token, token]).removeprefix(self.decode([token]))
+        alone, twice = self.decode([token]), self.decode([token, token])
+        return twice.removeprefix(alone) if twice.startswith(alone) else alone
 
     @abstractmethod
     def to_dict(self) -> dict[str, str]:

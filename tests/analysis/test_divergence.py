@@ -51,3 +51,11 @@ def test_it_is_that_of_a_plain_loop(
 def test_all_experts_are_no_way_off(model: SparseModel, text: HeldOut) -> None:
     found = divergence(model, text)(SelectionPlan.uniform(2))
     assert max(map(abs, found)) < 1e-4
+
+
+def test_rounding_hides_no_improbable_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROBABLE", 2)
+    logits_BTV = torch.tensor([[[0.0, -30.0, -1.0]]])
+    tokens_BTK, log_p_BTK = module._most_probable(logits_BTV)
+    assert tokens_BTK.tolist() == [[[0, 2]]]
+    torch.testing.assert_close(log_p_BTK, logits_BTV.log_softmax(-1)[..., [0, 2, 1]])

@@ -92,6 +92,16 @@ def test_pieces_keep_the_blank_before_a_word(
     assert [tokenizer.piece(number) for number in range(2)] == pieces
 
 
+def test_a_piece_that_joins_another_is_what_it_is_alone() -> None:
+    """The end of one letter and the beginning of another, which two of them make a whole one."""
+    model = tokenizers.models.WordLevel({"\u00a9\u00c3": 0}, unk_token="\u00a9\u00c3")
+    made = tokenizers.Tokenizer(model)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = HuggingFaceTokenizer(made.to_str())
+    assert tokenizer.decode([0, 0]) == "\ufffd\u00e9\ufffd"
+    assert tokenizer.piece(0) == "\ufffd\ufffd"
+
+
 def test_pieces_of_bytes_and_characters_are_themselves() -> None:
     assert [ByteTokenizer().piece(byte) for byte in b" a\xc3"] == [" ", "a", "\ufffd"]
     assert [CharTokenizer(" ab").piece(number) for number in range(3)] == [" ", "a", "b"]

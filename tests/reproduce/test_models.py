@@ -89,6 +89,16 @@ def test_models_are_finished_under_a_plan(
     }
 
 
+def test_the_weights_of_one_recipe_fall(models: ModuleType) -> None:
+    config = models.configuration(models.FALLING, models.PRESETS["cpu"], seed=1, steps=2000)
+    arguments = config["model"]["init_args"]
+    assert arguments["expert_mi_weight"] == arguments["attention_mi_weight"] == 0.015
+    _, fall, finishing = (c["init_args"] for c in config["trainer"]["callbacks"])
+    assert fall == {"start": 1.0, "end": 0.0, "steps": 2000}
+    assert finishing["steps"] == 800
+    assert finishing["plan"]["experts"]["init_args"] == {"eps": 0.5}
+
+
 def test_a_short_run_has_a_shorter_warm_up_and_one_validation(models: ModuleType) -> None:
     config = models.configuration(models.DENSE, models.PRESETS["gpu"], seed=7, steps=40)
     schedule = config["model"]["init_args"]["lr_scheduler"]["init_args"]

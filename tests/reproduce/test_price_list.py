@@ -70,6 +70,8 @@ def test_fixed_numbers_count_where_they_are_better(
     known["points"] += numbers
     found = [price_list.lowest_loss(known, share) for share in (0.05, 0.13, 0.14, 0.18, 0.2)]
     assert found == pytest.approx([math.nan, 3.4, 2.5, 2.3, 2.0], nan_ok=True)
+    rising = trained(models, models.DS_MOE["weak MI"], 1, 2.0, {0.1: 1.0, 0.2: 2.0})
+    assert price_list.lowest_loss(rising, 0.15) == 1.0
 
 
 def test_the_same_run_twice_is_a_mistake(
