@@ -35,6 +35,7 @@ from lightning_dsmoe.inference.checkpoint import (
 )
 from lightning_dsmoe.inference.class_paths import check_hyperparameters
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.parameter_groups import parameter_groups
 from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
@@ -202,17 +203,8 @@ class DSMoELanguageModel(LightningModule):
         self._log_epoch(self.test_loss, "test")
 
     def configure_optimizers(self) -> Any:
-        """Optimizer over decayed matrices and undecayed rest, and the schedule, per step."""
-        decayed: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            leaf = name.rpartition(".")[2]
-            is_bias = leaf == "bias" or leaf.startswith("b_")
-            (rest if parameter.ndim < 2 or is_bias else decayed).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": decayed}]
-        if rest:
-            groups.append({"params": rest, "weight_decay": 0.0})
-        optimizer = self.optimizer(groups)
+        """Optimizer, without weight decay of norms and biases, and the schedule, per step."""
+        optimizer = self.optimizer(parameter_groups(self))
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
