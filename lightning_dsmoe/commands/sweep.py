@@ -115,7 +115,7 @@ def _figures(result: PlanResult) -> dict[str, float]:
 
 def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
     dense = results["all"]
-    table = Table("plan", "loss", "against all", "active", "p50", "p95", "tokens/s")
+    table = Table("plan", "loss", "against all", "active", "p50", "p95", "tokens/s read")
     points = [(r.share, r.loss) for r in results.values()]
     names = list(results)
     for number in frontier(points):
