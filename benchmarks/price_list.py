@@ -119,11 +119,11 @@ def prices(runs: Sequence[Run]) -> list[Price]:
 
 
 def lowest_loss(run: Run, share: float) -> float:
-    """The lowest loss, under one threshold or fixed numbers, of at most a share; NaN if none is."""
+    """The lowest loss of at most a share under any rule; NaN if none runs so little."""
     losses = [
         point["loss"]
         for point in run["points"]
-        if point["rule"] in ("threshold", "top-k") and point["share"] < share + ROUNDING
+        if point["rule"] in ("threshold", "top-k", "mixed") and point["share"] < share + ROUNDING
     ]
     between = loss_at(run, share)
     return min(losses if between is None else [*losses, between], default=math.nan)

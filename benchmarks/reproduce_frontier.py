@@ -12,7 +12,8 @@ from lightning_dsmoe.analysis.routing_statistics import (
     Statistics,
     routing_statistics,
 )
-from lightning_dsmoe.analysis.uniform import uniform_plans
+from lightning_dsmoe.analysis.solvers import alike, thresholds
+from lightning_dsmoe.analysis.uniform import uniform_mixed, uniform_numbers
 from lightning_dsmoe.commands.trained import Trained
 from lightning_dsmoe.data.windows import IGNORED
 
@@ -26,9 +27,10 @@ def measure(
     """Losses with all experts, under the plan of training, and under plans of some shares.
 
     At each share there are one threshold for all routers; the best numbers of feed-forward and of
-    attention experts, the same for all layers; and once more a threshold, for the share that those
-    numbers run. Thresholds and numbers are chosen on every fourth batch. The highest threshold
-    leaves one expert of each router.
+    attention experts, the same for all layers; once more a threshold, for the share that those
+    numbers run; and, mixed, a threshold for the feed-forward experts beside the best number of
+    attention experts. Thresholds and numbers are chosen on every fourth batch. The highest
+    threshold leaves one expert of each router.
 
     Returns:
         `points`, each with its `rule`, the `budget` it was to keep to, `plan`, `share` and `loss`;
@@ -68,10 +70,13 @@ def measure(
     add("threshold", statistics.least_share, highest)
     for share in shares:
         add_threshold(share)
-        numbers = [plan for plan in uniform_plans(statistics, share) if not _is_threshold(plan)]
+        numbers = uniform_numbers(statistics, share)
         if numbers:
             add("top-k", share, min(numbers, key=lambda plan: on_part(plan).loss))
             add_threshold(points[-1]["share"])
+        mixed = uniform_mixed(statistics, share)
+        if mixed:
+            add("mixed", share, min(mixed, key=lambda plan: on_part(plan).loss))
     kinds = {"experts": statistics.experts, "attention": statistics.attention}
     return {"points": points, "running": {kind: running(r, eps) for kind, r in kinds.items()}}
 
@@ -89,11 +94,11 @@ def threshold(
     found: list[tuple[float, SelectionPlan]] = []
     budget = share
     while len(found) < TRIES:
-        plans = [plan for plan in uniform_plans(statistics, budget) if _is_threshold(plan)]
-        if not plans:
+        if budget < statistics.least_share:
             break
-        missing = share - measured(plans[0])
-        found.append((abs(missing), plans[0]))
+        plan = thresholds(statistics, alike(statistics), budget)
+        missing = share - measured(plan)
+        found.append((abs(missing), plan))
         budget += missing
     return min(found, key=lambda each: each[0])[1] if found else None
 
@@ -120,15 +125,11 @@ def every_fourth(text: HeldOut) -> HeldOut:
     return HeldOut(batches, sum(int((labels != IGNORED).sum()) for _, labels in batches))
 
 
-def _is_threshold(plan: SelectionPlan) -> bool:
-    return any(isinstance(selection, Threshold) for selection in plan.experts)
-
-
 def _name(plan: SelectionPlan, *, attention: bool) -> str:
     experts, heads = plan.experts[0], plan.attention[0]
+    and_heads = f", attention top {heads.k}" if attention and isinstance(heads, TopK) else ""
     if isinstance(experts, Threshold):
-        return f"threshold {experts.eps:.3g}"
+        return f"threshold {experts.eps:.3g}{and_heads}"
     if isinstance(experts, TopK):
-        and_heads = f", attention top {heads.k}" if isinstance(heads, TopK) else ""
-        return f"top {experts.k}" + (and_heads if attention else "")
+        return f"top {experts.k}{and_heads}"
     return "all experts"

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from reproduce_models import DENSE, DS_MOE
 
-STYLES = {"threshold": "-", "top-k": ":"}
+STYLES = {"threshold": "-", "top-k": ":", "mixed": "--"}
 """Rules of the plans of a frontier, and how they are drawn."""
 
 Points = list[Mapping[str, Any]]

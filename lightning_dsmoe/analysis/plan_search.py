@@ -2,8 +2,8 @@
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
 time, and then tried out against the loss, all attention together and each router alone. `search`
-tries the numbers of experts that treat all layers alike too, and begins with the one threshold for
-all if `thresholds` are wanted. From one plan to the next the loss, or what stands for it, must fall
+tries the plans that treat all layers alike too, and begins with the one threshold for all if
+`thresholds` are wanted. From one plan to the next the loss, or what stands for it, must fall
 by more than a standard error, as the plan is for other text.
 """
 
@@ -23,7 +23,7 @@ from lightning_dsmoe.analysis.solvers import (
     plan_of,
     thresholds,
 )
-from lightning_dsmoe.analysis.uniform import uniform_numbers
+from lightning_dsmoe.analysis.uniform import uniform_mixed, uniform_numbers
 from lightning_dsmoe.routing import SelectionPlan, Threshold
 
 _FACTORS = (2.0, 0.5)
@@ -49,8 +49,9 @@ def search(
 ) -> Found:
     """Find a plan of a share with as little loss as possible.
 
-    It has fixed numbers of experts, whatever `solve` makes, if a plan that treats all layers alike
-    has them and is clearly better than what is found.
+    A plan that treats all layers alike takes its place if it is clearly better: one of fixed
+    numbers of experts or, unless `solve` makes those, of numbers for attention and a threshold for
+    the feed-forward experts.
 
     Args:
         statistics: what the routers say of a text.
@@ -73,7 +74,10 @@ def search(
         if not start.clearly_below(dense):
             judge = _by_divergence(dense, diverge)
     best = _tuned(statistics, budget, solve, judge)
-    for plan in uniform_numbers(statistics, budget):
+    rivals = uniform_numbers(statistics, budget)
+    if solve is thresholds:
+        rivals += uniform_mixed(statistics, budget)
+    for plan in rivals:
         best = best.or_better(best._replace(found=Found(plan, judge(plan))))
     return Found(best.found.plan, measure(best.found.plan))
 

@@ -7,7 +7,7 @@ from lightning_dsmoe.routing import SelectionPlan, TopK
 
 
 def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    """Plans of at most a share: one threshold for all routers, and pairs of fixed numbers.
+    """Plans of at most a share: one threshold, pairs of fixed numbers, and one of each.
 
     Args:
         statistics: what the routers say of a text.
@@ -16,7 +16,8 @@ def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
     if share < statistics.least_share:
         return []
     one_threshold = thresholds(statistics, alike(statistics), share)
-    return [one_threshold, *uniform_numbers(statistics, share)]
+    numbers, mixed = uniform_numbers(statistics, share), uniform_mixed(statistics, share)
+    return [one_threshold, *numbers, *mixed]
 
 
 def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Found | None:
@@ -43,3 +44,32 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
         number = min(int(left // cost), most) if cost else most
         plans.append(SelectionPlan.uniform(layers, experts=TopK(number), attention=TopK(heads)))
     return plans
+
+
+def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
+    """For each number of attention experts the threshold of feed-forward experts that fits."""
+    if not any(statistics.experts):
+        return []
+    most = min((router.n_experts for router in statistics.attention if router), default=0)
+    plans = [threshold_beside(heads, statistics, share) for heads in range(1, most + 1)]
+    return [plan for plan in plans if plan is not None]
+
+
+def threshold_beside(heads: int, statistics: Statistics, share: float) -> SelectionPlan | None:
+    """The threshold of feed-forward experts beside a number of attention experts.
+
+    Args:
+        heads: attention experts of each layer.
+        statistics: what the routers say of a text.
+        share: of the hidden parameters, in the mean over tokens.
+
+    Returns:
+        The plan of that share; None if one feed-forward expert in each layer is more.
+    """
+    layers = len(statistics.attention)
+    fixed = heads * sum(router.per_expert for router in statistics.attention if router)
+    others = statistics._replace(attention=[None] * layers, always=statistics.always + fixed)
+    if share < others.least_share:
+        return None
+    plan = thresholds(others, alike(others), share)
+    return SelectionPlan(plan.experts, (TopK(heads),) * layers)

@@ -36,7 +36,8 @@ def calibrate(
         max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
         output: where to write the plan, as JSON.
         fixed: choose numbers of experts, the same for all tokens, instead of thresholds. A budget
-            is met with numbers too where one pair of them for all layers beats every threshold.
+            is met with numbers too where one pair of them for all layers, or one of attention
+            experts beside a threshold of the others, beats every threshold.
         options: of the text and the device, see `open_trained`.
 
     Raises:
@@ -99,7 +100,8 @@ def _rule(plan: SelectionPlan) -> str:
     if isinstance(experts, TopK) and isinstance(attention, TopK):
         return f"top {experts.k} and {attention.k}"
     assert isinstance(experts, Threshold)
-    return f"threshold {experts.eps:.3g}"
+    and_top = f" and top {attention.k}" if isinstance(attention, TopK) else ""
+    return f"threshold {experts.eps:.3g}{and_top}"
 
 
 def _comparison(calibrated: PlanResult, rule: PlanResult) -> str:

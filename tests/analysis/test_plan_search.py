@@ -288,11 +288,17 @@ def test_thresholds_use_the_budget_whatever_the_size(per_expert: int) -> None:
 
 def test_uniform_plans_of_a_share(statistics: Statistics, measure: Any) -> None:
     plans = uniform_plans(statistics, 0.7)
-    assert [type(plan.experts[0]) for plan in plans] == [Threshold, TopK, TopK, TopK]
+    kinds = [(type(plan.experts[0]), type(plan.attention[0])) for plan in plans]
+    assert kinds == [(Threshold, Threshold), *[(TopK, TopK)] * 3, *[(Threshold, TopK)] * 3]
     for plan in plans:
         assert len(set(plan.experts)) == len(set(plan.attention)) == 1
-    for plan in plans[1:]:
+    for plan in plans[1:4]:
         assert measure(plan).share <= 0.7
+    for plan in plans[4:]:
+        heads = plan.attention[0].k * sum(router.per_expert for router in statistics.attention)
+        rest = statistics._replace(attention=[None, None], always=statistics.always + heads)
+        alone = SelectionPlan(plan.experts, (AllExperts(), AllExperts()))
+        assert 0.65 < share_of(rest, alone) <= 0.7
     best = best_uniform(statistics, 0.7, measure)
     assert best is not None
     assert best.result.loss == min(measure(plan).loss for plan in plans)

@@ -13,6 +13,7 @@ from lightning_dsmoe import (
     MixtureOfAttentionHeads,
     MixtureOfExperts,
     SelectionPlan,
+    Threshold,
     TopK,
     compile_sparse,
 )
@@ -58,6 +59,10 @@ def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamesp
         experts, attention = counts.experts[0], counts.attention[0]
         routed = 2 * (k * experts.per_expert + heads * attention.per_expert)
         assert point["share"] == pytest.approx((counts.always + routed) / counts.hidden)
+    [mixed] = [point for point in found["points"] if point["rule"] == "mixed"]
+    eps, heads = mixed["plan"].removeprefix("threshold ").split(", attention top ")
+    of_kinds = SelectionPlan.uniform(2, experts=Threshold(float(eps)), attention=TopK(int(heads)))
+    assert mixed["loss"] == pytest.approx(loss(of_kinds), rel=1e-3)  # eps has three digits
     probs = [
         routing.probs for inputs, _ in batches[::4] for routing in decoder(inputs).routings.experts
     ]

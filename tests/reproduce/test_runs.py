@@ -52,8 +52,11 @@ def test_a_run_trains_and_measures(
     first, *points = run["points"]
     assert (first["rule"], first["share"]) == ("all", 1.0)
     rules = {point["rule"] for point in points}
-    trained = {"as trained"} if name == "SAME_ACTIVE" else set()
-    assert rules == (set() if name == "DENSE" else {"threshold", "top-k"} | trained)
+    of_mixtures = {"threshold", "top-k"}
+    assert rules == {
+        "DENSE": set(),
+        "SAME_ACTIVE": {"as trained"} | of_mixtures,
+    }.get(name, {"mixed"} | of_mixtures)
     for point in points:
         assert point["budget"] != 0.1  # less than one expert of each router
         assert point["share"] <= point["budget"] + 0.01
