@@ -125,6 +125,8 @@ def _claims(runs: Runs) -> list[str]:
                 shown = f"{mean(values):+.2%} ({min(values):+.2%} to {max(values):+.2%})"
             unlike = "" if verdict(comparison) == claim.verdict else f", {verdict(comparison)}"
             figures.append(f"{comparison.name}: {shown}{unlike}")
+        if not any(comparison.differences for comparison in claim.comparisons):
+            figures = ["not measured"]
         lines.append(
             f"| {claim.claim} | **{claim.verdict}** | {'; '.join(figures)} | {claim.rule} |"
         )
