@@ -4,9 +4,10 @@
 
 For each checkpoint and budget, thresholds are found on the first half of the validation split as
 `lightning-dsmoe calibrate` does, or numbers of experts with `--fixed`. On the second half their
-loss is compared with that of the best uniform plan, one threshold for all routers or one number of
-experts of each kind, which is chosen with hindsight on that half and may run as large a share as
-the calibrated plan was measured to. The divergence from all experts, which varies less from text to
+loss is compared with that of the best uniform plan, which treats all layers alike: one threshold,
+one number of experts of each kind, or a threshold for the feed-forward experts beside a number of
+attention experts. It is chosen with hindsight on that half and may run as large a share as the
+calibrated plan was measured to. The divergence from all experts, which varies less from text to
 text than the loss, is compared with the least one of these uniform plans; it says little of models
 that were finished sparsely, which may predict better with fewer experts.
 """
@@ -24,7 +25,7 @@ from lightning_dsmoe.analysis.divergence import divergence
 from lightning_dsmoe.analysis.plan_search import search
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.solvers import Solver, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.uniform import best_uniform, uniform_plans
+from lightning_dsmoe.analysis.uniform import uniform_plans
 from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.files import write_text
 
@@ -93,14 +94,10 @@ def compare(
             diverge,
         )
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
-        uniform = best_uniform(
-            unseen, calibrated.share, lambda plan: evaluate_plan(model, plan, judged_on, counts)
-        )
-        assert uniform is not None
-        uniform_divergences = [
-            sum(diverge_unseen(plan)) for plan in uniform_plans(unseen, calibrated.share)
-        ]
-        gain, error = calibrated.gain_over(uniform.result)
+        plans = uniform_plans(unseen, calibrated.share)
+        rivals = [evaluate_plan(model, plan, judged_on, counts) for plan in plans]
+        uniform = min(rivals, key=lambda result: result.loss)
+        gain, error = (nats / sum(uniform.window_losses) for nats in calibrated.gain_over(uniform))
         rows.append(
             {
                 "model": path.stem,
@@ -110,12 +107,13 @@ def compare(
                 "share": calibrated.share,
                 "loss": calibrated.loss,
                 "all_experts": dense.loss,
-                "uniform_share": uniform.result.share,
-                "uniform_loss": uniform.result.loss,
+                "uniform_share": uniform.share,
+                "uniform_loss": uniform.loss,
                 "divergence": sum(diverge_unseen(found.plan)) / judged_on.n_tokens,
-                "uniform_divergence": min(uniform_divergences) / judged_on.n_tokens,
-                "gain": gain / sum(uniform.result.window_losses),
-                "gain_error": error / sum(uniform.result.window_losses),
+                "uniform_divergence": min(sum(diverge_unseen(plan)) for plan in plans)
+                / judged_on.n_tokens,
+                "gain": gain,
+                "gain_error": error,
             }
         )
         print(rows[-1], file=sys.stderr)

@@ -8,6 +8,7 @@ by more than a standard error, as the plan is for other text.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import median
 from typing import NamedTuple
 
@@ -67,12 +68,12 @@ def search(
         ValueError: if one expert in each layer is more than the budget.
     """
     check_budget(statistics, budget)
-    judge = measure
+    judge = measure = cache(measure)
     if diverge is not None:
         start = measure(solve(statistics, alike(statistics), budget))
         dense = measure(SelectionPlan.uniform(len(statistics.experts)))
         if not start.clearly_below(dense):
-            judge = _by_divergence(dense, diverge)
+            judge = cache(_by_divergence(dense, diverge))
     best = _tuned(statistics, budget, solve, judge)
     rivals = uniform_numbers(statistics, budget)
     if solve is thresholds:
@@ -94,6 +95,7 @@ def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Me
         solve: `thresholds` or `fixed_numbers`.
         measure: evaluates a plan on that text.
     """
+    measure = cache(measure)
     dense = SelectionPlan.uniform(len(statistics.experts))
     best = Found(dense, measure(dense))
     most_loss = best.result.loss * (1 + increase)

@@ -51,11 +51,11 @@ def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
     if not any(statistics.experts):
         return []
     most = min((router.n_experts for router in statistics.attention if router), default=0)
-    plans = [threshold_beside(heads, statistics, share) for heads in range(1, most + 1)]
+    plans = [_threshold_beside(heads, statistics, share) for heads in range(1, most + 1)]
     return [plan for plan in plans if plan is not None]
 
 
-def threshold_beside(heads: int, statistics: Statistics, share: float) -> SelectionPlan | None:
+def _threshold_beside(heads: int, statistics: Statistics, share: float) -> SelectionPlan | None:
     """The threshold of feed-forward experts beside a number of attention experts.
 
     Args:

@@ -15,7 +15,12 @@ from lightning_dsmoe.analysis.routing_statistics import (
     routing_statistics,
 )
 from lightning_dsmoe.analysis.solvers import alike, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.uniform import best_uniform, uniform_numbers, uniform_plans
+from lightning_dsmoe.analysis.uniform import (
+    best_uniform,
+    uniform_mixed,
+    uniform_numbers,
+    uniform_plans,
+)
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import ParameterCounts
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
@@ -199,6 +204,32 @@ def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Stati
     assert found.plan == best
 
 
+def test_numbers_beside_a_threshold_are_tried_unless_numbers_are_wanted(
+    statistics: Statistics,
+) -> None:
+    best = uniform_mixed(statistics, 0.7)[1]
+    measure = made_up(lambda plan: float(plan != best))
+    assert search(statistics, 0.7, thresholds, measure).plan == best
+    numbers = search(statistics, 0.7, fixed_numbers, measure).plan
+    assert {type(selection) for selection in numbers.experts + numbers.attention} == {TopK}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_no_plan_is_measured_twice(guided: bool, statistics: Statistics, measure: Any) -> None:
+    seen: list[SelectionPlan] = []
+
+    def counted(plan: SelectionPlan) -> PlanResult:
+        seen.append(plan)
+        return measure(plan)
+
+    diverge = (lambda plan: measure(plan).window_losses) if guided else None
+    search(statistics, 0.7, thresholds, counted, diverge)
+    assert len(seen) == len(set(seen)) >= 2
+    seen.clear()
+    sparsest(statistics, 0.1, thresholds, counted)
+    assert len(seen) == len(set(seen))
+
+
 @pytest.mark.parametrize("solve", [thresholds, fixed_numbers])
 def test_the_sparsest_plan_keeps_to_its_loss(
     solve: Any, statistics: Statistics, measure: Any
@@ -241,7 +272,7 @@ def test_where_every_expert_counts_all_run(statistics: Statistics) -> None:
     assert found.plan == dense
 
 
-def test_sensitivities_are_measured_twice_at_the_most(statistics: Statistics) -> None:
+def test_a_search_is_short_where_nothing_helps(statistics: Statistics) -> None:
     tried: list[SelectionPlan] = []
 
     def loss(plan: SelectionPlan) -> float:
@@ -249,8 +280,8 @@ def test_sensitivities_are_measured_twice_at_the_most(statistics: Statistics) ->
         return 1.0 + len(tried)  # nothing ever helps
 
     sparsest(statistics, 0.1, thresholds, made_up(loss))
-    assert tried.count(SelectionPlan.uniform(2)) == 3
-    assert len(tried) < 60
+    assert tried.count(SelectionPlan.uniform(2)) == 1
+    assert len(tried) < 40
 
 
 @pytest.mark.parametrize("budget", [-1.0, 0.1, 1.01, float("nan")])
