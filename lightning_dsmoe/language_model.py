@@ -4,19 +4,16 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
-import warnings
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lightning_dsmoe.checkpointed_model import CheckpointedModel
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import (
     AttentionFactory,
@@ -26,22 +23,13 @@ from lightning_dsmoe.decoder import (
     NormFactory,
     Routings,
 )
-from lightning_dsmoe.inference.architecture import describe_decoder, differences
-from lightning_dsmoe.inference.checkpoint import (
-    FORMAT_VERSION,
-    check_format,
-    check_state,
-    read_checkpoint,
-)
-from lightning_dsmoe.inference.class_paths import check_hyperparameters
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.parameter_groups import parameter_groups
-from lightning_dsmoe.random_state import random_state, restore_random_state
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
 
 
-class DSMoELanguageModel(LightningModule):
+class DSMoELanguageModel(CheckpointedModel):
     """Trains a decoder with every expert on every token, held in balance by mutual information.
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
@@ -124,7 +112,6 @@ class DSMoELanguageModel(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
         self.test_loss = MeanMetric(nan_strategy=math.nan)
-        self._resumed_random_state: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         """Build the decoder, once."""
@@ -210,67 +197,6 @@ class DSMoELanguageModel(LightningModule):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: str | Path | IO[Any],
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        **kwargs: Any,
-    ) -> Self:
-        """Rebuild a model from a checkpoint file, importing nothing that the file names.
-
-        Args:
-            checkpoint_path: the file, or one that is open, at its beginning.
-            map_location: device for the weights, or what else `torch.load` takes.
-            hparams_file: YAML with the arguments of the model instead of those in the file.
-            strict: as in Lightning; the names and shapes of the weights are always checked.
-            weights_only: refuse files that hold more than data. False trusts the file fully.
-            **kwargs: arguments of the model in place of those in the file; a model built in Python
-                needs its factories here.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not a checkpoint of this class, is of another model, or names
-                a class that is not known.
-        """
-        safe = weights_only is not False
-        checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
-        for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
-            check_hyperparameters(checkpoint.get(key, {}), cls)
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only=safe, **kwargs
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to rebuild the decoder and to read its tokens without this class."""
-        checkpoint["format_version"] = FORMAT_VERSION
-        checkpoint["architecture"] = self._architecture()
-        data = self._data()
-        if hasattr(data, "tokenizer"):
-            checkpoint["tokenizer"] = data.tokenizer.to_dict()
-        checkpoint["context"] = getattr(data, "context", None)
-        checkpoint["random_state"] = random_state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another format, another architecture or other weights, listing all differences."""
-        check_format(checkpoint)
-        before, now = checkpoint.get("architecture"), self._architecture()
-        if before is not None and now is not None and (changes := differences(before, now)):
-            raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
-        check_state(self.state_dict(), checkpoint["state_dict"])
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
-            self._resumed_random_state = checkpoint.get("random_state")
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Continue the random numbers of the run that was resumed, once its loaders are running."""
-        if self._resumed_random_state is not None:
-            restore_random_state(self._resumed_random_state)
-            self._resumed_random_state = None
-
     def _step(self, batch: dict[str, Tensor]) -> "_Step":
         logits_BTV, routings = self(batch["input_ids"])
         mask_BT = batch["labels"] != IGNORED
@@ -310,16 +236,6 @@ class DSMoELanguageModel(LightningModule):
         )
         return routing_losses(step.routings, self.plan, weights, step.mask_BT, group=group)
 
-    def _architecture(self) -> dict[str, Any] | None:
-        """Description of the decoder, None with a warning if it has none."""
-        try:
-            return describe_decoder(self.decoder)
-        except ValueError as error:
-            warnings.warn(
-                f"checkpoints of this model do not hold its architecture: {error}", stacklevel=2
-            )
-            return None
-
     def _logs_are_due(self) -> bool:
         """Whether loggers write what this step logs; preparing it costs time at every step."""
         if self._trainer is None:
@@ -327,20 +243,11 @@ class DSMoELanguageModel(LightningModule):
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
 
-    def _data(self) -> Any:
-        """The data module in use, if there is one."""
-        return getattr(self._trainer, "datamodule", None)
-
     def _data_parallel_group(self) -> dist.ProcessGroup | None:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         mesh = self.device_mesh
         return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
-
-    def _keep_plain_hyperparameters(self) -> None:
-        """Leave functions and objects given from Python out of checkpoints, which are data."""
-        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
-            del self.hparams[name]
 
 
 class _Step(NamedTuple):
@@ -361,11 +268,3 @@ class _Step(NamedTuple):
 
 def _format(terms: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,118 @@
+"""Checkpoints that rebuild their model and run no code.
+
+They hold the decoder's architecture and the text's tokenizer beside the weights, so that a decoder
+can be made of one without the class that trained it.
+"""
+
+import warnings
+from pathlib import Path
+from typing import IO, Any, Self
+
+from lightning import LightningModule
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.architecture import describe_decoder, differences
+from lightning_dsmoe.inference.checkpoint import (
+    FORMAT_VERSION,
+    check_format,
+    check_state,
+    read_checkpoint,
+)
+from lightning_dsmoe.inference.class_paths import check_hyperparameters
+from lightning_dsmoe.random_state import random_state, restore_random_state
+
+
+class CheckpointedModel(LightningModule):
+    """A LightningModule around a decoder, saved as plain data and resumed exactly."""
+
+    decoder: Decoder
+    _resumed_random_state: dict[str, Any] | None = None
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[Any],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model from a checkpoint file, importing nothing that the file names.
+
+        Args:
+            checkpoint_path: the file, or one that is open, at its beginning.
+            map_location: device for the weights, or what else `torch.load` takes.
+            hparams_file: YAML with the arguments of the model instead of those in the file.
+            strict: as in Lightning; the names and shapes of the weights are always checked.
+            weights_only: refuse files that hold more than data. False trusts the file fully.
+            **kwargs: arguments of the model in place of those in the file; a model built in Python
+                needs its factories here.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a checkpoint of this class, is of another model, or names
+                a class that is not known.
+        """
+        safe = weights_only is not False
+        checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
+        for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
+            check_hyperparameters(checkpoint.get(key, {}), cls)
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=safe, **kwargs
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to rebuild the decoder and to read its tokens without this class."""
+        checkpoint["format_version"] = FORMAT_VERSION
+        checkpoint["architecture"] = self._architecture()
+        data = self._data()
+        if hasattr(data, "tokenizer"):
+            checkpoint["tokenizer"] = data.tokenizer.to_dict()
+        checkpoint["context"] = getattr(data, "context", None)
+        checkpoint["random_state"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another format, another architecture or other weights, listing all differences."""
+        check_format(checkpoint)
+        before, now = checkpoint.get("architecture"), self._architecture()
+        if before is not None and now is not None and (changes := differences(before, now)):
+            raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
+        check_state(self.state_dict(), checkpoint["state_dict"])
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
+            self._resumed_random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Continue the random numbers of the run that was resumed, once its loaders are running."""
+        if self._resumed_random_state is not None:
+            restore_random_state(self._resumed_random_state)
+            self._resumed_random_state = None
+
+    def _architecture(self) -> dict[str, Any] | None:
+        """Description of the decoder, None with a warning if it has none."""
+        try:
+            return describe_decoder(self.decoder)
+        except ValueError as error:
+            warnings.warn(
+                f"checkpoints of this model do not hold its architecture: {error}", stacklevel=2
+            )
+            return None
+
+    def _data(self) -> Any:
+        """The data module in use, if there is one."""
+        return getattr(self._trainer, "datamodule", None)
+
+    def _keep_plain_hyperparameters(self) -> None:
+        """Leave functions and objects given from Python out of checkpoints, which are data."""
+        for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
+            del self.hparams[name]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
