@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from lightning_dsmoe import __version__
+from lightning_dsmoe.data.tokenizers import HuggingFaceTokenizer
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
 from .conftest import Outcome, Run
@@ -48,6 +50,26 @@ def test_a_page_without_any_option(
     assert re.search("SHA-256 [0-9a-f]{16}…", page)
     assert "Change from the other checkpoint" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_tokens_keep_the_blank_before_a_word(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+) -> None:
+    vocabulary = {f"\u2581word{number}": number for number in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="\u2581word7"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    description = HuggingFaceTokenizer(made.to_str()).to_dict()
+    checkpoint = changed(
+        trained.checkpoint,
+        tmp_path / "words.ckpt",
+        lambda state: state.update(tokenizer=description),
+    )
+    words = [word.replace(trained.checkpoint, checkpoint) for word in words]
+    outcome = cli(*words, "--sample=word3 word4")
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ">␣word3<" in page
 
 
 def test_a_plan_a_sample_and_another_checkpoint(
