@@ -17,9 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference import artifact as artifact_module
-from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
+from lightning_dsmoe.inference.artifact import read_artifact
 from lightning_dsmoe.inference.compilation import compile_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import SelectionPlan
@@ -372,92 +370,3 @@ def test_weights_of_another_model_are_refused_with_one_list(artifact: Path) -> N
                 read_artifact(artifact)
     forge(**{norm: weights[norm].bfloat16()})
     assert read_artifact(artifact).decoder.get_parameter(norm).dtype == torch.bfloat16
-
-
-def save(path: Path, decoder: Decoder, **options: Any) -> None:
-    plan = SelectionPlan.uniform(2)
-    model = compile_sparse(decoder, plan)
-    config = {
-        "architecture": model.architecture,
-        "quantization": None,
-        "quantize_head": False,
-        "switch_points": model.switch_points._asdict(),
-        "context": None,
-        "tokenizer": None,
-    }
-    write_artifact(path, model.decoder, plan, config, **{"card": "A card.", **options})
-
-
-def failing(*args: Any, **kwargs: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("fails", ["save_file", "_write_json", "_sums"])
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_save_that_fails_leaves_everything_as_it_was(
-    fails: str,
-    earlier: bool,
-    one_decoder: Decoder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = tmp_path / "place" / "model"
-    if earlier:
-        save(path, one_decoder, certificate=CERTIFICATE)
-        before = content(path)
-    monkeypatch.setattr(artifact_module, fails, failing)
-    with pytest.raises(OSError, match="No space left on device"):
-        save(path, one_decoder)
-    assert [file.name for file in path.parent.iterdir()] == (["model"] if earlier else [])
-    if earlier:
-        assert content(path) == before
-
-
-def test_a_move_that_fails_brings_the_earlier_artifact_back(
-    one_decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "model"
-    save(path, one_decoder, certificate=CERTIFICATE)
-    before = content(path)
-    rename = Path.rename
-
-    def rename_once(self: Path, target: Path) -> Path:
-        if target == path and not self.name.endswith(".old"):
-            failing()
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename_once)
-    with pytest.raises(OSError, match="No space left"):
-        save(path, one_decoder)
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-    assert content(path) == before
-
-
-def test_an_earlier_artifact_is_replaced_whole(one_decoder: Decoder, tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "down" / "model"
-    save(path, one_decoder, certificate=CERTIFICATE, card="First.")
-    save(path, one_decoder, card="Second.")
-    assert (path / "README.md").read_text() == "Second."
-    assert not (path / "certificate.json").exists()
-    assert [file.name for file in path.parent.iterdir()] == ["model"]
-    assert path.stat().st_mode & 0o777 == 0o755
-    read_artifact(path)
-
-
-def test_something_else_in_the_way_is_kept(one_decoder: Decoder, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "config.json").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    for name in ("file", "folder", "empty"):
-        with pytest.raises(FileExistsError, match=f"{name} exists and is not a sparse model"):
-            save(tmp_path / name, one_decoder)
-    assert (tmp_path / "folder" / "config.json").read_text() == "mine"
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, print])
-def test_a_certificate_is_plain_data(value: object, one_decoder: Decoder, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, TypeError), match="JSON"):
-        save(tmp_path / "model", one_decoder, certificate={"loss": value})
-    assert list(tmp_path.iterdir()) == []
