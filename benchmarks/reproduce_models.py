@@ -168,7 +168,10 @@ def variants(model: Config) -> dict[str, Config]:
         SAME_ACTIVE: sparse(2 * n_experts),
         TOP_1: {"expert_selection": top_k(1), "attention_selection": top_k(1), **_SWITCH},
         **{name: by_strength[strength] for strength, name in EVERY_DS_MOE.items()},
-        **{name: by_strength[strength] for name, (strength, _) in FINISHED.items()},
+        **{
+            name: by_strength[strength] | {"consistency_weight": FINISHINGS[finishing].consistency}
+            for name, (strength, finishing) in FINISHED.items()
+        },
         ANNEALED: by_strength["strong MI"],
         STEERED: by_strength["weak MI"],
         FALLING: dict.fromkeys(names, 0.015),

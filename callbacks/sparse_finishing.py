@@ -14,7 +14,8 @@ class SparseFinishing(Callback):
     """Trains the last steps of `fit` under a plan, the one that the model is to run with later.
 
     In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
-    loss are those of the plan. Validation goes on with the model as it is configured, so that
+    loss are those of the plan. With a `consistency_weight` of the model all experts are trained
+    beside it, and the two are kept alike. Validation goes on with the model as it is configured, so that
     `val/loss` means the same in the whole run; `SparseEvaluation` tells the loss under the plan.
 
     Which steps are the last ones depends on the length of the run and the number of optimizer steps

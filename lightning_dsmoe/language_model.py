@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from lightning_dsmoe.decoder import (
     NormFactory,
     Routings,
 )
+from lightning_dsmoe.losses import consistency_loss
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.parameter_groups import parameter_groups
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
@@ -34,6 +35,12 @@ class DSMoELanguageModel(CheckpointedModel):
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
     (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
+
+    Where a plan runs in training, as with `SparseFinishing`, and delta is not 0, every batch runs
+    under the plan and with all experts too, and what is trained is
+
+    (L of the plan + L of all experts) / 2 + delta L_consistency
+    (R-Drop, arXiv 2106.14448, with a plan in place of dropout; a step takes twice the time)
 
     Args:
         vocab_size: number of tokens of the vocabulary.
@@ -51,6 +58,7 @@ class DSMoELanguageModel(CheckpointedModel):
         attention_mi_weight: alpha of each attention router.
         load_balancing_weight: beta, for mixtures trained sparsely.
         router_z_weight: gamma.
+        consistency_weight: delta, between a plan and all experts, where training runs a plan.
         expert_selection: feed-forward experts that run in training, and in evaluation without a
             plan; all of them unless a sparsely trained baseline is wanted.
         attention_selection: the same for attention experts.
@@ -79,13 +87,20 @@ class DSMoELanguageModel(CheckpointedModel):
         attention_mi_weight: float = 0.02,
         load_balancing_weight: float = 0.0,
         router_z_weight: float = 0.0,
+        consistency_weight: float = 0.0,
         expert_selection: Selection = AllExperts(),
         attention_selection: Selection = AllExperts(),
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        weights = (expert_mi_weight, attention_mi_weight, load_balancing_weight, router_z_weight)
+        weights = (
+            expert_mi_weight,
+            attention_mi_weight,
+            load_balancing_weight,
+            router_z_weight,
+            consistency_weight,
+        )
         if min(weights) < 0:
             raise ValueError(f"loss weights must be 0 or more, got {weights}")
         self.save_hyperparameters()
@@ -105,6 +120,7 @@ class DSMoELanguageModel(CheckpointedModel):
         self.attention_mi_weight = attention_mi_weight
         self.load_balancing_weight = load_balancing_weight
         self.router_z_weight = router_z_weight
+        self.consistency_weight = consistency_weight
         self.plan = SelectionPlan.uniform(
             n_layers, experts=expert_selection, attention=attention_selection
         )
@@ -147,9 +163,16 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        step = self._step(batch)
-        total, terms = self._routing_losses(step, group=self._data_parallel_group())
-        total = step.loss + total
+        output = self(batch["input_ids"])
+        step = _Step.of(output, batch)
+        total, terms = self._objective(step, self.plan)
+        dense = SelectionPlan.uniform(self.n_layers)
+        if self.consistency_weight and self.plan != dense:
+            dense_output = self(batch["input_ids"], dense)
+            dense_total, _ = self._objective(_Step.of(dense_output, batch), dense)
+            apart = consistency_loss(dense_output.logits, output.logits, step.mask_BT)
+            total = (dense_total + total) / 2 + self.consistency_weight * apart
+            terms = {**terms, "consistency": apart.detach()}
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()} at step {self.global_step}, batch {batch_idx} "
@@ -197,17 +220,11 @@ class DSMoELanguageModel(CheckpointedModel):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _step(self, batch: dict[str, Tensor]) -> "_Step":
-        logits_BTV, routings = self(batch["input_ids"])
-        mask_BT = batch["labels"] != IGNORED
-        nll = summed_cross_entropy(logits_BTV, batch["labels"])
-        return _Step(nll / mask_BT.sum().clamp_min(1), routings, mask_BT)
-
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
-        step = self._step(batch)
+        step = _Step.of(self(batch["input_ids"]), batch)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
-        terms = self._routing_losses(step).terms
+        _, terms = self._routing_losses(step, self.plan)
         self.log_dict(
             {f"{split}/{name}": value for name, value in terms.items()},
             batch_size=max(1, int(count)),
@@ -225,8 +242,13 @@ class DSMoELanguageModel(CheckpointedModel):
             self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
             self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
 
+    def _objective(self, step: "_Step", plan: SelectionPlan) -> RoutingLosses:
+        """L of a batch over all ranks, and the terms of its routers."""
+        losses = self._routing_losses(step, plan, self._data_parallel_group())
+        return losses._replace(total=step.loss + losses.total)
+
     def _routing_losses(
-        self, step: "_Step", group: dist.ProcessGroup | None = None
+        self, step: "_Step", plan: SelectionPlan, group: dist.ProcessGroup | None = None
     ) -> RoutingLosses:
         weights = RoutingLossWeights(
             self.expert_mi_weight,
@@ -234,7 +256,7 @@ class DSMoELanguageModel(CheckpointedModel):
             self.load_balancing_weight,
             self.router_z_weight,
         )
-        return routing_losses(step.routings, self.plan, weights, step.mask_BT, group=group)
+        return routing_losses(step.routings, plan, weights, step.mask_BT, group=group)
 
     def _logs_are_due(self) -> bool:
         """Whether loggers write what this step logs; preparing it costs time at every step."""
@@ -256,6 +278,13 @@ class _Step(NamedTuple):
     loss: Tensor
     routings: Routings
     mask_BT: Tensor
+
+    @classmethod
+    def of(cls, output: DecoderOutput, batch: dict[str, Tensor]) -> Self:
+        labels_BT = batch["labels"]
+        mask_BT = labels_BT != IGNORED
+        nll = summed_cross_entropy(output.logits, labels_BT)
+        return cls(nll / mask_BT.sum().clamp_min(1), output.routings, mask_BT)
 
     def results(self) -> dict[str, Any]:
         """What callbacks read from a step."""

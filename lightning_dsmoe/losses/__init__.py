@@ -1,5 +1,6 @@
-"""Losses of routers: mutual information, load balance and the router z-loss."""
+"""Losses of routers: mutual information, load balance and the router z-loss; consistency."""
 
+from lightning_dsmoe.losses.consistency import consistency_loss as consistency_loss
 from lightning_dsmoe.losses.entropy import entropy as entropy
 from lightning_dsmoe.losses.load_balancing import load_balancing_loss as load_balancing_loss
 from lightning_dsmoe.losses.mutual_information import (

@@ -12,8 +12,10 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.losses import entropy, mutual_information_loss
+from lightning_dsmoe.routing import TopK
 
 MakeModel = Callable[..., DSMoELanguageModel]
 TERMS = [
@@ -99,6 +101,19 @@ def test_nothing_is_logged_where_logging_is_off(
     trainer.fit(make_one_model(), make_loader(), make_loader(3))
     assert "train/loss" in trainer.callback_metrics
     assert not any(f"train/{term}" in trainer.callback_metrics for term in TERMS)
+
+
+def test_consistency_is_logged_where_a_plan_is_trained(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    callbacks = [SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)]
+    trainer = make_trainer(max_steps=4, log_every_n_steps=1, callbacks=callbacks)
+    trainer.fit(make_one_model(consistency_weight=1.0), make_loader(), make_loader(3))
+    logged = rows(trainer, "train/consistency")
+    assert list(logged) == [2, 3]
+    assert all(float(row["train/consistency"]) > 0 for row in logged.values())
 
 
 class WithSizes(LightningDataModule):

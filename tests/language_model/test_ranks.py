@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.language_model import DSMoELanguageModel
-from lightning_dsmoe.routing import LinearRouter
+from lightning_dsmoe.routing import LinearRouter, TopK
 
 STEPS = 3
 ROWS = 2
@@ -31,7 +32,7 @@ class Halves(LightningDataModule):
         return DataLoader(items, batch_size=None)  # type: ignore[arg-type]
 
 
-def train(folder: Path, devices: int) -> DSMoELanguageModel:
+def train(folder: Path, devices: int, **options: Any) -> DSMoELanguageModel:
     torch.manual_seed(3)
     router = partial(LinearRouter, init_std=1.0)
     model = DSMoELanguageModel(
@@ -43,6 +44,7 @@ def train(folder: Path, devices: int) -> DSMoELanguageModel:
         expert_mi_weight=1.0,
         attention_mi_weight=1.0,
         optimizer=partial(torch.optim.SGD, lr=0.005),
+        **options,
     )
     model.configure_model()
     trainer = Trainer(
@@ -66,8 +68,15 @@ def train(folder: Path, devices: int) -> DSMoELanguageModel:
 
 @pytest.mark.ddp
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
-def test_two_ranks_train_as_one_process_with_both_halves(tmp_path: Path) -> None:
-    one, two = train(tmp_path, 1), train(tmp_path, 2)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"expert_selection": TopK(2), "consistency_weight": 1.0}],
+    ids=["dense", "consistent"],
+)
+def test_two_ranks_train_as_one_process_with_both_halves(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    one, two = (train(tmp_path, devices, **options) for devices in (1, 2))
     for (name, expected), found in zip(one.named_parameters(), two.parameters(), strict=True):
         # Trained in float64, but spawned ranks hand their weights to a model in float32.
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-7, msg=name)

@@ -13,7 +13,12 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.decoder import Block
 from lightning_dsmoe.language_model import DSMoELanguageModel
-from lightning_dsmoe.losses import load_balancing_loss, mutual_information_loss, router_z_loss
+from lightning_dsmoe.losses import (
+    consistency_loss,
+    load_balancing_loss,
+    mutual_information_loss,
+    router_z_loss,
+)
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
 MakeModel = Callable[..., DSMoELanguageModel]
@@ -59,6 +64,36 @@ def test_total_is_the_language_loss_plus_the_weighted_losses_of_every_router(
             expected = expected + 0.11 * load_balancing_loss(routing.probs, active, mask)
             expected = expected + 0.013 * router_z_loss(routing.logits, mask)
     torch.testing.assert_close(model.training_step(batch, 0)["loss"], expected)
+
+
+def test_consistency_trains_a_plan_and_all_experts_and_keeps_them_alike(
+    make_model: MakeModel, batch: Batch
+) -> None:
+    weights = {"expert_mi_weight": 0.3, "attention_mi_weight": 0.07, "load_balancing_weight": 0.11}
+    sparse = {"expert_selection": TopK(1), "attention_selection": TopK(2)}
+    plan = make_model(**weights, **sparse).eval()
+    dense = make_model(**weights).eval()
+    alone = [each.training_step(batch, 0)["loss"] for each in (plan, dense)]
+    logits = [each(batch["input_ids"]).logits for each in (plan, dense)]
+    apart = consistency_loss(*logits, batch["labels"] != -100)
+    assert apart > 1e-6
+    model = make_model(**weights, **sparse, consistency_weight=3.0).eval()
+    step = model.training_step(batch, 0)
+    torch.testing.assert_close(step["loss"], sum(alone) / 2 + 3 * apart)
+    expected = plan(batch["input_ids"]).routings
+    for kind, expected_kind in zip(step["routings"], expected, strict=True):
+        for routing, expected_routing in zip(kind, expected_kind, strict=True):
+            assert torch.equal(routing.logits, expected_routing.logits)
+
+
+def test_consistency_changes_nothing_where_all_experts_run(
+    make_model: MakeModel, batch: Batch
+) -> None:
+    losses = [
+        make_model(consistency_weight=weight).eval().training_step(batch, 0)["loss"]
+        for weight in (0.0, 2.0)
+    ]
+    assert torch.equal(*losses)
 
 
 def test_weights_of_zero_give_bitwise_the_gradient_of_the_language_loss(
