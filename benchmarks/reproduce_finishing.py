@@ -9,18 +9,18 @@ class Finishing(NamedTuple):
     """A last part of training that runs only some experts.
 
     Args:
-        name: of the plan and of what else is different.
+        name: what tables call it.
         experts: selection of the feed-forward routers.
         attention: selection of the attention routers.
         part: share of the steps.
-        consistency: weight of the loss that keeps the plan and all experts alike meanwhile.
+        changes: arguments of the model in place of the recipe's.
     """
 
     name: str
     experts: Config
     attention: Config
     part: float
-    consistency: float = 0.0
+    changes: Config
 
     def callback(self, steps: int) -> Config:
         """What carries it out in a training of so many steps."""
@@ -41,15 +41,15 @@ def top_k(k: int) -> Config:
 def at_threshold(eps: float, part: float) -> Finishing:
     """One threshold for all routers."""
     kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": eps}}
-    return Finishing(f"threshold {eps:g}", kept, kept, part)
+    return Finishing(f"threshold {eps:g}", kept, kept, part, {})
 
 
 FINISHINGS = {
     "finished sparsely": at_threshold(0.3, 0.2),
     "finished more sparsely": at_threshold(1.5, 0.5),
-    "finished at fixed numbers": Finishing("top 2 and 5", top_k(2), top_k(5), 0.5),
+    "finished at fixed numbers": Finishing("top 2 and 5", top_k(2), top_k(5), 0.5, {}),
     "finished consistently": Finishing(
-        "top 2 and 5, consistency 1", top_k(2), top_k(5), 0.5, consistency=1.0
+        "top 2 and 5, consistency 1", top_k(2), top_k(5), 0.5, {"consistency_weight": 1.0}
     ),
 }
 """Those of every DS-MoE model; the numbers are of 18 feed-forward and 8 attention experts."""

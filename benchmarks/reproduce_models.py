@@ -169,7 +169,7 @@ def variants(model: Config) -> dict[str, Config]:
         TOP_1: {"expert_selection": top_k(1), "attention_selection": top_k(1), **_SWITCH},
         **{name: by_strength[strength] for strength, name in EVERY_DS_MOE.items()},
         **{
-            name: by_strength[strength] | {"consistency_weight": FINISHINGS[finishing].consistency}
+            name: by_strength[strength] | FINISHINGS[finishing].changes
             for name, (strength, finishing) in FINISHED.items()
         },
         ANNEALED: by_strength["strong MI"],

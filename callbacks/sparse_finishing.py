@@ -14,9 +14,11 @@ class SparseFinishing(Callback):
     """Trains the last steps of `fit` under a plan, the one that the model is to run with later.
 
     In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
-    loss are those of the plan. With a `consistency_weight` of the model all experts are trained
-    beside it, and the two are kept alike. Validation goes on with the model as it is configured, so that
-    `val/loss` means the same in the whole run; `SparseEvaluation` tells the loss under the plan.
+    loss are those of the plan. If the model has a `consistency_weight`, the same steps train it
+    with all experts too and keep the two predictions alike, in twice the time and memory.
+
+    Validation goes on with the model as it is configured, so that `val/loss` means the same in the
+    whole run; `SparseEvaluation` tells the loss under the plan.
 
     Which steps are the last ones depends on the length of the run and the number of optimizer steps
     alone, so a run resumed with the same length continues exactly. A run that is stopped earlier,

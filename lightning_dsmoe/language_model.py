@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,17 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.checkpointed_model import CheckpointedModel
-from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import (
     AttentionFactory,
     Decoder,
     DecoderOutput,
     FeedForwardFactory,
     NormFactory,
-    Routings,
 )
-from lightning_dsmoe.losses import consistency_loss
-from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.objective import Step, consistent_objective, objective
 from lightning_dsmoe.parameter_groups import parameter_groups
-from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
-from lightning_dsmoe.routing_losses import RoutingLosses, RoutingLossWeights, routing_losses
+from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
+from lightning_dsmoe.routing_losses import RoutingLossWeights
 
 
 class DSMoELanguageModel(CheckpointedModel):
@@ -36,11 +33,11 @@ class DSMoELanguageModel(CheckpointedModel):
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
     (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
 
-    Where a plan runs in training, as with `SparseFinishing`, and delta is not 0, every batch runs
-    under the plan and with all experts too, and what is trained is
+    Where training runs a plan, with `SparseFinishing` or a selection below, and delta is not 0,
+    every batch runs with all experts too, in twice the time and memory, and what is trained is
 
-    (L of the plan + L of all experts) / 2 + delta L_consistency
-    (R-Drop, arXiv 2106.14448, with a plan in place of dropout; a step takes twice the time)
+    (L under the plan + L with all experts) / 2 + delta L_consistency
+    (R-Drop, arXiv 2106.14448, eq. 4, halved)
 
     Args:
         vocab_size: number of tokens of the vocabulary.
@@ -58,7 +55,7 @@ class DSMoELanguageModel(CheckpointedModel):
         attention_mi_weight: alpha of each attention router.
         load_balancing_weight: beta, for mixtures trained sparsely.
         router_z_weight: gamma.
-        consistency_weight: delta, between a plan and all experts, where training runs a plan.
+        consistency_weight: delta; without effect where training runs all experts.
         expert_selection: feed-forward experts that run in training, and in evaluation without a
             plan; all of them unless a sparsely trained baseline is wanted.
         attention_selection: the same for attention experts.
@@ -163,16 +160,15 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        output = self(batch["input_ids"])
-        step = _Step.of(output, batch)
-        total, terms = self._objective(step, self.plan)
+        step = self._step(batch, self.plan)
+        weights, group = self._routing_loss_weights(), self._data_parallel_group()
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
-            dense_output = self(batch["input_ids"], dense)
-            dense_total, _ = self._objective(_Step.of(dense_output, batch), dense)
-            apart = consistency_loss(dense_output.logits, output.logits, step.mask_BT)
-            total = (dense_total + total) / 2 + self.consistency_weight * apart
-            terms = {**terms, "consistency": apart.detach()}
+            total, terms = consistent_objective(
+                step, self._step(batch, dense), weights, self.consistency_weight, group
+            )
+        else:
+            total, terms = objective(step, weights, group)
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()} at step {self.global_step}, batch {batch_idx} "
@@ -220,11 +216,14 @@ class DSMoELanguageModel(CheckpointedModel):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def _step(self, batch: dict[str, Tensor], plan: SelectionPlan) -> Step:
+        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan)
+
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
-        step = _Step.of(self(batch["input_ids"]), batch)
+        step = self._step(batch, self.plan)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
-        _, terms = self._routing_losses(step, self.plan)
+        _, terms = objective(step, self._routing_loss_weights())
         self.log_dict(
             {f"{split}/{name}": value for name, value in terms.items()},
             batch_size=max(1, int(count)),
@@ -242,21 +241,13 @@ class DSMoELanguageModel(CheckpointedModel):
             self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
             self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
 
-    def _objective(self, step: "_Step", plan: SelectionPlan) -> RoutingLosses:
-        """L of a batch over all ranks, and the terms of its routers."""
-        losses = self._routing_losses(step, plan, self._data_parallel_group())
-        return losses._replace(total=step.loss + losses.total)
-
-    def _routing_losses(
-        self, step: "_Step", plan: SelectionPlan, group: dist.ProcessGroup | None = None
-    ) -> RoutingLosses:
-        weights = RoutingLossWeights(
+    def _routing_loss_weights(self) -> RoutingLossWeights:
+        return RoutingLossWeights(
             self.expert_mi_weight,
             self.attention_mi_weight,
             self.load_balancing_weight,
             self.router_z_weight,
         )
-        return routing_losses(step.routings, plan, weights, step.mask_BT, group=group)
 
     def _logs_are_due(self) -> bool:
         """Whether loggers write what this step logs; preparing it costs time at every step."""
@@ -270,29 +261,6 @@ class DSMoELanguageModel(CheckpointedModel):
             return None
         mesh = self.device_mesh
         return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
-
-
-class _Step(NamedTuple):
-    """Loss of a batch, the routing it came by and the tokens that count."""
-
-    loss: Tensor
-    routings: Routings
-    mask_BT: Tensor
-
-    @classmethod
-    def of(cls, output: DecoderOutput, batch: dict[str, Tensor]) -> Self:
-        labels_BT = batch["labels"]
-        mask_BT = labels_BT != IGNORED
-        nll = summed_cross_entropy(output.logits, labels_BT)
-        return cls(nll / mask_BT.sum().clamp_min(1), output.routings, mask_BT)
-
-    def results(self) -> dict[str, Any]:
-        """What callbacks read from a step."""
-        experts, attention = (
-            tuple(None if r is None else Routing(r.logits.detach(), r.probs.detach()) for r in kind)
-            for kind in self.routings
-        )
-        return {"routings": Routings(experts, attention), "mask": self.mask_BT}
 
 
 def _format(terms: dict[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Losses of routers: mutual information, load balance and the router z-loss; consistency."""
+"""Losses of routers, and of two predictions that are to agree."""
 
 from lightning_dsmoe.losses.consistency import consistency_loss as consistency_loss
 from lightning_dsmoe.losses.entropy import entropy as entropy

@@ -10,7 +10,7 @@ from lightning_dsmoe.precision import without_autocast
 
 
 def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q the two predictions.
+    """Symmetric divergence: mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q predictions.
 
     Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions.
 

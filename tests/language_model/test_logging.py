@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
 from lightning_dsmoe.language_model import DSMoELanguageModel
-from lightning_dsmoe.losses import entropy, mutual_information_loss
-from lightning_dsmoe.routing import TopK
+from lightning_dsmoe.losses import consistency_loss, entropy, mutual_information_loss
+from lightning_dsmoe.routing import SelectionPlan, TopK
 
 MakeModel = Callable[..., DSMoELanguageModel]
 TERMS = [
@@ -108,12 +108,26 @@ def test_consistency_is_logged_where_a_plan_is_trained(
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    callbacks = [SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)]
-    trainer = make_trainer(max_steps=4, log_every_n_steps=1, callbacks=callbacks)
-    trainer.fit(make_one_model(consistency_weight=1.0), make_loader(), make_loader(3))
+    plan = SelectionPlan.uniform(2, experts=TopK(1))
+    expected: list[tuple[float, float]] = []
+
+    class Compare(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            dense, sparse = (pl_module(batch["input_ids"], p).logits for p in (None, plan))
+            loss = F.cross_entropy(dense.flatten(0, 1), batch["labels"].flatten())
+            expected.append((loss.item(), consistency_loss(dense, sparse).item()))
+
+    finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
+    trainer = make_trainer(max_steps=4, log_every_n_steps=1, callbacks=[Compare(), finishing])
+    trainer.fit(make_one_model(consistency_weight=2.0), make_loader(), make_loader(3))
     logged = rows(trainer, "train/consistency")
     assert list(logged) == [2, 3]
-    assert all(float(row["train/consistency"]) > 0 for row in logged.values())
+    for step, row in logged.items():
+        found = float(row["train/all_experts/loss"]), float(row["train/consistency"])
+        assert found == pytest.approx(expected[step], rel=1e-4)
+        assert row["train/loss"] != row["train/all_experts/loss"]
 
 
 class WithSizes(LightningDataModule):

@@ -71,29 +71,36 @@ def test_consistency_trains_a_plan_and_all_experts_and_keeps_them_alike(
 ) -> None:
     weights = {"expert_mi_weight": 0.3, "attention_mi_weight": 0.07, "load_balancing_weight": 0.11}
     sparse = {"expert_selection": TopK(1), "attention_selection": TopK(2)}
-    plan = make_model(**weights, **sparse).eval()
-    dense = make_model(**weights).eval()
-    alone = [each.training_step(batch, 0)["loss"] for each in (plan, dense)]
+    plan, dense = make_model(**weights, **sparse).eval(), make_model(**weights).eval()
     logits = [each(batch["input_ids"]).logits for each in (plan, dense)]
     apart = consistency_loss(*logits, batch["labels"] != -100)
     assert apart > 1e-6
+    expected = sum(each.training_step(batch, 0)["loss"] for each in (plan, dense)) / 2 + 3 * apart
     model = make_model(**weights, **sparse, consistency_weight=3.0).eval()
     step = model.training_step(batch, 0)
-    torch.testing.assert_close(step["loss"], sum(alone) / 2 + 3 * apart)
-    expected = plan(batch["input_ids"]).routings
-    for kind, expected_kind in zip(step["routings"], expected, strict=True):
+    torch.testing.assert_close(step["loss"], expected)
+    for loss in (expected, step["loss"]):
+        loss.backward()
+    for (name, found), *both in zip(
+        model.named_parameters(), plan.parameters(), dense.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, sum(each.grad for each in both), msg=name)
+    routings = plan(batch["input_ids"]).routings
+    for kind, expected_kind in zip(step["routings"], routings, strict=True):
         for routing, expected_routing in zip(kind, expected_kind, strict=True):
             assert torch.equal(routing.logits, expected_routing.logits)
 
 
-def test_consistency_changes_nothing_where_all_experts_run(
-    make_model: MakeModel, batch: Batch
+@pytest.mark.parametrize("runs", [1, 2])
+def test_all_experts_run_beside_a_plan_and_not_beside_themselves(
+    make_one_model: MakeModel, batch: Batch, runs: int
 ) -> None:
-    losses = [
-        make_model(consistency_weight=weight).eval().training_step(batch, 0)["loss"]
-        for weight in (0.0, 2.0)
-    ]
-    assert torch.equal(*losses)
+    selection = {"expert_selection": TopK(1)} if runs == 2 else {}
+    model = make_one_model(consistency_weight=2.0, **selection)
+    plans: list[SelectionPlan] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: plans.append(inputs[1]))
+    model.training_step(batch, 0)
+    assert plans == [model.plan, SelectionPlan.uniform(model.n_layers)][:runs]
 
 
 def test_weights_of_zero_give_bitwise_the_gradient_of_the_language_loss(
@@ -147,7 +154,14 @@ def test_the_decoder_is_built_once(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["expert_mi_weight", "attention_mi_weight", "load_balancing_weight", "router_z_weight"]
+    "name",
+    [
+        "expert_mi_weight",
+        "attention_mi_weight",
+        "load_balancing_weight",
+        "router_z_weight",
+        "consistency_weight",
+    ],
 )
 def test_negative_weights_are_refused(make_one_model: MakeModel, name: str) -> None:
     with pytest.raises(ValueError, match=r"0 or more, got \(.*-0\.1"):

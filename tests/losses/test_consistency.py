@@ -59,10 +59,13 @@ def test_gradient_agrees_with_finite_differences() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_extreme_half_precision_logits_stay_finite(dtype: torch.dtype) -> None:
-    logits, others = (1e4 * torch.randn(2, 16, 8).sign()).to(dtype).requires_grad_()
-    loss = consistency_loss(logits, others)
+    both = (1e4 * torch.randn(2, 16, 8).sign()).to(dtype).requires_grad_()
+    loss = consistency_loss(*both)
     assert loss.dtype == torch.float32
     assert loss.isfinite()
+    loss.backward()
+    assert both.grad is not None
+    assert both.grad.isfinite().all()
 
 
 def test_autocast_leaves_it_in_float32() -> None:

@@ -75,6 +75,7 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
         ("finished sparsely", ("Threshold", {"eps": 0.3}, {"eps": 0.3}), 400),
         ("finished more sparsely", ("Threshold", {"eps": 1.5}, {"eps": 1.5}), 1000),
         ("finished at fixed numbers", ("TopK", {"k": 2}, {"k": 5}), 1000),
+        ("finished consistently", ("TopK", {"k": 2}, {"k": 5}), 1000),
     ],
 )
 def test_models_are_finished_under_a_plan(
@@ -87,6 +88,20 @@ def test_models_are_finished_under_a_plan(
         name: {"class_path": f"lightning_dsmoe.{kind}", "init_args": given}
         for name, given in zip(("experts", "attention"), options, strict=True)
     }
+
+
+def test_one_way_of_finishing_is_consistent(models: ModuleType) -> None:
+    arguments = {
+        name: models.configuration(name, models.PRESETS["cpu"], seed=1, steps=9)["model"]
+        for name in models.FINISHED
+    }
+    weights = {
+        name: model["init_args"].get("consistency_weight") for name, model in arguments.items()
+    }
+    assert {name for name, weight in weights.items() if weight} == {
+        f"{name}, finished consistently" for name in models.EVERY_DS_MOE.values()
+    }
+    assert set(weights.values()) == {None, 1.0}
 
 
 def test_the_weights_of_one_recipe_fall(models: ModuleType) -> None:
