@@ -55,7 +55,7 @@ class DSMoELanguageModel(CheckpointedModel):
         attention_mi_weight: alpha of each attention router.
         load_balancing_weight: beta, for mixtures trained sparsely.
         router_z_weight: gamma.
-        consistency_weight: delta, keeping the predictions of a trained plan and of all experts alike;
+        consistency_weight: delta, to keep predictions under a plan and with all experts alike;
             without effect where training runs all experts.
         expert_selection: feed-forward experts that run in training, and in evaluation without a
             plan; all of them unless a sparsely trained baseline is wanted.
