@@ -15,7 +15,8 @@ class SparseFinishing(Callback):
 
     In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
     loss are those of the plan. If the model has a `consistency_weight`, the same steps train it
-    with all experts too and keep the two predictions alike, in twice the time and memory.
+    with all experts too and keep the two predictions alike, in about twice the time and with twice
+    the activations in memory.
 
     Validation goes on with the model as it is configured, so that `val/loss` means the same in the
     whole run; `SparseEvaluation` tells the loss under the plan.

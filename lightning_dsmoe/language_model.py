@@ -34,7 +34,8 @@ class DSMoELanguageModel(CheckpointedModel):
     (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
 
     Where training runs a plan, with `SparseFinishing` or a selection below, and delta is not 0,
-    every batch runs with all experts too, in twice the time and memory, and what is trained is
+    every batch runs with all experts too, in about twice the time and with twice the activations in
+    memory, and what is trained is
 
     (L under the plan + L with all experts) / 2 + delta L_consistency
     (R-Drop, arXiv 2106.14448, eq. 4, halved)
