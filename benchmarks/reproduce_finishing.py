@@ -44,12 +44,19 @@ def at_threshold(eps: float, part: float) -> Finishing:
     return Finishing(f"threshold {eps:g}", kept, kept, part, {})
 
 
+def consistently(finishing: Finishing) -> Finishing:
+    """The same, with the predictions of all experts and of the plan kept alike."""
+    changes = {"consistency_weight": 1.0}
+    return finishing._replace(name=f"{finishing.name}, consistency 1", changes=changes)
+
+
+_SPARSELY = at_threshold(1.5, 0.5)
+_FIXED = Finishing("top 2 and 5", top_k(2), top_k(5), 0.5, {})
 FINISHINGS = {
     "finished sparsely": at_threshold(0.3, 0.2),
-    "finished more sparsely": at_threshold(1.5, 0.5),
-    "finished at fixed numbers": Finishing("top 2 and 5", top_k(2), top_k(5), 0.5, {}),
-    "finished consistently": Finishing(
-        "top 2 and 5, consistency 1", top_k(2), top_k(5), 0.5, {"consistency_weight": 1.0}
-    ),
+    "finished more sparsely": _SPARSELY,
+    "finished more sparsely and consistently": consistently(_SPARSELY),
+    "finished at fixed numbers": _FIXED,
+    "finished consistently": consistently(_FIXED),
 }
 """Those of every DS-MoE model; the numbers are of 18 feed-forward and 8 attention experts."""

@@ -74,6 +74,11 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
     [
         ("finished sparsely", ("Threshold", {"eps": 0.3}, {"eps": 0.3}), 400),
         ("finished more sparsely", ("Threshold", {"eps": 1.5}, {"eps": 1.5}), 1000),
+        (
+            "finished more sparsely and consistently",
+            ("Threshold", {"eps": 1.5}, {"eps": 1.5}),
+            1000,
+        ),
         ("finished at fixed numbers", ("TopK", {"k": 2}, {"k": 5}), 1000),
         ("finished consistently", ("TopK", {"k": 2}, {"k": 5}), 1000),
     ],
@@ -90,7 +95,7 @@ def test_models_are_finished_under_a_plan(
     }
 
 
-def test_one_way_of_finishing_is_consistent(models: ModuleType) -> None:
+def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
     arguments = {
         name: models.configuration(name, models.PRESETS["cpu"], seed=1, steps=9)["model"]
         for name in models.FINISHED
@@ -99,7 +104,9 @@ def test_one_way_of_finishing_is_consistent(models: ModuleType) -> None:
         name: model["init_args"].get("consistency_weight") for name, model in arguments.items()
     }
     assert {name for name, weight in weights.items() if weight} == {
-        f"{name}, finished consistently" for name in models.EVERY_DS_MOE.values()
+        f"{name}, {finishing}"
+        for name in models.EVERY_DS_MOE.values()
+        for finishing in ("finished consistently", "finished more sparsely and consistently")
     }
     assert set(weights.values()) == {None, 1.0}
 
