@@ -1,5 +1,10 @@
+import hashlib
+import resource
+import shutil
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +13,15 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.inference.compilation import compile_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.stacked import StackedWeight
 
 MakeDecoder = Callable[..., Decoder]
+
+DATA = ("config.json", "plan.json", "model.safetensors")
+CERTIFICATE = {"loss": 1.5, "tokens": 12}
 
 UNCOMPILED = SwitchPoints(gather_up_to=0)
 
@@ -87,3 +96,46 @@ def plan() -> SelectionPlan:
 @pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(29, (3, 16), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("originals")
+    paths = {}
+    torch.manual_seed(3)
+    decoder, plan = rotary_glu(), SelectionPlan.uniform(2)
+    for name, quantization in (("float", None), ("int8", "int8")):
+        paths[name] = folder / name
+        model = compile_sparse(decoder, plan, quantization=quantization)  # type: ignore[arg-type]
+        model.save(paths[name], certificate=CERTIFICATE)
+    return paths
+
+
+@pytest.fixture(params=["float", "int8"])
+def artifact(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals[request.param], tmp_path / "artifact"))
+
+
+@pytest.fixture
+def float_artifact(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals["float"], tmp_path / "artifact"))
+
+
+def sign(path: Path) -> None:
+    """Make the sums fit the files, as someone who forges them would."""
+    lines = []
+    for name in sorted(name for name in ("certificate.json", *DATA) if (path / name).exists()):
+        with (path / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    (path / "SHA256SUMS").write_text("".join(lines))
+
+
+def quickly(action: Callable[[], object]) -> None:
+    """Run something in less than a second and 200 MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    try:
+        action()
+    finally:
+        assert time.process_time() - start < 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024

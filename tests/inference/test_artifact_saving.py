@@ -11,7 +11,7 @@ from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
 from lightning_dsmoe.inference.compilation import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan
 
-CERTIFICATE = {"loss": 1.5, "tokens": 12}
+from .conftest import CERTIFICATE
 
 
 def content(path: Path) -> dict[str, bytes]:
