@@ -91,7 +91,7 @@ def compare(
             budget,
             solve,
             lambda plan: evaluate_plan(model, plan, found_on, counts),
-            diverge,
+            lambda: diverge,
         )
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
         plans = uniform_plans(unseen, calibrated.share)

@@ -46,7 +46,7 @@ def search(
     budget: float,
     solve: Solver,
     measure: Measure,
-    diverge: Diverge | None = None,
+    make_diverge: Callable[[], Diverge] | None = None,
 ) -> Found:
     """Find a plan of a share with as little loss as possible.
 
@@ -60,20 +60,20 @@ def search(
             routers choose while all experts run; under thresholds they may choose some more.
         solve: `thresholds` or `fixed_numbers`.
         measure: evaluates a plan on that text.
-        diverge: tells how far a plan is from all experts on that text, which serves in place of the
-            loss unless that of the plan to begin with is clearly below that of all experts, as
-            after sparse finishing; None for the loss in any case.
+        make_diverge: makes what tells how far a plan is from all experts on that text. It serves
+            in place of the loss, and is made, unless the loss of the plan to begin with is clearly
+            below that of all experts, as after sparse finishing; None for the loss in any case.
 
     Raises:
         ValueError: if one expert in each layer is more than the budget.
     """
     check_budget(statistics, budget)
     judge = measure = cache(measure)
-    if diverge is not None:
+    if make_diverge is not None:
         start = measure(solve(statistics, alike(statistics), budget))
         dense = measure(SelectionPlan.uniform(len(statistics.experts)))
         if not start.clearly_below(dense):
-            judge = cache(_by_divergence(dense, diverge))
+            judge = cache(_by_divergence(dense, make_diverge()))
     best = _tuned(statistics, budget, solve, judge)
     rivals = uniform_numbers(statistics, budget)
     if solve is thresholds:

@@ -1,5 +1,6 @@
 """The plan that a model loses least with."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def calibrate(
             return evaluate_plan(model, plan, found_on, counts)
 
         if increase is None:
-            diverge = divergence(model, found_on)
-            found = search(statistics, budget or 0.0, solve, measure, diverge)
+            compared = partial(divergence, model, found_on)
+            found = search(statistics, budget or 0.0, solve, measure, compared)
         else:
             found = sparsest(statistics, increase, solve, measure)
         progress.update(task, description="judging the plan on the other half")

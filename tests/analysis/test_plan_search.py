@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut, PlanResult, evaluate_plan
+from lightning_dsmoe.analysis.divergence import Diverge
 from lightning_dsmoe.analysis.plan_search import search, sensitivities, sparsest
 from lightning_dsmoe.analysis.routing_statistics import (
     RouterStatistics,
@@ -193,7 +194,14 @@ def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
     by_loss = search(statistics, 0.6, thresholds, made_up(loss))
     by_divergence = search(statistics, 0.6, thresholds, made_up(lambda plan: dropped(plan, 0)))
     assert by_loss.plan != by_divergence.plan
-    found = search(statistics, 0.6, thresholds, made_up(loss), lambda plan: (dropped(plan, 0),))
+    made: list[str] = []
+
+    def make_diverge() -> Diverge:
+        made.append("once")
+        return lambda plan: (dropped(plan, 0),)
+
+    found = search(statistics, 0.6, thresholds, made_up(loss), make_diverge)
+    assert made == ([] if finished else ["once"])
     assert found.plan == (by_loss if finished else by_divergence).plan
     assert found.result.loss == loss(found.plan)
 
@@ -222,8 +230,8 @@ def test_no_plan_is_measured_twice(guided: bool, statistics: Statistics, measure
         seen.append(plan)
         return measure(plan)
 
-    diverge = (lambda plan: measure(plan).window_losses) if guided else None
-    search(statistics, 0.7, thresholds, counted, diverge)
+    make_diverge = (lambda: lambda plan: measure(plan).window_losses) if guided else None
+    search(statistics, 0.7, thresholds, counted, make_diverge)
     assert len(seen) == len(set(seen)) >= 2
     seen.clear()
     sparsest(statistics, 0.1, thresholds, counted)
