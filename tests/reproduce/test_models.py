@@ -76,7 +76,7 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
         ("finished more sparsely", ("Threshold", {"eps": 1.5}, {"eps": 1.5}), 1000),
         (
             "finished more sparsely and consistently",
-            ("Threshold", {"eps": 1.5}, {"eps": 1.5}),
+            ("Threshold", {"eps": 2.0}, {"eps": 2.0}),
             1000,
         ),
         ("finished at fixed numbers", ("TopK", {"k": 2}, {"k": 5}), 1000),
