@@ -3,16 +3,21 @@
 Shapes: V vocabulary; leading dimensions (tokens) are free; X tokens in one dimension.
 """
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.precision import without_autocast
+from lightning_dsmoe.precision import at_least_float32, without_autocast
+
+TOKENS_AT_ONCE = 1024
 
 
 def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
     """Symmetric divergence: mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q predictions.
 
-    Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions.
+    Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions. Some tokens are
+    compared at a time, and again in the backward pass, so that it keeps nothing but the logits.
 
     Args:
         logits: logits of the one, `[..., V]`.
@@ -27,9 +32,18 @@ def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None)
     """
     if logits.shape != others.shape:
         raise ValueError(f"logits of shapes {tuple(logits.shape)} and {tuple(others.shape)}")
-    logits_XV, weight_X = flatten_tokens(logits, mask)
-    others_XV, _ = flatten_tokens(others, mask)
+    _, weight_X = flatten_tokens(logits[..., :1], mask)
+    flat = (each.reshape(-1, each.shape[-1]) for each in (logits, others))
+    parts = zip(*(each.split(TOKENS_AT_ONCE) for each in (*flat, weight_X)), strict=True)
     with without_autocast(logits.device.type):
-        log_p_XV, log_q_XV = logits_XV.log_softmax(-1), others_XV.log_softmax(-1)
-        both_X = ((log_p_XV.exp() - log_q_XV.exp()) * (log_p_XV - log_q_XV)).sum(-1)
-        return 0.5 * (weight_X @ both_X) / weight_X.sum().clamp_min(1)
+        summed = [
+            checkpoint(_summed, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
+        ]
+        return torch.stack(summed).sum() / weight_X.sum().clamp_min(1)
+
+
+def _summed(logits_XV: Tensor, others_XV: Tensor, weight_X: Tensor) -> Tensor:
+    log_p_XV, log_q_XV = (at_least_float32(each).log_softmax(-1) for each in (logits_XV, others_XV))
+    both_X = ((log_p_XV.exp() - log_q_XV.exp()) * (log_p_XV - log_q_XV)).sum(-1)
+    return 0.5 * (weight_X @ both_X)

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dsmoe.losses import consistency_loss
+from lightning_dsmoe.losses.consistency import TOKENS_AT_ONCE
 
 
 def naive(logits: Tensor, others: Tensor) -> Tensor:
@@ -73,6 +74,25 @@ def test_autocast_leaves_it_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = consistency_loss(logits, others)
     assert torch.equal(inside, consistency_loss(logits, others))
+
+
+def test_only_the_logits_wait_for_the_backward_pass() -> None:
+    tokens = 2 * TOKENS_AT_ONCE + 3
+    logits, others = torch.randn(2, tokens, 50, requires_grad=True).bfloat16()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = consistency_loss(logits, others)
+    assert sum(kept.values()) <= logits.untyped_storage().nbytes() + 8 * tokens
+    expected = naive(logits.float(), others.float()).mean()
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(loss, (logits, others))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (logits, others)))
 
 
 def test_other_shapes_are_refused() -> None:
