@@ -74,20 +74,17 @@ def search(
         dense = measure(SelectionPlan.uniform(len(statistics.experts)))
         if not start.clearly_below(dense):
             judge = cache(_by_divergence(dense, make_diverge()))
-    best = _tuned(statistics, budget, solve, judge)
-    rivals = uniform_numbers(statistics, budget)
-    if solve is thresholds:
-        rivals += uniform_mixed(statistics, budget)
-    for plan in rivals:
-        best = best.or_better(best._replace(found=Found(plan, judge(plan))))
-    return Found(best.found.plan, measure(best.found.plan))
+    tuned = _tuned(statistics, budget, solve, judge).found
+    plan = _or_alike(tuned, statistics, budget, solve, judge).plan
+    return Found(plan, measure(plan))
 
 
 def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Measure) -> Found:
     """Find a plan of the smallest share whose loss, as measured on the text, is not too high.
 
     The share is halved with sensitivities that are measured once. Better ones are searched for at
-    the share that is found, and the halving goes on with those.
+    the share that is found, and the halving goes on with those. In the end a plan that treats all
+    layers alike takes the place of what is found as in `search`.
 
     Args:
         statistics: what the routers say of a text.
@@ -117,7 +114,8 @@ def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Me
     tuned = _tuned(statistics, budget, solve, measure)
     if tuned.found.result.loss <= best.result.loss:
         best = tuned.found
-    return halved(best, budget, tuned.sensitivities)[0]
+    best, budget = halved(best, budget, tuned.sensitivities)
+    return _or_alike(best, statistics, budget, solve, measure)
 
 
 def sensitivities(statistics: Statistics, plan: SelectionPlan, measure: Measure) -> Sensitivities:
@@ -149,6 +147,20 @@ def _by_divergence(dense: PlanResult, diverge: Diverge) -> Measure:
         return dense._replace(loss=sum(windows), window_losses=windows)
 
     return judge
+
+
+def _or_alike(
+    best: Found, statistics: Statistics, budget: float, solve: Solver, measure: Measure
+) -> Found:
+    """The plan of a budget that treats all layers alike, if one is clearly better."""
+    rivals = uniform_numbers(statistics, budget)
+    if solve is thresholds:
+        rivals += uniform_mixed(statistics, budget)
+    for plan in rivals:
+        found = Found(plan, measure(plan))
+        if found.result.clearly_below(best.result):
+            best = found
+    return best
 
 
 def _tuned(statistics: Statistics, budget: float, solve: Solver, measure: Measure) -> _Trial:

@@ -36,9 +36,9 @@ def calibrate(
             runs under thresholds can end a little above it.
         max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
         output: where to write the plan, as JSON.
-        fixed: choose numbers of experts, the same for all tokens, instead of thresholds. A budget
-            is met with numbers too where one pair of them for all layers, or one of attention
-            experts beside a threshold of the others, beats every threshold.
+        fixed: choose numbers of experts, the same for all tokens, instead of thresholds. Without
+            it one pair of numbers for all layers, or one of attention experts beside a threshold of
+            the others, is taken where it beats every threshold.
         options: of the text and the device, see `open_trained`.
 
     Raises:

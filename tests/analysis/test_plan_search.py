@@ -249,6 +249,20 @@ def test_the_sparsest_plan_keeps_to_its_loss(
     assert found.result.share < 0.8
 
 
+def test_the_sparsest_plan_is_a_uniform_one_if_that_is_better(statistics: Statistics) -> None:
+    """Nothing is lost down to 0.7 under thresholds, where one plan of numbers is better still."""
+
+    def loss(plan: SelectionPlan) -> float:
+        if isinstance(plan.attention[0], TopK):
+            return float(plan != best)
+        return 1 + max(0.0, 0.7 - share_of(statistics, plan))
+
+    best = uniform_numbers(statistics, 0.72)[1]
+    found = sparsest(statistics, 0.0, thresholds, made_up(loss))
+    assert found.plan == best
+    assert found.result.loss == 0
+
+
 def share_of(statistics: Statistics, plan: SelectionPlan) -> float:
     layers = [
         [0.0 if isinstance(selection, AllExperts) else selection.eps for selection in kind]
@@ -262,6 +276,8 @@ def test_the_share_is_the_least_that_the_loss_allows(
     increase: float, expected: float, statistics: Statistics
 ) -> None:
     def loss(plan: SelectionPlan) -> float:
+        if isinstance(plan.attention[0], TopK):
+            return 2.0
         return 1 + max(0.0, 0.8 - share_of(statistics, plan))
 
     found = sparsest(statistics, increase, thresholds, made_up(loss))
