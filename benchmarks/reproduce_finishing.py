@@ -46,7 +46,7 @@ def at_threshold(eps: float, part: float) -> Finishing:
 
 def consistently(finishing: Finishing) -> Finishing:
     """The same, with the predictions of all experts and of the plan kept alike."""
-    changes = {"consistency_weight": 1.0}
+    changes = finishing.changes | {"consistency_weight": 1.0}
     return finishing._replace(name=f"{finishing.name}, consistency 1", changes=changes)
 
 
@@ -56,6 +56,6 @@ FINISHINGS = {
     "finished more sparsely": at_threshold(1.5, 0.5),
     "finished at fixed numbers": _FIXED,
     "finished consistently": consistently(_FIXED),
-    "finished more sparsely and consistently": consistently(at_threshold(2.0, 0.5)),
+    "finished consistently at threshold 2": consistently(at_threshold(2.0, 0.5)),
 }
 """Those of every DS-MoE model; the numbers are of 18 feed-forward and 8 attention experts."""

@@ -1,9 +1,9 @@
 """Finding the selections of every layer that cost the least loss for a share of the parameters.
 
 The plans are those that `solvers` makes of sensitivities. These are first measured, one router at a
-time, and then tried out against the loss, all attention together and each router alone. `search`
-tries the plans that treat all layers alike too, and begins with the one threshold for all if
-`thresholds` are wanted. From one plan to the next the loss, or what stands for it, must fall
+time, and then tried out against the loss, all attention together and each router alone, beginning
+with one threshold for all if `thresholds` are wanted. In the end plans that treat all layers alike
+are tried too. From one plan to the next the loss, or what stands for it, must fall
 by more than a standard error, as the plan is for other text.
 """
 
@@ -60,9 +60,9 @@ def search(
             routers choose while all experts run; under thresholds they may choose some more.
         solve: `thresholds` or `fixed_numbers`.
         measure: evaluates a plan on that text.
-        make_diverge: makes what tells how far a plan is from all experts on that text. It serves
-            in place of the loss, and is made, unless the loss of the plan to begin with is clearly
-            below that of all experts, as after sparse finishing; None for the loss in any case.
+        make_diverge: called to get what tells how far a plan is from all experts on that text, to
+            judge by in place of the loss; not called if the loss of the first plan is clearly below
+            that of all experts, as after sparse finishing. None judges by the loss in any case.
 
     Raises:
         ValueError: if one expert in each layer is more than the budget.
@@ -83,8 +83,9 @@ def sparsest(statistics: Statistics, increase: float, solve: Solver, measure: Me
     """Find a plan of the smallest share whose loss, as measured on the text, is not too high.
 
     The share is halved with sensitivities that are measured once. Better ones are searched for at
-    the share that is found, and the halving goes on with those. In the end a plan that treats all
-    layers alike takes the place of what is found as in `search`.
+    the share that is found, and the halving goes on with those. A plan of the share found last that
+    treats all layers alike takes its place as in `search`; sparser ones of that kind are not
+    sought.
 
     Args:
         statistics: what the routers say of a text.
@@ -152,7 +153,7 @@ def _by_divergence(dense: PlanResult, diverge: Diverge) -> Measure:
 def _or_alike(
     best: Found, statistics: Statistics, budget: float, solve: Solver, measure: Measure
 ) -> Found:
-    """The plan of a budget that treats all layers alike, if one is clearly better."""
+    """The plan of a budget that treats all layers alike, if one is clearly better than the best."""
     rivals = uniform_numbers(statistics, budget)
     if solve is thresholds:
         rivals += uniform_mixed(statistics, budget)

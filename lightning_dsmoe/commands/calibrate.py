@@ -38,7 +38,7 @@ def calibrate(
         output: where to write the plan, as JSON.
         fixed: choose numbers of experts, the same for all tokens, instead of thresholds. Without
             it one pair of numbers for all layers, or one of attention experts beside a threshold of
-            the others, is taken where it beats every threshold.
+            the others, is taken where it is clearly better.
         options: of the text and the device, see `open_trained`.
 
     Raises:
@@ -62,8 +62,8 @@ def calibrate(
             return evaluate_plan(model, plan, found_on, counts)
 
         if increase is None:
-            compared = partial(divergence, model, found_on)
-            found = search(statistics, budget or 0.0, solve, measure, compared)
+            make_diverge = partial(divergence, model, found_on)
+            found = search(statistics, budget or 0.0, solve, measure, make_diverge)
         else:
             found = sparsest(statistics, increase, solve, measure)
         progress.update(task, description="judging the plan on the other half")

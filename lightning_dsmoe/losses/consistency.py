@@ -11,13 +11,16 @@ from lightning_dsmoe.losses.masking import flatten_tokens
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 
 TOKENS_AT_ONCE = 1024
+"""Tokens whose predictions are compared at a time."""
 
 
 def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
     """Symmetric divergence: mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q predictions.
 
-    Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions. Some tokens are
-    compared at a time, and again in the backward pass, so that it keeps nothing but the logits.
+    Tokens are compared some at a time and once more in the backward pass, for which only the logits
+    and the mask are kept.
+
+    Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions.
 
     Args:
         logits: logits of the one, `[..., V]`.

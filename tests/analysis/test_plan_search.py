@@ -212,6 +212,32 @@ def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Stati
     assert found.plan == best
 
 
+def test_the_last_uniform_plan_that_is_clearly_better_is_taken(statistics: Statistics) -> None:
+    by_chance, better, best = uniform_mixed(statistics, 0.9)[:3]
+    results = {
+        by_chance: result(0.0, 9.0, 0.0, 5.0),
+        better: result(2.9, 4.9, 3.9, 5.9),
+        best: result(2.8, 4.8, 3.8, 5.8),
+    }
+    usual = result(3.0, 5.0, 4.0, 6.0)
+    assert results[by_chance].loss < results[best].loss
+    found = search(statistics, 0.9, thresholds, lambda plan: results.get(plan, usual))
+    assert found.plan == best
+
+
+def test_a_uniform_plan_can_win_by_divergence(statistics: Statistics) -> None:
+    best = uniform_numbers(statistics, 0.7)[1]
+    found = search(
+        statistics,
+        0.7,
+        thresholds,
+        made_up(lambda plan: 1.0),
+        lambda: lambda plan: (float(plan != best),),
+    )
+    assert found.plan == best
+    assert found.result.loss == 1
+
+
 def test_numbers_beside_a_threshold_are_tried_unless_numbers_are_wanted(
     statistics: Statistics,
 ) -> None:

@@ -12,7 +12,8 @@ from lightning_dsmoe.inference.artifact import read_artifact
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import SelectionPlan
 
-from .conftest import quickly, sign
+from .conftest import sign
+from .limits import quickly
 
 
 def points(**changes: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_dsmoe.inference.artifact import read_artifact
 
-from .conftest import quickly, sign
+from .conftest import sign
+from .limits import quickly
 
 
 def safetensors(header: object, data: bytes = bytes(64)) -> bytes:

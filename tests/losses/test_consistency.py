@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dsmoe.losses import consistency_loss
 from lightning_dsmoe.losses.consistency import TOKENS_AT_ONCE
@@ -74,6 +77,27 @@ def test_autocast_leaves_it_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = consistency_loss(logits, others)
     assert torch.equal(inside, consistency_loss(logits, others))
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Keeps the largest number of elements of a float32 result."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dtype == torch.float32:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_few_tokens_are_compared_at_a_time() -> None:
+    both = torch.randn(2, 2 * TOKENS_AT_ONCE + 3, 50).bfloat16().requires_grad_()
+    with LargestFloat32() as largest:
+        torch.autograd.grad(consistency_loss(*both), both)
+    assert 0 < largest.elements <= 50 * TOKENS_AT_ONCE
 
 
 def test_only_the_logits_wait_for_the_backward_pass() -> None:

@@ -75,7 +75,7 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
         ("finished sparsely", ("Threshold", {"eps": 0.3}, {"eps": 0.3}), 400),
         ("finished more sparsely", ("Threshold", {"eps": 1.5}, {"eps": 1.5}), 1000),
         (
-            "finished more sparsely and consistently",
+            "finished consistently at threshold 2",
             ("Threshold", {"eps": 2.0}, {"eps": 2.0}),
             1000,
         ),
@@ -106,7 +106,7 @@ def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
     assert {name for name, weight in weights.items() if weight} == {
         f"{name}, {finishing}"
         for name in models.EVERY_DS_MOE.values()
-        for finishing in ("finished consistently", "finished more sparsely and consistently")
+        for finishing in ("finished consistently", "finished consistently at threshold 2")
     }
     assert set(weights.values()) == {None, 1.0}
 
