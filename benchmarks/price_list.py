@@ -198,6 +198,7 @@ def _recipe(run: Run) -> str:
     model = config["model"]["init_args"]
     for name in ("attention", "feed_forward", "expert_mi_weight", "attention_mi_weight"):
         del model[name]
+    model.pop("consistency_weight", None)
     del config["seed_everything"], config["data"]["init_args"]["seed"]
     del config["trainer"]["callbacks"]
     return json.dumps([run["settings"]["text"], config], sort_keys=True)

@@ -62,6 +62,15 @@ def test_prices_are_means_over_seeds(price_list: ModuleType, runs: list[Any]) ->
     assert math.isnan(finished.losses[0])
 
 
+def test_every_way_of_finishing_has_the_same_dense_twin(
+    price_list: ModuleType, models: ModuleType
+) -> None:
+    dense = trained(models, models.DENSE, 1, 2.0)
+    for name in models.FINISHED:
+        [price] = price_list.prices([dense, trained(models, name, 1, 2.2, {0.1: 3.0, 0.5: 2.2})])
+        assert price.over_dense == pytest.approx(0.1), name
+
+
 def test_fixed_numbers_count_where_they_are_better(
     price_list: ModuleType, models: ModuleType
 ) -> None:
