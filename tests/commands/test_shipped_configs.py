@@ -14,7 +14,7 @@ from lightning_dsmoe.cli import TrainingParser
 from lightning_dsmoe.inference import load_decoder, load_sparse
 from lightning_dsmoe.metrics import count_parameters
 
-NANO = "shakespeare_nano.yaml"
+NANO, LONG = "shakespeare_nano.yaml", "shakespeare_long.yaml"
 FRAGMENTS = [
     "callbacks/annealing.yaml",
     "callbacks/sparse_compile.yaml",
@@ -25,6 +25,7 @@ CLOSED_LOOP = ["callbacks/sparsity_target.yaml", "callbacks/sparse_finishing.yam
 RECIPES = [
     ["quickstart.yaml"],
     [NANO],
+    [NANO, LONG],
     [NANO, "baselines/dense.yaml"],
     [NANO, "baselines/smoe.yaml"],
 ]
@@ -51,6 +52,8 @@ def test_fit_test_and_reload(
     recipe: list[str], cli: Any, config: Any, tiny: Any, tmp_path: Path
 ) -> None:
     words = [*overlays(config, recipe), *tiny(tmp_path)]
+    if LONG in recipe:
+        words.append("--trainer.callbacks.init_args.steps=1")
     fitted = cli("fit", *words)
     assert fitted.code == 0, fitted.err
     [path] = tmp_path.rglob("epoch=0-step=2.ckpt")

@@ -1,11 +1,13 @@
 """The models of the benchmark of the paper's claims."""
 
+from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
 import jsonargparse
 import pytest
 import torch
+import yaml
 
 from lightning_dsmoe import DSMoELanguageModel
 from lightning_dsmoe.metrics import count_parameters
@@ -93,6 +95,18 @@ def test_models_are_finished_under_a_plan(
         name: {"class_path": f"lightning_dsmoe.{kind}", "init_args": given}
         for name, given in zip(("experts", "attention"), options, strict=True)
     }
+
+
+def test_the_long_recipe_is_what_was_measured(models: ModuleType) -> None:
+    path = files("lightning_dsmoe").joinpath("cli_configs", "shakespeare_long.yaml")
+    shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
+    name = "DS-MoE, faint MI, finished consistently"
+    measured = models.configuration(name, models.PRESETS["cpu"], seed=1, steps=16_000)
+    schedule = shipped["model"]["init_args"].pop("lr_scheduler")["init_args"]
+    assert schedule.items() <= measured["model"]["init_args"]["lr_scheduler"]["init_args"].items()
+    assert shipped["model"]["init_args"].items() <= measured["model"]["init_args"].items()
+    assert shipped["trainer"]["max_steps"] == measured["trainer"]["max_steps"]
+    assert shipped["trainer"]["callbacks+"] == measured["trainer"]["callbacks"][1:]
 
 
 def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
