@@ -160,7 +160,7 @@ def table(found: Sequence[Price]) -> str:
 
 def figure(found: Sequence[Price]) -> Figure:
     """Loss over that of the dense twin, and smallest safe share, against the experts' weight."""
-    drawn = Figure(figsize=(9, 4), layout="constrained")
+    drawn = Figure(figsize=(9, 5), layout="constrained")
     left, right = drawn.subplots(1, 2)
     keys = dict.fromkeys((price.size, price.steps, price.finishing) for price in found)
     for number, (size, steps, finishing) in enumerate(keys):
@@ -183,7 +183,7 @@ def figure(found: Sequence[Price]) -> Figure:
         axes.set(xscale="log", xlabel="MI weight of the feed-forward experts")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    right.legend(fontsize="small")
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return drawn
 
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import yaml
-from reproduce_finishing import FINISHINGS, Config, at_threshold, top_k
+from reproduce_finishing import FINISHINGS, Config, at_threshold, consistently, top_k
 
 RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
@@ -28,7 +28,11 @@ DS_MOE = {strength: EVERY_DS_MOE[strength] for strength in MI_WEIGHTS}
 MODELS = (DENSE, SMALL_DENSE, SAME_TOTAL, SAME_ACTIVE, TOP_1, *DS_MOE.values())
 """What the claims are about."""
 ANNEALED, STEERED = "DS-MoE, annealed to strong MI", "DS-MoE, steered from weak MI"
-FALLING = "DS-MoE, falling MI, finished"
+FALLING = {
+    "DS-MoE, falling MI, finished": at_threshold(0.5, 0.4),
+    "DS-MoE, falling MI, finished consistently": consistently(at_threshold(0.5, 0.4)),
+}
+"""Weights that fall to 0, and how these models are finished."""
 FINISHED = {
     f"{name}, {finishing}": (strength, finishing)
     for strength, name in EVERY_DS_MOE.items()
@@ -37,7 +41,7 @@ FINISHED = {
 OTHER_WAYS = (
     ANNEALED,
     STEERED,
-    FALLING,
+    *FALLING,
     *(EVERY_DS_MOE[strength] for strength in SMALLER_MI_WEIGHTS),
     *FINISHED,
 )
@@ -174,7 +178,10 @@ def variants(model: Config) -> dict[str, Config]:
         },
         ANNEALED: by_strength["strong MI"],
         STEERED: by_strength["weak MI"],
-        FALLING: dict.fromkeys(names, 0.015),
+        **{
+            name: dict.fromkeys(names, 0.015) | finishing.changes
+            for name, finishing in FALLING.items()
+        },
     }
 
 
@@ -186,9 +193,9 @@ def further_callbacks(name: str, steps: int) -> list[Config]:
         return [_callback("SparsityTarget", expert_top_k=2, attention_top_k=1, mass=0.99)]
     if name in FINISHED:
         return [FINISHINGS[FINISHED[name][1]].callback(steps)]
-    if name == FALLING:
+    if name in FALLING:
         fall = _callback("MIWeightAnnealing", start=1.0, end=0.0, steps=steps)
-        return [fall, at_threshold(0.5, 0.4).callback(steps)]
+        return [fall, FALLING[name].callback(steps)]
     return []
 
 

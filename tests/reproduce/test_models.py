@@ -125,9 +125,12 @@ def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
     assert set(weights.values()) == {None, 1.0}
 
 
-def test_the_weights_of_one_recipe_fall(models: ModuleType) -> None:
-    config = models.configuration(models.FALLING, models.PRESETS["cpu"], seed=1, steps=2000)
+@pytest.mark.parametrize("ending", ["finished", "finished consistently"])
+def test_the_weights_of_some_recipes_fall(models: ModuleType, ending: str) -> None:
+    name = f"DS-MoE, falling MI, {ending}"
+    config = models.configuration(name, models.PRESETS["cpu"], seed=1, steps=2000)
     arguments = config["model"]["init_args"]
+    assert arguments.get("consistency_weight") == (1.0 if "consistently" in ending else None)
     assert arguments["expert_mi_weight"] == arguments["attention_mi_weight"] == 0.015
     _, fall, finishing = (c["init_args"] for c in config["trainer"]["callbacks"])
     assert fall == {"start": 1.0, "end": 0.0, "steps": 2000}
