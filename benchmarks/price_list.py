@@ -196,9 +196,9 @@ def _recipe(run: Run) -> str:
     """What a model and its dense twin have in common, whatever the seed."""
     config = copy.deepcopy(run["settings"]["configuration"])
     model = config["model"]["init_args"]
-    for name in ("attention", "feed_forward", "expert_mi_weight", "attention_mi_weight"):
-        del model[name]
-    model.pop("consistency_weight", None)
+    weights = ("expert_mi_weight", "attention_mi_weight", "consistency_weight")
+    for name in ("attention", "feed_forward", *weights):
+        model.pop(name, None)
     del config["seed_everything"], config["data"]["init_args"]["seed"]
     del config["trainer"]["callbacks"]
     return json.dumps([run["settings"]["text"], config], sort_keys=True)
