@@ -1,15 +1,17 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_dsmoe.analysis import HeldOut
+from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+from lightning_dsmoe.analysis.routing_statistics import Statistics, routing_statistics
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
-from lightning_dsmoe.routing import LinearRouter, SelectionPlan
+from lightning_dsmoe.routing import AllExperts, LinearRouter, SelectionPlan
 
 ROUTER = partial(LinearRouter, init_std=0.2)
 
@@ -49,3 +51,21 @@ def text(decoder: Decoder) -> HeldOut:
         batches = [(part, decoder(part).logits.argmax(-1)) for part in tokens]
     batches[-1][1][1, 5:] = -100
     return HeldOut(batches, 6 * 2 * 16 - 11)
+
+
+@pytest.fixture
+def statistics(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Statistics:
+    return routing_statistics(model, text, counts)
+
+
+@pytest.fixture
+def measure(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Any:
+    return lambda plan: evaluate_plan(model, plan, text, counts)
+
+
+def share_of(statistics: Statistics, plan: SelectionPlan) -> float:
+    layers = [
+        [0.0 if isinstance(selection, AllExperts) else selection.eps for selection in kind]
+        for kind in (plan.experts, plan.attention)
+    ]
+    return statistics.share(*layers)
