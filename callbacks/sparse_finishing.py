@@ -13,10 +13,10 @@ from lightning_dsmoe.routing import SelectionPlan
 class SparseFinishing(Callback):
     """Trains the last steps of `fit` under a plan, the one that the model is to run with later.
 
-    In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
-    loss are those of the plan. If the model has a `consistency_weight`, the same steps train it
-    with all experts too and keep the two predictions alike, in about twice the time and with twice
-    the activations in memory.
+    In these steps only the plan's experts count for a token, and `train/loss` and the
+    load-balancing loss are those of the plan. If the model has a `consistency_weight`, the same
+    steps train it with all experts too and keep the two predictions alike, in about twice the time
+    and with twice the activations in memory.
 
     Validation goes on with the model as it is configured, so that `val/loss` means the same in the
     whole run; `SparseEvaluation` tells the loss under the plan.

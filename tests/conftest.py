@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_dsmoe.stacked import dispatch
+
 torch.set_num_threads(1)
 
 
@@ -35,6 +37,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield
+
+
+@pytest.fixture(params=["sorted", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether mixtures sort tokens by expert or run all experts, whatever their size."""
+    cost = 0.0 if request.param == "sorted" else float("inf")
+    monkeypatch.setitem(dispatch.MULTIPLICATIONS_PER_KERNEL, "cpu", cost)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture

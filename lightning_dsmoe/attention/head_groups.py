@@ -1,8 +1,7 @@
 """Groups of query heads over shared keys and values, each group under a gate.
 
 Shapes: B batch, T new tokens, S all tokens so far, X = B T, D width, E groups of query heads,
-H heads of one group = KV heads, C head width, M new tokens that use one group, P most of them in
-one sequence.
+H heads of one group = KV heads, C head width, M new tokens that use one group.
 """
 
 import torch
@@ -14,7 +13,16 @@ from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.attention.rotary import rotate, rotation
-from lightning_dsmoe.stacked import StackedWeight, gated_projection, tokens_of_each_expert
+from lightning_dsmoe.attention.some_queries import attend_of_tokens, attend_some
+from lightning_dsmoe.stacked import (
+    StackedWeight,
+    gated_projection,
+    tokens_of_each_expert,
+    worth_sorting,
+)
+
+_KERNELS = 30
+"""Those of one group in `sparse_forward`, about."""
 
 
 class HeadGroups(nn.Module):
@@ -130,6 +138,31 @@ class HeadGroups(nn.Module):
         y_BTD = y_XD.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
+    def selected_forward(
+        self,
+        x_BTD: Tensor,
+        scope: Scope,
+        keys_BHSC: Tensor,
+        values_BHSC: Tensor,
+        gates_BTE: Tensor,
+        active_BTE: Tensor,
+    ) -> Tensor:
+        """The active groups of each token, in the faster of two ways.
+
+        Args:
+            x_BTD: new tokens.
+            scope: who attends to whom.
+            keys_BHSC: keys of all tokens so far.
+            values_BHSC: their values.
+            gates_BTE: gate of each group, zero where it does not run.
+            active_BTE: the groups that run, bool.
+        """
+        batch, length, d_model = x_BTD.shape
+        n_weights = 2 * self.n_heads * self.d_head * d_model
+        if worth_sorting(batch * length, n_weights, x_BTD.device, n_kernels=_KERNELS):
+            return self.sparse_forward(x_BTD, scope, keys_BHSC, values_BHSC, gates_BTE, active_BTE)
+        return self.forward(x_BTD, scope, keys_BHSC, values_BHSC, gates_BTE)
+
     def sparse_forward(
         self,
         x_BTD: Tensor,
@@ -152,7 +185,7 @@ class HeadGroups(nn.Module):
         batch, length, _ = x_BTD.shape
         x_XD, gates_XE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
         positions_X = scope.positions_BT.expand(batch, length).flatten()
-        attend_XS = _attend_of_tokens(scope, batch, length)
+        attend_XS = attend_of_tokens(scope, batch, length)
         y_XD = torch.zeros_like(x_XD)
         running, tokens = tokens_of_each_expert(active_BTE.flatten(0, 1))
         for e, w_q, w_o, at_M in zip(
@@ -161,7 +194,7 @@ class HeadGroups(nn.Module):
             q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
             q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
             q_HMC = self.place(self.q_norm(q_HMC), positions_X[at_M])
-            heads_MR = _attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
+            heads_MR = attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
             gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
             y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
         y_BTD = y_XD.view_as(x_BTD)
@@ -179,37 +212,3 @@ class HeadGroups(nn.Module):
             f"n_groups={self.n_groups}, n_heads={self.n_heads}, d_head={self.d_head}, "
             f"rope_theta={self.rope_theta}"
         )
-
-
-def _attend_of_tokens(scope: Scope, batch: int, length: int) -> Tensor:
-    """Visibility of every key for each new token, bool `[X, S]`."""
-    if scope.attend_BTS is not None:
-        return scope.attend_BTS.flatten(0, 1)
-    steps = torch.arange(length, device=scope.positions_BT.device)
-    return (steps <= steps[:, None]).repeat(batch, 1)
-
-
-def _attend_some(
-    q_HMC: Tensor, keys_BHSC: Tensor, values_BHSC: Tensor, row_M: Tensor, attend_MS: Tensor
-) -> Tensor:
-    """Attention of some tokens, each over the keys of its own sequence: `[M, H C]`.
-
-    The queries are padded to the same number in every sequence; padding looks everywhere and its
-    result is dropped.
-    """
-    batch, n_heads, length, d_head = keys_BHSC.shape
-    counts_B = row_M.bincount(minlength=batch)
-    slot_M = torch.arange(len(row_M), device=row_M.device) - (counts_B.cumsum(0) - counts_B)[row_M]
-    most = int(counts_B.max())
-    q_BPHC = q_HMC.new_zeros(batch, most, n_heads, d_head).index_put(
-        (row_M, slot_M), rearrange(q_HMC, "h m c -> m h c")
-    )
-    attend_BPS = attend_MS.new_ones(batch, most, length)
-    attend_BPS[row_M, slot_M] = attend_MS
-    heads_BHPC = F.scaled_dot_product_attention(
-        rearrange(q_BPHC, "b p h c -> b h p c"),
-        keys_BHSC,
-        values_BHSC,
-        attn_mask=attend_BPS[:, None],
-    )
-    return rearrange(heads_BHPC, "b h p c -> b p (h c)")[row_M, slot_M]

@@ -90,7 +90,7 @@ class MixtureOfAttentionHeads(Attention):
         if isinstance(selection, AllExperts):
             y = self.heads(x, scope, keys, values, gates)
         else:
-            y = self.heads.sparse_forward(x, scope, keys, values, gates, active)
+            y = self.heads.selected_forward(x, scope, keys, values, gates, active)
         return MixtureOutput(y, routing)
 
     def extra_repr(self) -> str:

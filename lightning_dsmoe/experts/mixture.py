@@ -69,7 +69,7 @@ class MixtureOfExperts(FeedForwardLayer):
         if isinstance(selection, AllExperts):
             y = self.experts(x.flatten(0, -2), gates_XE).view_as(x)
         else:
-            y = self.experts.sparse_forward(
+            y = self.experts.selected_forward(
                 x.flatten(0, -2), gates_XE, active.flatten(0, -2)
             ).view_as(x)
         if self.shared is not None:

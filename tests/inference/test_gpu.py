@@ -22,6 +22,8 @@ from .conftest import UNCOMPILED, learned_positions_mlp, rotary_glu, without_rou
 pytestmark = pytest.mark.gpu
 
 ROUNDING = 1e-9
+OF_ROTATIONS = 1e-4
+"""Sines and cosines are float32, each device's own; steep functions follow in these models."""
 MODELS = [rotary_glu, learned_positions_mlp, without_routers]
 RULES = [AllExperts(), TopK(2), Threshold(0.9), ThresholdTopK(0.5), TopP(0.6)]
 
@@ -31,6 +33,10 @@ rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 def everywhere(rule: Selection) -> SelectionPlan:
     return SelectionPlan.uniform(2, experts=rule, attention=rule)
+
+
+def rounding(make: Callable[[], Decoder]) -> float:
+    return ROUNDING if make is learned_positions_mlp else OF_ROTATIONS
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -53,7 +59,7 @@ def test_training(make: Callable[[], Decoder]) -> None:
         grads.append([p.grad.cpu().clone() for p in decoder.parameters() if p.grad is not None])
     largest = max(grad.abs().max() for grad in grads[0])
     for on_cpu, on_gpu in zip(*grads, strict=True):
-        assert (on_gpu - on_cpu).abs().max() < ROUNDING * largest
+        assert (on_gpu - on_cpu).abs().max() < rounding(make) * largest
 
 
 @make
@@ -65,7 +71,7 @@ def test_plans(make: Callable[[], Decoder], rule: Selection) -> None:
     with torch.no_grad():
         expected_BTV = model.logits(tokens_BT)
         found_BTV = model.to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+    assert off(found_BTV, expected_BTV) < rounding(make)
 
 
 @make
@@ -91,7 +97,7 @@ def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> No
     with torch.no_grad():
         expected_BTV = SparseModel.load(folder).logits(tokens_BT)
         found_BTV = SparseModel.load(folder).to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+    assert off(found_BTV, expected_BTV) < OF_ROTATIONS
 
 
 def test_nothing_compiles() -> None:
