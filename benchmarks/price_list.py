@@ -193,15 +193,16 @@ def _loss(run: Run) -> float:
 
 
 def _recipe(run: Run) -> str:
-    """What a model and its dense twin have in common, whatever the seed."""
+    """What a model and its dense twin have in common, whatever the seed; the GPU is part of it."""
     config = copy.deepcopy(run["settings"]["configuration"])
     model = config["model"]["init_args"]
-    weights = ("expert_mi_weight", "attention_mi_weight", "consistency_weight")
-    for name in ("attention", "feed_forward", *weights):
-        model.pop(name, None)
+    for name in ("attention", "feed_forward", "expert_mi_weight", "attention_mi_weight"):
+        del model[name]
+    model.pop("consistency_weight", None)
     del config["seed_everything"], config["data"]["init_args"]["seed"]
     del config["trainer"]["callbacks"]
-    return json.dumps([run["settings"]["text"], config], sort_keys=True)
+    gpu = run["machine"].get("gpu")
+    return json.dumps([run["settings"]["text"], gpu, config], sort_keys=True)
 
 
 if __name__ == "__main__":

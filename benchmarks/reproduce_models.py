@@ -32,7 +32,7 @@ FALLING = {
     "DS-MoE, falling MI, finished": at_threshold(0.5, 0.4),
     "DS-MoE, falling MI, finished consistently": consistently(at_threshold(0.5, 0.4)),
 }
-"""Weights that fall to 0, and how these models are finished."""
+"""Weights that fall to 0, and how these models are finished: all under a threshold."""
 FINISHED = {
     f"{name}, {finishing}": (strength, finishing)
     for strength, name in EVERY_DS_MOE.items()

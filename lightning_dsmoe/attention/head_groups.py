@@ -22,7 +22,7 @@ from lightning_dsmoe.stacked import (
 )
 
 _KERNELS = 30
-"""Those of one group in `sparse_forward`, about."""
+"""About how many kernels one group starts in `sparse_forward`."""
 
 
 class HeadGroups(nn.Module):

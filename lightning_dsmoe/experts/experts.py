@@ -17,7 +17,7 @@ from lightning_dsmoe.stacked import (
 )
 
 _KERNELS = 10
-"""Those of one expert in `sparse_forward`, about."""
+"""About how many kernels one expert starts in `sparse_forward`."""
 
 
 class Experts(nn.Module, ABC):

@@ -1,4 +1,4 @@
-"""Which tokens each expert works on, and when it is worth to sort them.
+"""Which tokens each expert works on, and when sorting them is worth it.
 
 Shapes: X tokens, E experts.
 """
@@ -6,18 +6,19 @@ Shapes: X tokens, E experts.
 import torch
 from torch import Tensor
 
-MULTIPLICATIONS_PER_KERNEL = {"cpu": 1e6}
+MULTIPLICATIONS_PER_KERNEL = {"cpu": 1e6, "other": 1e9}
 """What a device does while one kernel of a forward and a backward pass starts."""
-ON_OTHER_DEVICES = 1e9
 FEWEST_TOKENS = 8
 """Reading a weight takes as long as using it for so many tokens."""
 
 
 def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kernels: int) -> bool:
-    """Whether experts that run only on their own tokens are faster than all experts on all tokens.
+    """Whether to run each expert on its own tokens rather than all experts on all tokens.
 
-    So it is where what an expert leaves out takes longer than starting the kernels that it needs
-    for itself; small experts, and those on a GPU, are faster under gates of zero.
+    That is faster where the work of one expert on all tokens takes longer than starting the
+    kernels that it needs for itself. What share of the tokens is its own does not count, as a GPU
+    would have to be waited for to know it. Otherwise all experts run, under gates of zero, which
+    do not hide an infinite output.
 
     Args:
         n_tokens: tokens X.
@@ -25,7 +26,8 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
         device: where it runs.
         n_kernels: kernels that one expert starts in a forward pass.
     """
-    per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, ON_OTHER_DEVICES)
+    kind = device.type if device.type in MULTIPLICATIONS_PER_KERNEL else "other"
+    per_kernel = MULTIPLICATIONS_PER_KERNEL[kind]
     return n_weights * max(n_tokens, FEWEST_TOKENS) > n_kernels * per_kernel
 
 

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
+from lightning_dsmoe.attention import (
+    GroupedQueryAttention,
+    KVCache,
+    MixtureOfAttentionHeads,
+    head_groups,
+)
 from lightning_dsmoe.routing import LinearRouter, Selection, Threshold, ThresholdTopK, TopK, TopP
+from lightning_dsmoe.stacked import dispatch
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -175,7 +181,7 @@ def test_order_of_experts_does_not_matter(selection: Selection | None) -> None:
     torch.testing.assert_close(shuffled(x, *chosen).output, layer(x, *chosen).output)
 
 
-def test_projections_work_for_the_experts_that_run_only(way: str) -> None:
+def test_projections_work_for_the_experts_that_are_computed(way: str) -> None:
     layer, x = mixture(), torch.randn(2, 5, 8)
     with FlopCounterMode(display=False) as counter:
         layer(x, TopK(1))
@@ -183,6 +189,18 @@ def test_projections_work_for_the_experts_that_run_only(way: str) -> None:
     router, keys_and_values, one_expert = 2 * 8 * 3, 2 * 8 * 16, 2 * 2 * 8 * 8
     running = 1 if way == "sorted" else 3
     assert products == 10 * (router + keys_and_values + running * one_expert)
+
+
+def test_the_work_of_one_expert_decides_how_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = mixture(), torch.randn(2, 5, 8)
+    per_kernel = 10 * 2 * 8 * 8 / head_groups._KERNELS
+    found = []
+    for cost in (per_kernel - 0.1, per_kernel + 0.1):
+        monkeypatch.setitem(dispatch.MULTIPLICATIONS_PER_KERNEL, "cpu", cost)
+        with FlopCounterMode(display=False) as counter:
+            layer(x, TopK(1))
+        found.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+    assert found[1] - found[0] == 2 * 10 * 2 * 2 * 8 * 8
 
 
 @pytest.mark.parametrize("selection", [None, TopK(2), Threshold(0.5)], ids=str)

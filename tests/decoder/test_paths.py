@@ -20,6 +20,7 @@ def plan_of(decoder: Decoder, make: Callable[[int], Selection]) -> SelectionPlan
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("make", [TopK, lambda n: Threshold(0.0)], ids=["top k", "threshold"])
 def test_full_plan_equals_dense(
     decoder: Decoder, make: Callable[[int], Selection], batches: list[Tensor]
@@ -88,6 +89,7 @@ def test_later_tokens_never_change_earlier_ones(
     assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-3)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_empty_and_single_tokens(decoder: Decoder, shape: tuple[int, int], sparse: bool) -> None:

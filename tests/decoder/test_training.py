@@ -80,6 +80,7 @@ def test_weight_zero_leaves_router_gradients_bitwise_alone(
     assert not torch.allclose(found[0], found[2])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_recomputing_activations_changes_nothing(
     make_decoder: MakeDecoder, sparse: bool, batches: list[Tensor]

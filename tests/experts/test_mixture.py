@@ -9,8 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.experts import experts as experts_module
 from lightning_dsmoe.routing import LinearRouter, Selection, Threshold, ThresholdTopK, TopK, TopP
 from lightning_dsmoe.routing.gate_scale import GateScale
+from lightning_dsmoe.stacked import dispatch
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -128,13 +130,25 @@ def test_dropping_experts_errs_at_most_by_their_gated_outputs() -> None:
     assert not active.all()
 
 
-def test_work_is_that_of_the_experts_that_run(way: str) -> None:
+def test_work_is_that_of_the_experts_that_are_computed(way: str) -> None:
     layer, x = MixtureOfExperts(16, 4, 8), torch.randn(2, 5, 16)
     with FlopCounterMode(display=False) as counter:
         layer(x, TopK(1))
     router, expert = 2 * 16 * 4, 2 * 2 * 16 * 8
     running = 1 if way == "sorted" else 4
     assert counter.get_total_flops() == 10 * (router + running * expert)
+
+
+def test_the_work_of_one_expert_decides_how_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = MixtureOfExperts(16, 4, 8, experts=GLUExperts), torch.randn(2, 5, 16)
+    per_kernel = 10 * 3 * 16 * 8 / experts_module._KERNELS
+    found = []
+    for cost in (per_kernel - 0.1, per_kernel + 0.1):
+        monkeypatch.setitem(dispatch.MULTIPLICATIONS_PER_KERNEL, "cpu", cost)
+        with FlopCounterMode(display=False) as counter:
+            layer(x, TopK(1))
+        found.append(counter.get_total_flops())
+    assert found[1] - found[0] == 3 * 10 * 2 * 3 * 16 * 8
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
