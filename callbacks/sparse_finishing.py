@@ -1,6 +1,7 @@
 """A last phase of training that runs only some experts."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -11,12 +12,13 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 class SparseFinishing(Callback):
-    """Trains the last steps of `fit` under a plan, the one that the model is to run with later.
+    """Trains the last steps of `fit` under the plan, or plans, that the model is to run with later.
 
     In these steps only the plan's experts count for a token, and `train/loss` and the
     load-balancing loss are those of the plan. If the model has a `consistency_weight`, the same
     steps train it with all experts too and keep the two predictions alike, in about twice the time
-    and with twice the activations in memory.
+    and with twice the activations in memory. Plans that run more and fewer experts by turns make
+    one model that serves all shares between them.
 
     Validation goes on with the model as it is configured, so that `val/loss` means the same in the
     whole run; `SparseEvaluation` tells the loss under the plan.
@@ -29,6 +31,7 @@ class SparseFinishing(Callback):
         plan: selections for all layers, a plan, or the path of a saved plan.
         steps: how many optimizer steps the phase has; fewer than the run, whose length
             `max_steps` or `max_epochs` of the trainer has to set.
+        turns_with: further plans; each step takes the next one, and the first one `plan`.
 
     Raises:
         ValueError: if a file is not a plan, `steps` is below 1 or there is another SparseFinishing,
@@ -36,13 +39,13 @@ class SparseFinishing(Callback):
             unknown or `steps` is not below it.
     """
 
-    def __init__(self, plan: PlanSpec, *, steps: int) -> None:
+    def __init__(self, plan: PlanSpec, *, steps: int, turns_with: Sequence[PlanSpec] = ()) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.plan = load_plan("SparseFinishing", plan)
+        self.plans = [load_plan("SparseFinishing", each) for each in (plan, *turns_with)]
         self.steps = steps
-        self._first = math.inf
-        self._sparse: SelectionPlan | None = None
+        self._first: int | None = None
+        self._sparse: list[SelectionPlan] = []
         self._configured: SelectionPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,7 +56,7 @@ class SparseFinishing(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         decoder = pl_module.decoder
         assert isinstance(decoder, Decoder)
-        self._sparse = plan_for("SparseFinishing", self.plan, decoder)
+        self._sparse = [plan_for("SparseFinishing", plan, decoder) for plan in self.plans]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -67,16 +70,18 @@ class SparseFinishing(Callback):
                 f"SparseFinishing, steps={self.steps}: must be below {total}, "
                 "the number of optimizer steps of the run"
             )
-        self._first = total - self.steps
+        self._first = int(total) - self.steps
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._restore(pl_module)  # a batch that was skipped had no end
-        if trainer.global_step >= self._first:
+        assert self._first is not None
+        step = trainer.global_step - self._first
+        if step >= 0:
             model: Any = pl_module
             self._configured = model.plan
-            model.plan = self._sparse
+            model.plan = self._sparse[step % len(self._sparse)]
 
     def on_train_batch_end(
         self,

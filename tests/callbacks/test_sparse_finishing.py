@@ -18,6 +18,7 @@ MakeTrainer = Callable[..., Trainer]
 SPEC = LayerSelections(experts=TopK(1), attention=TopK(1))
 DENSE = SelectionPlan.uniform(2)
 SPARSE = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+OTHER = SelectionPlan.uniform(2, experts=Threshold(0.5))
 
 
 class Plans(Callback):
@@ -51,6 +52,17 @@ def test_the_last_steps_run_the_plan_and_validation_does_not(
     trainer.fit(model, make_loader(5 * accumulate), make_loader(1))
     assert plans.training == [DENSE] * 3 * accumulate + [SPARSE] * 2 * accumulate
     assert plans.validation == [DENSE] * (1 + 5)
+    assert model.plan == DENSE
+
+
+def test_plans_are_taken_by_turns_one_a_step(
+    model: DSMoELanguageModel, make_loader: MakeLoader, make_trainer: MakeTrainer
+) -> None:
+    plans = Plans()
+    finishing = SparseFinishing(SPEC, steps=3, turns_with=[OTHER])
+    trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[finishing, plans])
+    trainer.fit(model, make_loader(8), make_loader(1))
+    assert plans.training == [DENSE] * 2 + [SPARSE] * 2 + [OTHER] * 2 + [SPARSE] * 2
     assert model.plan == DENSE
 
 
@@ -120,7 +132,8 @@ def test_resumed_as_if_never_stopped(
 
     def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Plans, Any]:
         plans, model = Plans(), make_model()
-        callbacks = (plans, SparseFinishing(SPEC, steps=3), *callbacks)
+        finishing = SparseFinishing(SPEC, steps=3, turns_with=[OTHER])
+        callbacks = (plans, finishing, *callbacks)
         trainer = make_trainer(max_steps=8, callbacks=list(callbacks))
         trainer.fit(model, make_loader(3), make_loader(1), ckpt_path=ckpt_path, weights_only=True)
         return plans, model
@@ -131,7 +144,7 @@ def test_resumed_as_if_never_stopped(
 
     whole, model = run(LambdaCallback(on_train_epoch_end=save))
     after, resumed = run(ckpt_path=path)
-    assert whole.training == [DENSE] * 5 + [SPARSE] * 3
+    assert whole.training == [DENSE] * 5 + [SPARSE, OTHER, SPARSE]
     assert after.training == whole.training[at:]
     for (name, expected), value in zip(
         model.state_dict().items(), resumed.state_dict().values(), strict=True
@@ -186,6 +199,9 @@ def test_mistakes_end_before_training(
     loaders = make_loader(2), make_loader(1)
     wide = SparseFinishing(LayerSelections(experts=TopK(5)), steps=1)
     with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=5\)"):
+        make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
+    wide = SparseFinishing(SPEC, steps=1, turns_with=[LayerSelections(experts=TopK(6))])
+    with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=6\)"):
         make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
     two = [SparseFinishing(SPEC, steps=1), SparseFinishing(SPEC, steps=2)]
     with pytest.raises(ValueError, match="one SparseFinishing per trainer"):

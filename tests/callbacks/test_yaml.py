@@ -50,7 +50,12 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
         - class_path: lightning_dsmoe.callbacks.SparsityTarget
           init_args: {{expert_top_k: 2, mass: 0.9, rate: 1.2, every: 5, delay: 0}}
         - class_path: lightning_dsmoe.callbacks.SparseFinishing
-          init_args: {{plan: {tmp_path}/plan.json, steps: 7}}
+          init_args:
+            plan: {tmp_path}/plan.json
+            turns_with:
+              - experts: {{class_path: TopK, init_args: {{k: 3}}}}
+              - {tmp_path}/plan.json
+            steps: 7
         """
     )
     assert isinstance(monitor, ExpertUtilizationMonitor)
@@ -67,7 +72,8 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
     assert target.top_k == {"experts": 2}
     assert (target.mass, target.rate, target.every, target.delay) == (0.9, 1.2, 5, 0)
     assert isinstance(finishing, SparseFinishing)
-    assert (finishing.plan, finishing.steps) == (saved, 7)
+    assert finishing.plans == [saved, LayerSelections(experts=TopK(3)), saved]
+    assert finishing.steps == 7
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
         ),
         ("finished at fixed numbers", ("TopK", {"k": 2}, {"k": 5}), 1000),
         ("finished consistently", ("TopK", {"k": 2}, {"k": 5}), 1000),
+        ("finished consistently by turns", ("TopK", {"k": 2}, {"k": 5}), 1000),
     ],
 )
 def test_models_are_finished_under_a_plan(
@@ -95,6 +96,14 @@ def test_models_are_finished_under_a_plan(
         name: {"class_path": f"lightning_dsmoe.{kind}", "init_args": given}
         for name, given in zip(("experts", "attention"), options, strict=True)
     }
+
+
+def test_some_models_are_finished_under_two_plans_by_turns(models: ModuleType) -> None:
+    name = "DS-MoE, light MI, finished consistently"
+    once, turns = (models.further_callbacks(each, 9)[0] for each in (name, f"{name} by turns"))
+    kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": 1.0}}
+    assert turns["init_args"].pop("turns_with") == [{"experts": kept, "attention": kept}]
+    assert turns == once
 
 
 def test_the_long_recipe_is_what_was_measured(models: ModuleType) -> None:
@@ -123,9 +132,11 @@ def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
     assert {name for name, weight in weights.items() if weight} == {
         f"{name}, {finishing}"
         for name in models.EVERY_DS_MOE.values()
-        for finishing in ("finished consistently", "finished consistently at threshold 2")
+        for finishing in models.FINISHINGS
+        if "consistently" in finishing
     }
-    assert set(weights.values()) == {None, 1.0}
+    assert {weight for name, weight in weights.items() if "by turns" in name} == {3.0}
+    assert set(weights.values()) == {None, 1.0, 3.0}
 
 
 @pytest.mark.parametrize("ending", ["finished", "finished consistently"])
