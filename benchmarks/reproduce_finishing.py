@@ -41,10 +41,10 @@ def at_threshold(eps: float, part: float) -> Finishing:
     return Finishing(f"threshold {eps:g}", ({"experts": kept, "attention": kept},), part, {})
 
 
-def consistently(finishing: Finishing, weight: float = 1.0) -> Finishing:
+def consistently(finishing: Finishing) -> Finishing:
     """The same, with the predictions of all experts and of the plan kept alike."""
-    changes = finishing.changes | {"consistency_weight": weight}
-    return finishing._replace(name=f"{finishing.name}, consistency {weight:g}", changes=changes)
+    changes = finishing.changes | {"consistency_weight": 1.0}
+    return finishing._replace(name=f"{finishing.name}, consistency 1", changes=changes)
 
 
 def by_turns(first: Finishing, second: Finishing) -> Finishing:
@@ -60,6 +60,6 @@ FINISHINGS = {
     "finished at fixed numbers": _FIXED,
     "finished consistently": consistently(_FIXED),
     "finished consistently at threshold 2": consistently(at_threshold(2.0, 0.5)),
-    "finished consistently by turns": consistently(by_turns(_FIXED, at_threshold(1.0, 0.5)), 3.0),
+    "finished consistently by turns": consistently(by_turns(_FIXED, at_threshold(1.0, 0.5))),
 }
 """Those of every DS-MoE model; the numbers are of 18 feed-forward and 8 attention experts."""

@@ -135,8 +135,7 @@ def test_some_ways_of_finishing_are_consistent(models: ModuleType) -> None:
         for finishing in models.FINISHINGS
         if "consistently" in finishing
     }
-    assert {weight for name, weight in weights.items() if "by turns" in name} == {3.0}
-    assert set(weights.values()) == {None, 1.0, 3.0}
+    assert set(weights.values()) == {None, 1.0}
 
 
 @pytest.mark.parametrize("ending", ["finished", "finished consistently"])
