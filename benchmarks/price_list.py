@@ -166,7 +166,7 @@ def figure(found: Sequence[Price]) -> Figure:
     for number, (size, steps, finishing) in enumerate(keys):
         line = [p for p in found if (p.size, p.steps, p.finishing) == (size, steps, finishing)]
         weights = [price.weights[0] for price in line]
-        ending = finishing and f", finished under {finishing}"
+        ending = finishing and f", {finishing}"
         style = {
             "color": f"C{number}",
             "marker": "o",
@@ -183,7 +183,7 @@ def figure(found: Sequence[Price]) -> Figure:
         axes.set(xscale="log", xlabel="MI weight of the feed-forward experts")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return drawn
 
 
