@@ -183,7 +183,8 @@ def figure(found: Sequence[Price]) -> Figure:
         axes.set(xscale="log", xlabel="MI weight of the feed-forward experts")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    below = {"loc": "outside lower center", "ncols": 2, "fontsize": "small"}
+    drawn.legend(*right.get_legend_handles_labels(), **below)
     return drawn
 
 
