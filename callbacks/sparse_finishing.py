@@ -15,9 +15,9 @@ class SparseFinishing(Callback):
     """Trains the last steps of `fit` under the plan, or plans, that the model is to run with later.
 
     In these steps only the plan's experts count for a token, and `train/loss` and the
-    load-balancing loss are those of the plan. If the model has a `consistency_weight`, the same
-    steps train it with all experts too and keep the two predictions alike, in about twice the time
-    and with twice the activations in memory. Plans that run more and fewer experts by turns make
+    load-balancing loss are those of the step's plan. If the model has a `consistency_weight`, the
+    same steps train it with all experts too and keep the two predictions alike, in about twice the
+    time and with twice the activations in memory. Plans that run more and fewer experts by turns make
     one model that serves all shares between them.
 
     Validation goes on with the model as it is configured, so that `val/loss` means the same in the

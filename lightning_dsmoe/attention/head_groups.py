@@ -138,30 +138,11 @@ class HeadGroups(nn.Module):
         y_BTD = y_XD.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
-    def selected_forward(
-        self,
-        x_BTD: Tensor,
-        scope: Scope,
-        keys_BHSC: Tensor,
-        values_BHSC: Tensor,
-        gates_BTE: Tensor,
-        active_BTE: Tensor,
-    ) -> Tensor:
-        """The active groups of each token, in the faster of two ways.
-
-        Args:
-            x_BTD: new tokens.
-            scope: who attends to whom.
-            keys_BHSC: keys of all tokens so far.
-            values_BHSC: their values.
-            gates_BTE: gate of each group, zero where it does not run.
-            active_BTE: the groups that run, bool.
-        """
-        batch, length, d_model = x_BTD.shape
-        n_weights = 2 * self.n_heads * self.d_head * d_model
-        if worth_sorting(batch * length, n_weights, x_BTD.device, n_kernels=_KERNELS):
-            return self.sparse_forward(x_BTD, scope, keys_BHSC, values_BHSC, gates_BTE, active_BTE)
-        return self.forward(x_BTD, scope, keys_BHSC, values_BHSC, gates_BTE)
+    def sparse_is_faster(self, x_BTD: Tensor) -> bool:
+        """Whether `sparse_forward` beats running all groups with those left out at a gate of 0."""
+        n_weights = 2 * self.n_heads * self.d_head * x_BTD.shape[-1]
+        n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS)
 
     def sparse_forward(
         self,

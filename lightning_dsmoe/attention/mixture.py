@@ -87,10 +87,10 @@ class MixtureOfAttentionHeads(Attention):
         gates = self.gate_factor * gates
         scope = causal_scope(x, mask, cache)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)
-        if isinstance(selection, AllExperts):
+        if isinstance(selection, AllExperts) or not self.heads.sparse_is_faster(x):
             y = self.heads(x, scope, keys, values, gates)
         else:
-            y = self.heads.selected_forward(x, scope, keys, values, gates, active)
+            y = self.heads.sparse_forward(x, scope, keys, values, gates, active)
         return MixtureOutput(y, routing)
 
     def extra_repr(self) -> str:

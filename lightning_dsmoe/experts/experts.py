@@ -104,18 +104,10 @@ class Experts(nn.Module, ABC):
             y_XD = gated_projection(hidden_XEF, gates_XE, self.w_out())
         return y_XD if self.b_out is None else y_XD + self.b_out
 
-    def selected_forward(self, x_XD: Tensor, gates_XE: Tensor, active_XE: Tensor) -> Tensor:
-        """The active experts of each token, in the faster of two ways.
-
-        Args:
-            x_XD: tokens.
-            gates_XE: gate of each expert, zero where it does not run.
-            active_XE: the experts that run, bool.
-        """
+    def sparse_is_faster(self, x_XD: Tensor) -> bool:
+        """Whether `sparse_forward` beats running all experts with those left out at a gate of 0."""
         n_weights = (self.projections_per_unit + 1) * self.d_expert * self.d_model
-        if worth_sorting(len(x_XD), n_weights, x_XD.device, n_kernels=_KERNELS):
-            return self.sparse_forward(x_XD, gates_XE, active_XE)
-        return self.forward(x_XD, gates_XE)
+        return worth_sorting(len(x_XD), n_weights, x_XD.device, n_kernels=_KERNELS)
 
     def sparse_forward(self, x_XD: Tensor, gates_XE: Tensor, active_XE: Tensor) -> Tensor:
         """Only the active experts of each token: one small matrix product per expert and layer.

@@ -62,16 +62,14 @@ class MixtureOfExperts(FeedForwardLayer):
         self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
-        """Transform tokens `[B, T, D]`, running the experts that `selection` picks."""
+        """Transform tokens `[B, T, D]` under the gates of the experts that `selection` picks."""
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
-        gates_XE = (self.gate_factor * gates).flatten(0, -2)
-        if isinstance(selection, AllExperts):
-            y = self.experts(x.flatten(0, -2), gates_XE).view_as(x)
+        x_XD, gates_XE = x.flatten(0, -2), (self.gate_factor * gates).flatten(0, -2)
+        if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_XD):
+            y = self.experts(x_XD, gates_XE).view_as(x)
         else:
-            y = self.experts.selected_forward(
-                x.flatten(0, -2), gates_XE, active.flatten(0, -2)
-            ).view_as(x)
+            y = self.experts.sparse_forward(x_XD, gates_XE, active.flatten(0, -2)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x).output
         return MixtureOutput(y, routing)

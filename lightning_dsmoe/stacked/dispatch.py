@@ -26,8 +26,8 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
         device: where it runs.
         n_kernels: kernels that one expert starts in a forward pass.
     """
-    kind = device.type if device.type in MULTIPLICATIONS_PER_KERNEL else "other"
-    per_kernel = MULTIPLICATIONS_PER_KERNEL[kind]
+    other = MULTIPLICATIONS_PER_KERNEL["other"]
+    per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, other)
     return n_weights * max(n_tokens, FEWEST_TOKENS) > n_kernels * per_kernel
 
 
