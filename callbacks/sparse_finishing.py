@@ -17,8 +17,8 @@ class SparseFinishing(Callback):
     In these steps only the plan's experts count for a token, and `train/loss` and the
     load-balancing loss are those of the step's plan. If the model has a `consistency_weight`, the
     same steps train it with all experts too and keep the two predictions alike, in about twice the
-    time and with twice the activations in memory. Plans that run more and fewer experts by turns make
-    one model that serves all shares between them.
+    time and with twice the activations in memory. Plans that run more and fewer experts by turns
+    make one model that serves all shares between them.
 
     Validation goes on with the model as it is configured, so that `val/loss` means the same in the
     whole run; `SparseEvaluation` tells the loss under the plan.
