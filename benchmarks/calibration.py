@@ -9,7 +9,8 @@ one number of experts of each kind, or a threshold for the feed-forward experts 
 attention experts. It is chosen with hindsight on that half and may run as large a share as the
 calibrated plan was measured to. The divergence from all experts, which varies less from text to
 text than the loss, is compared with the least one of these uniform plans; it says little of models
-that were finished sparsely, which may predict better with fewer experts.
+that were finished sparsely, which may predict better with fewer experts. `--twins` compares the
+calibrated loss with that of dense models on that half too.
 """
 
 import argparse
@@ -37,51 +38,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="the text that the models were trained on")
     parser.add_argument("--ckpt_paths", type=Path, nargs="+", required=True)
+    parser.add_argument("--twins", type=Path, nargs="+", help="their dense twins, to compare with")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--val_fraction", type=float, default=0.1)
     parser.add_argument("--max_tokens", type=int, default=sys.maxsize, help="tokens to use at most")
     parser.add_argument("--fixed", action="store_true", help="numbers of experts, not thresholds")
     parser.add_argument("--json", type=Path, default=Path("calibration.json"))
     options = parser.parse_args()
+    twins = options.twins or [None] * len(options.ckpt_paths)
+    if len(twins) != len(options.ckpt_paths):
+        parser.error(f"--twins: {len(twins)} for {len(options.ckpt_paths)} of --ckpt_paths")
+    source = {
+        "files": options.text,
+        "split": "val",
+        "val_fraction": options.val_fraction,
+        "test_fraction": 0.0,
+        "max_tokens": options.max_tokens,
+        "batch_tokens": 4096,
+    }
+    solve = fixed_numbers if options.fixed else thresholds
     rows = []
-    for path in options.ckpt_paths:
-        rows += compare(
-            path,
-            options.text,
-            options.budgets,
-            fixed_numbers if options.fixed else thresholds,
-            val_fraction=options.val_fraction,
-            max_tokens=options.max_tokens,
-        )
+    for path, twin in zip(options.ckpt_paths, twins, strict=True):
+        rows += compare(path, options.budgets, solve, source, twin=twin)
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     print(f"{rows[0]['machine'] if rows else machine()}\n\n{table(rows)}")
 
 
 def compare(
     path: Path,
-    text: str,
     budgets: list[float],
     solve: Solver,
+    source: dict[str, Any],
     *,
-    val_fraction: float,
-    max_tokens: int,
+    twin: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Losses of one checkpoint at each budget that it can keep to."""
-    trained = open_trained(
-        str(path),
-        files=text,
-        split="val",
-        val_fraction=val_fraction,
-        test_fraction=0.0,
-        max_tokens=max_tokens,
-        batch_tokens=4096,
-    )
+    """Losses of one checkpoint at each budget that it can keep to.
+
+    Args:
+        path: of the checkpoint.
+        budgets: active shares to calibrate for.
+        solve: what kind of plans to find.
+        source: options of `open_trained` that say which text to use.
+        twin: checkpoint of the dense model to compare with.
+    """
+    trained = open_trained(str(path), **source)
     model, counts = trained.model, trained.counts
     found_on, judged_on = trained.text.halves()
     statistics = routing_statistics(model, found_on, counts)
     diverge, diverge_unseen = divergence(model, found_on), divergence(model, judged_on)
     unseen = routing_statistics(model, judged_on, counts)
     dense = evaluate_plan(model, model.plan, judged_on, counts)
+    twin_loss = None if twin is None else loss_on_second_half(twin, source)
     rows = []
     for budget in budgets:
         if budget < statistics.least_share:
@@ -107,6 +114,7 @@ def compare(
                 "share": calibrated.share,
                 "loss": calibrated.loss,
                 "all_experts": dense.loss,
+                "dense_twin": twin_loss,
                 "uniform_share": uniform.share,
                 "uniform_loss": uniform.loss,
                 "divergence": sum(diverge_unseen(found.plan)) / judged_on.n_tokens,
@@ -120,23 +128,35 @@ def compare(
     return rows
 
 
+def loss_on_second_half(path: Path, source: dict[str, Any]) -> float:
+    """Loss of a checkpoint on the text that plans are judged on."""
+    model, counts, text, _ = open_trained(str(path), **source)
+    _, judged_on = text.halves()
+    return evaluate_plan(model, model.plan, judged_on, counts).loss
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each model and budget."""
     lines = [
         "| model | all experts | budget | calibrated: active | loss | against all "
         "| best uniform: active | loss | better by | standard error "
-        "| divergence, nats per token | least of uniform plans |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| divergence, nats per token | least of uniform plans | dense twin | against it |",
+        "|---" * 14 + "|",
     ]
     lines += [
         f"| {row['model']} | {row['all_experts']:.4f} | {row['budget']:.0%} | {row['share']:.2%} "
         f"| {row['loss']:.4f} | {row['loss'] / row['all_experts'] - 1:+.3%} "
         f"| {row['uniform_share']:.2%} | {row['uniform_loss']:.4f} "
         f"| {row['gain']:.3%} | {row['gain_error']:.3%} "
-        f"| {row['divergence']:.2g} | {row['uniform_divergence']:.2g} |"
+        f"| {row['divergence']:.2g} | {row['uniform_divergence']:.2g} | {_against_twin(row)} |"
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def _against_twin(row: dict[str, Any]) -> str:
+    twin = row["dense_twin"]
+    return " | " if twin is None else f"{twin:.4f} | {row['loss'] / twin - 1:+.2%}"
 
 
 if __name__ == "__main__":

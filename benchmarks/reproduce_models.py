@@ -14,7 +14,11 @@ from reproduce_finishing import FINISHINGS, Config, at_threshold, consistently, 
 RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
 """Weight of the loss of each feed-forward and each attention router; None for the recipe's."""
-SMALLER_MI_WEIGHTS = {"faint MI": (0.0025, 0.0025), "light MI": (0.005, 0.005)}
+SMALLER_MI_WEIGHTS = {
+    "slight MI": (0.001, 0.001),
+    "faint MI": (0.0025, 0.0025),
+    "light MI": (0.005, 0.005),
+}
 """Those that the claims are not about."""
 LOAD_BALANCING_WEIGHT = 0.01
 SPARSE_PART = 6

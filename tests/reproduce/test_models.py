@@ -67,8 +67,8 @@ def test_only_the_weight_of_the_mutual_information_tells_ds_moe_models_apart(
         weights.append([arguments.pop(f"{kind}_mi_weight") for kind in ("expert", "attention")])
         rest.append(config)
     assert all(other == rest[0] for other in rest)
-    assert [expert for expert, _ in weights] == [0.0025, 0.005, 0.01, 0.02, 0.05]
-    assert [attention for _, attention in weights] == [0.0025, 0.005, 0.01, 0.02, 0.1]
+    assert [expert for expert, _ in weights] == [0.001, 0.0025, 0.005, 0.01, 0.02, 0.05]
+    assert [attention for _, attention in weights] == [0.001, 0.0025, 0.005, 0.01, 0.02, 0.1]
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,12 @@ def test_other_ways_of_training(
     kept = tmp_path / "kept" / "model.ckpt"
     run = benchmark_modules.reproduce_runs.carry_out(settings, str(text), 1, str(kept))
     assert run["points"][0]["rule"] == "all"
-    rows = benchmark_modules.calibration.compare(
-        kept, str(text), [0.1, 0.6], thresholds, val_fraction=0.5, max_tokens=10**6
-    )
+    source = {"files": str(text), "val_fraction": 0.5}
+    rows = benchmark_modules.calibration.compare(kept, [0.1, 0.6], thresholds, source, twin=kept)
     assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
     assert rows[0]["gain"] == pytest.approx(1 - rows[0]["loss"] / rows[0]["uniform_loss"])
-    assert "| 60% |" in benchmark_modules.calibration.table(rows)
+    assert rows[0]["dense_twin"] == rows[0]["all_experts"]
+    last = benchmark_modules.calibration.table(rows).splitlines()[-1]
+    assert "| 60% |" in last
+    assert last.endswith(f"| {rows[0]['loss'] / rows[0]['all_experts'] - 1:+.2%} |")
