@@ -9,8 +9,8 @@ one number of experts of each kind, or a threshold for the feed-forward experts 
 attention experts. It is chosen with hindsight on that half and may run as large a share as the
 calibrated plan was measured to. The divergence from all experts, which varies less from text to
 text than the loss, is compared with the least one of these uniform plans; it says little of models
-that were finished sparsely, which may predict better with fewer experts. `--twins` compares the
-calibrated loss with that of dense models on that half too.
+that were finished sparsely, which may predict better with fewer experts. With `--twins` the
+calibrated loss is also compared with that of dense models on the second half.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 from timing import machine
 
-from lightning_dsmoe.analysis import evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.divergence import divergence
 from lightning_dsmoe.analysis.plan_search import search
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="the text that the models were trained on")
     parser.add_argument("--ckpt_paths", type=Path, nargs="+", required=True)
-    parser.add_argument("--twins", type=Path, nargs="+", help="their dense twins, to compare with")
+    parser.add_argument("--twins", type=Path, nargs="+", help="a dense model for each one")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--val_fraction", type=float, default=0.1)
     parser.add_argument("--max_tokens", type=int, default=sys.maxsize, help="tokens to use at most")
@@ -88,7 +88,7 @@ def compare(
     diverge, diverge_unseen = divergence(model, found_on), divergence(model, judged_on)
     unseen = routing_statistics(model, judged_on, counts)
     dense = evaluate_plan(model, model.plan, judged_on, counts)
-    twin_loss = None if twin is None else loss_on_second_half(twin, source)
+    twin_loss = None if twin is None else dense_loss(twin, source, judged_on)
     rows = []
     for budget in budgets:
         if budget < statistics.least_share:
@@ -128,11 +128,13 @@ def compare(
     return rows
 
 
-def loss_on_second_half(path: Path, source: dict[str, Any]) -> float:
-    """Loss of a checkpoint on the text that plans are judged on."""
-    model, counts, text, _ = open_trained(str(path), **source)
-    _, judged_on = text.halves()
-    return evaluate_plan(model, model.plan, judged_on, counts).loss
+def dense_loss(path: Path, source: dict[str, Any], text: HeldOut) -> float:
+    """Loss of a dense model on the second half of its text, which must be this one."""
+    model, counts, own_text, _ = open_trained(str(path), **source)
+    _, second_half = own_text.halves()
+    if second_half.fingerprint() != text.fingerprint():
+        raise ValueError(f"{path} reads the text in other tokens or windows, so it is no twin")
+    return evaluate_plan(model, model.plan, second_half, counts).loss
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ Trains a dense model, a small one, three sparsely trained ones and DS-MoE under 
 mutual-information loss, from `cli_configs/shakespeare_nano.yaml` and by the command line's own
 code, and measures each on every token of the validation split under plans from sparse to dense.
 Shares are of the hidden parameters: all but the embeddings and the head, routers and norms
-included. `--preset gpu` takes nanoGPT's recipe of 10.7 M parameters instead.
+included. `--preset large` has 4.4 M parameters, `--preset gpu` is nanoGPT's recipe of 10.7 M.
 
 Each run has a process of its own. Runs in the JSON file are not repeated if all their settings and
 the text are the same.

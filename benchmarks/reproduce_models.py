@@ -15,7 +15,7 @@ RECIPE = "shakespeare_nano.yaml"
 MI_WEIGHTS = {"weak MI": (0.01, 0.01), "middle MI": (0.02, 0.02), "strong MI": None}
 """Weight of the loss of each feed-forward and each attention router; None for the recipe's."""
 SMALLER_MI_WEIGHTS = {
-    "slight MI": (0.001, 0.001),
+    "faintest MI": (0.001, 0.001),
     "faint MI": (0.0025, 0.0025),
     "light MI": (0.005, 0.005),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_dsmoe.analysis.solvers import thresholds
+from lightning_dsmoe.commands.trained import open_trained
 
 
 def tiny(models: ModuleType) -> Any:
@@ -102,6 +103,10 @@ def test_other_ways_of_training(
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
     assert rows[0]["gain"] == pytest.approx(1 - rows[0]["loss"] / rows[0]["uniform_loss"])
     assert rows[0]["dense_twin"] == rows[0]["all_experts"]
+    with pytest.raises(ValueError, match="in other tokens or windows"):
+        benchmark_modules.calibration.dense_loss(
+            kept, {**source, "max_tokens": 100}, open_trained(str(kept), **source).text
+        )
     last = benchmark_modules.calibration.table(rows).splitlines()[-1]
     assert "| 60% |" in last
     assert last.endswith(f"| {rows[0]['loss'] / rows[0]['all_experts'] - 1:+.2%} |")
