@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import ExpertUtilization, Utilization, utilization_figure
 
 Meters = dict[str, list[ExpertUtilization | None]]
@@ -126,7 +127,8 @@ class ExpertUtilizationMonitor(Callback):
         path = folder / f"{stage}_step_{step:08d}.png"
         figure = utilization_figure(utilizations, title=f"gate shares, {stage}, step {step}")
         log_figure(trainer, f"utilization/{stage}", figure, path)
-        shutil.copyfile(path, folder / "last.png")
+        with atomic_path(folder / "last.png") as copy:
+            shutil.copyfile(path, copy)
 
 
 def _update(meters: Meters, outputs: Any) -> None:

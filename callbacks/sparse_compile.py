@@ -26,7 +26,8 @@ class SparseCompile(Callback):
 
     The measurement runs the compiled model and the trained one on the same validation batches and
     tells what `Judgement` holds. It goes into the artifact's `certificate.json`, which
-    `lightning-dsmoe certify` checks, and into its model card.
+    `lightning-dsmoe certify` checks, and into its model card. With `fast_dev_run` nothing is
+    written.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
@@ -79,7 +80,7 @@ class SparseCompile(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self._folder(trainer)
-        if folder is None:
+        if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.is_global_zero:
             decoder = _decoder(pl_module)

@@ -70,7 +70,9 @@ class CheckpointedModel(LightningModule):
         data = self._data()
         if hasattr(data, "tokenizer"):
             checkpoint["tokenizer"] = data.tokenizer.to_dict()
-        checkpoint["context"] = getattr(data, "context", None)
+        for name in ("context", "val_fraction", "test_fraction"):
+            value = getattr(data, name, None)
+            checkpoint[name] = value if isinstance(value, int | float) else None
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

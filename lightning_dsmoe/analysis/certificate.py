@@ -37,7 +37,7 @@ def certificate(
 ) -> dict[str, Any]:
     """A judgement and what it takes to repeat it, as plain data.
 
-    Writing it into an artifact adds `sha256`, the hashes of its plan and weights.
+    Writing it into an artifact adds `sha256`, the hashes of its plan, weights and configuration.
 
     Args:
         judgement: what was measured.

@@ -3,6 +3,7 @@
 Shapes: B windows, T tokens, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Callable
 from statistics import stdev
@@ -87,6 +88,9 @@ def evaluate_plan(
         plan: the experts that run.
         text: what to measure it on.
         counts: parameters of the decoder before it was packed, from `count_parameters`.
+
+    Raises:
+        FloatingPointError: if the loss is not a finite number.
     """
     active = ActiveParameters(counts).to(text.device)
     nll: list[float] = []
@@ -97,9 +101,12 @@ def evaluate_plan(
         nll += window_cross_entropy(logits_BTV, labels_BT).tolist()
         seconds += time.perf_counter() - start
         active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
+    loss = sum(nll) / text.n_tokens
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
     share = active.compute()
     return PlanResult(
-        sum(nll) / text.n_tokens,
+        loss,
         share.mean.item(),
         share.p50.item(),
         share.p95.item(),

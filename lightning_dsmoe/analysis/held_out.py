@@ -45,6 +45,17 @@ class HeldOut(NamedTuple):
         middle = len(batches) // 2
         return _counted(batches[:middle]), _counted(batches[middle:])
 
+    def in_batches_of(self, n_tokens: int) -> "HeldOut":
+        """The same windows in batches of at most so many tokens, but at least one window."""
+        first_BT, _ = self.batches[0]
+        windows = max(1, n_tokens // first_BT.shape[1])
+        batches = [
+            batch
+            for inputs_BT, labels_BT in self.batches
+            for batch in zip(inputs_BT.split(windows), labels_BT.split(windows), strict=True)
+        ]
+        return HeldOut(batches, self.n_tokens)
+
     @property
     def device(self) -> torch.device:
         """Where the windows are."""
@@ -56,8 +67,8 @@ class HeldOut(NamedTuple):
         return HeldOut(batches, self.n_tokens)
 
     def fingerprint(self) -> str:
-        """A hash of all tokens."""
-        digest = hashlib.sha256()
+        """A hash of all tokens and of the length of the windows."""
+        digest = hashlib.sha256(f"{self.batches[0][0].shape[1]} tokens".encode())
         for inputs_BT, labels_BT in self.batches:
             digest.update(np.ascontiguousarray(inputs_BT.cpu().numpy()).tobytes())
             digest.update(np.ascontiguousarray(labels_BT.cpu().numpy()).tobytes())
@@ -89,8 +100,18 @@ def held_out(
         batch_tokens: tokens in a batch.
 
     Raises:
-        ValueError: if the text is missing or shorter than a window.
+        ValueError: if the text is missing or shorter than a window, there is no test split, or a
+            number of tokens is less than 1.
     """
+    for name, number in (
+        ("context", context),
+        ("max_tokens", max_tokens),
+        ("batch_tokens", batch_tokens),
+    ):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if split == "test" and not test_fraction:
+        raise ValueError("split=test needs a test_fraction above 0, the size of that split")
     data = TextDataModule(
         files,
         tokenizer=tokenizer,

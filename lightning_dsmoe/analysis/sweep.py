@@ -37,7 +37,8 @@ def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
     for place, k in enumerate(few):
         k_heads = few_heads[min(place, len(few_heads) - 1)] if few_heads else 1
         add(f"top {k} and {k_heads}", TopK(k), TopK(k_heads))
-    for eps in EPS:
+    least = min((n for n in n_experts + n_attention if n is not None), default=0)
+    for eps in (eps for eps in EPS if eps < least):
         add(f"threshold {eps:g}", Threshold(eps), Threshold(eps))
         add(f"threshold top-k {eps:g}", ThresholdTopK(eps), ThresholdTopK(eps))
     for p in P:

@@ -26,6 +26,7 @@ from lightning_dsmoe.metrics import (
 )
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
+_MOST_PAIRS = 2**27  # 1 GiB in float64
 DEAD_SHARE = 0.1
 """An expert is dead if its share of the gates is at most this fraction of an even share."""
 
@@ -134,9 +135,19 @@ def utilization(
 
 
 def check_mixtures(sizes: tuple[list[int | None], list[int | None]]) -> None:
-    """Raise a ValueError if none of a decoder's layers, given as its `plan_sizes`, has experts."""
-    if not any(n is not None for kind in sizes for n in kind):
+    """Raise a ValueError if no layer of a decoder has experts, or all have too many to pair.
+
+    Args:
+        sizes: `plan_sizes` of the decoder.
+    """
+    counts = [n for kind in sizes for n in kind if n is not None]
+    if not counts:
         raise ValueError("this model has no mixture of experts or of attention heads in any layer")
+    if sum(n**2 for n in counts) > _MOST_PAIRS:
+        raise ValueError(
+            f"this model has {sum(counts)} experts, up to {max(counts)} of a layer: more than "
+            f"{_MOST_PAIRS} pairs to count"
+        )
 
 
 def routers(use: Sequence[RouterUse | None]) -> list[tuple[int, RouterUse]]:

@@ -14,8 +14,9 @@ from lightning_dsmoe.analysis.plan_search import search, sparsest
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.solvers import fixed_numbers, thresholds
 from lightning_dsmoe.analysis.uniform import best_uniform
-from lightning_dsmoe.commands.trained import open_trained
-from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.commands.trained import check_file, open_trained
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK
 
 
 def calibrate(
@@ -47,6 +48,7 @@ def calibrate(
     """
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
+    check_file(output)
     increase = None if max_loss_increase is None else _percent(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)
     found_on, judged_on = text.halves()
@@ -76,9 +78,9 @@ def calibrate(
             judged["calibrated"].share,
             lambda plan: evaluate_plan(model, plan, judged_on, counts),
         )
-    if uniform is not None:
-        judged[f"best of one rule: {_rule(uniform.plan)}"] = uniform.result
     found.plan.save(output)
+    if uniform is not None:
+        judged[f"best of one rule: {_rule(uniform.plan, model.decoder)}"] = uniform.result
     Console().print(_table(judged))
     if uniform is not None:
         print(_comparison(judged["calibrated"], uniform.result))
@@ -96,13 +98,20 @@ def _percent(text: str) -> float:
     return value
 
 
-def _rule(plan: SelectionPlan) -> str:
-    experts, attention = plan.experts[0], plan.attention[0]
-    if isinstance(experts, TopK) and isinstance(attention, TopK):
-        return f"top {experts.k} and {attention.k}"
-    assert isinstance(experts, Threshold)
-    and_top = f" and top {attention.k}" if isinstance(attention, TopK) else ""
-    return f"threshold {experts.eps:.3g}{and_top}"
+def _rule(plan: SelectionPlan, decoder: Decoder) -> str:
+    """What all feed-forward routers and all attention routers of a uniform plan run."""
+    names = [
+        next((_named(s) for s, n in zip(kind, sizes, strict=True) if n is not None), None)
+        for kind, sizes in zip((plan.experts, plan.attention), decoder.plan_sizes, strict=True)
+    ]
+    return " and ".join(dict.fromkeys(name for name in names if name))
+
+
+def _named(selection: Selection) -> str:
+    if isinstance(selection, TopK):
+        return f"top {selection.k}"
+    assert isinstance(selection, Threshold)
+    return f"threshold {selection.eps:.3g}"
 
 
 def _comparison(calibrated: PlanResult, rule: PlanResult) -> str:

@@ -18,9 +18,16 @@ from lightning_dsmoe.analysis.certificate_check import (
 from lightning_dsmoe.analysis.certificate_judgement import judge
 from lightning_dsmoe.analysis.certificate_reading import read_certificate
 from lightning_dsmoe.commands.certificate_table import print_certificates
-from lightning_dsmoe.commands.trained import text_for
+from lightning_dsmoe.commands.trained import (
+    CONTEXT,
+    TEST_FRACTION,
+    VAL_FRACTION,
+    first_given,
+    text_for,
+    tokens_at_once,
+)
 from lightning_dsmoe.files import sha256
-from lightning_dsmoe.inference import SparseModel, load_decoder, load_sparse
+from lightning_dsmoe.inference import load_decoder, load_sparse
 from lightning_dsmoe.inference.artifact_certificate import (
     check_certified,
     load_certificate,
@@ -29,14 +36,7 @@ from lightning_dsmoe.inference.artifact_certificate import (
 from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 
 _NAMED = 3
-_USUAL = {
-    "split": "val",
-    "val_fraction": 0.1,
-    "test_fraction": 0.0,
-    "context": None,
-    "max_tokens": 100_000,
-    "batch_tokens": 2048,
-}
+_MAX_TOKENS, _BATCH_TOKENS = 100_000, 2048
 
 
 def certify(
@@ -66,13 +66,13 @@ def certify(
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to measure on; by default that of the certificate, or val.
         val_fraction: share of the text in the validation split; by default that of the
-            certificate, or 0.1.
-        test_fraction: share of the text in the test split; by default that of the certificate,
-            or 0.
+            certificate, that of training if there is a checkpoint, or 0.1.
+        test_fraction: share of the text in the test split; by default likewise, or 0.
         context: tokens in a window; by default those of the certificate, or as in training.
         max_tokens: tokens to measure on at the most; by default those of the certificate, or
             100,000.
-        batch_tokens: tokens that run at once; by default those of the certificate, or 2,048.
+        batch_tokens: tokens of a batch; by default those of the certificate, or 2,048. Fewer run at
+            once of a large model.
 
     Raises:
         ValueError: if the artifact, the checkpoint and the certificate do not belong together, a
@@ -84,9 +84,15 @@ def certify(
     recorded = None if renew else read_certificate(name, load_certificate(path))
     if recorded is not None:
         check_certified(path, recorded["sha256"])
-    decoder = None if ckpt_path is None else load_decoder(ckpt_path).decoder
-    if decoder is not None:
-        check_weights(model, decoder)
+    loaded = checkpoint = None
+    if ckpt_path is not None:
+        loaded = load_decoder(ckpt_path)
+        checkpoint = sha256(Path(ckpt_path))
+        check_weights(model, loaded.decoder)
+        if loaded.tokenizer != model.tokenizer:
+            raise ValueError(
+                "the artifact was not made of this checkpoint: its tokenizer is another"
+            )
     given = {
         "split": split,
         "val_fraction": val_fraction,
@@ -95,18 +101,19 @@ def certify(
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
     }
-    text, source = _text(model, files, given, recorded)
+    trained_on = loaded or LoadedDecoder(model.decoder, model.tokenizer, model.context)
+    text, source = _text(trained_on, files, given, recorded)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         progress.add_task(f"measuring on {text.n_tokens:,} tokens")
-        judgement = judge(model, text, decoder)
+        decoder = None if loaded is None else loaded.decoder
+        judgement = judge(model, text.in_batches_of(tokens_at_once(model.decoder)), decoder)
     off = judgement.all_experts_error
     if off is not None and off > ROUNDING and is_exact(model):
         raise ValueError(
             f"the artifact with all experts is not the checkpoint: a logit is off by {off:.3g} of "
             f"the largest one, rounding explains {ROUNDING:g}"
         )
-    checkpoint = None if ckpt_path is None else sha256(Path(ckpt_path))
     made = certificate(judgement, text, source, checkpoint=checkpoint)
     if recorded is None:
         save_certificate(path, model, made)
@@ -133,7 +140,7 @@ class _Text(NamedTuple):
 
 
 def _text(
-    model: SparseModel,
+    trained_on: LoadedDecoder,
     files: str | list[str] | None,
     given: Mapping[str, Any],
     recorded: Mapping[str, Any] | None,
@@ -147,12 +154,18 @@ def _text(
                 "the certificate is of a text that it does not name: give the same --files, or "
                 "--renew true for a certificate of another text"
             )
-    options: dict[str, Any] = dict(_USUAL)
-    for name in options:
-        found = known.get(name) if given[name] is None else given[name]
-        options[name] = options[name] if found is None else found
-    loaded = LoadedDecoder(model.decoder, model.tokenizer, model.context)
-    text = text_for(loaded, files, **options)
+    usual = {
+        "split": "val",
+        "val_fraction": trained_on.val_fraction or VAL_FRACTION,
+        "test_fraction": trained_on.test_fraction or TEST_FRACTION,
+        "context": first_given(trained_on.context, CONTEXT),
+        "max_tokens": _MAX_TOKENS,
+        "batch_tokens": _BATCH_TOKENS,
+    }
+    options: dict[str, Any] = {
+        name: first_given(given[name], known.get(name), value) for name, value in usual.items()
+    }
+    text = text_for(trained_on, files, **options)
     if recorded is not None and text.fingerprint() != recorded["data"]["fingerprint"]:
         raise ValueError(
             "the certificate is of another text, so there is nothing to compare: give the same "

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.commands.trained import plan_for
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.inference import (
     SparseModel,
@@ -54,7 +55,7 @@ def generate(
     model.generate(
         tokens,
         max_new_tokens,
-        plan=None if plan is None else SelectionPlan.load(plan),
+        plan=None if plan is None else plan_for(plan, model.decoder),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -85,13 +86,13 @@ class _Printer:
 
 
 def _model_of_checkpoint(path: str) -> SparseModel:
-    decoder, tokenizer, context = load_decoder(path)
+    loaded = load_decoder(path)
     return compile_sparse(
-        decoder,
-        SelectionPlan.uniform(decoder.n_layers),
+        loaded.decoder,
+        SelectionPlan.uniform(loaded.decoder.n_layers),
         switch_points=SwitchPoints(gather_up_to=0),  # nothing to compile for one text
-        tokenizer=tokenizer,
-        context=context,
+        tokenizer=loaded.tokenizer,
+        context=loaded.context,
     )
 
 

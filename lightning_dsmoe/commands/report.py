@@ -20,8 +20,15 @@ from lightning_dsmoe.analysis.report_page.naming import plan_label
 from lightning_dsmoe.analysis.sample_routing import sample_routing
 from lightning_dsmoe.analysis.token_preferences import frequent_tokens
 from lightning_dsmoe.analysis.utilization import check_mixtures, utilization
-from lightning_dsmoe.commands.trained import any_plan, open_trained, tokenizer_of
+from lightning_dsmoe.commands.trained import (
+    all_experts_model,
+    check_file,
+    open_trained,
+    plan_for,
+    tokenizer_of,
+)
 from lightning_dsmoe.data.tokenizers import Tokenizer
+from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.architecture import differences
@@ -56,12 +63,12 @@ def report(
         ValueError: if a checkpoint, the plan, a sample or the text is not fit for it, or the other
             checkpoint is of another model.
     """
-    if Path(output).is_dir():
-        raise ValueError(f"output must be a file, {output} is a folder")
+    check_file(output)
     model, counts, text, tokenizer = open_trained(ckpt_path, **options)
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
+    facts = _facts(ckpt_path, other, plan, selections, _text_name(options), text)
     coloured = sample_routing(
         model,
         selections,
@@ -80,7 +87,7 @@ def report(
     page = report_page(
         Report(
             title=Path(ckpt_path).name,
-            facts=_facts(ckpt_path, other, plan, selections, _text_name(options), text),
+            facts=facts,
             counts=counts,
             plan=selections,
             use=use,
@@ -96,9 +103,7 @@ def report(
 
 def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
     if path is not None:
-        plan = SelectionPlan.load(path)
-        plan.check(*model.decoder.plan_sizes)
-        return plan
+        return plan_for(path, model.decoder)
     return SelectionPlan.uniform(
         model.decoder.n_layers, experts=Threshold(_EPS), attention=Threshold(_EPS)
     )
@@ -109,7 +114,7 @@ def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
     loaded = load_decoder(path)
     if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
-    found = any_plan(loaded.decoder)
+    found = all_experts_model(loaded.decoder)
     if changes := differences(model.architecture, found.architecture):
         raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
     return found
@@ -118,7 +123,8 @@ def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
 def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
     """Tokens of the text to colour; what is not UTF-8 is replaced."""
     if sample is None:
-        return text.batches[0][0].flatten()[:_SAMPLE_TOKENS]
+        inputs_BT, labels_BT = text.batches[0]
+        return inputs_BT[labels_BT != IGNORED][:_SAMPLE_TOKENS]
     clean = sample.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return torch.as_tensor(tokenizer.encode(clean)).long().to(text.device)
 

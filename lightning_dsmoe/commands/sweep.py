@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee
 from lightning_dsmoe.analysis.frontier_figure import frontier_figure
 from lightning_dsmoe.analysis.sweep import sweep_plans
 from lightning_dsmoe.commands.trained import open_trained
-from lightning_dsmoe.files import atomic_path, sha256, write_text
+from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -37,6 +38,9 @@ def sweep(
         ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
             something else.
     """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder, {output} is a file")
     model, counts, text, _ = open_trained(ckpt_path, **options)
     plans = sweep_plans(model.decoder)
     identity = {
@@ -44,8 +48,7 @@ def sweep(
         "text": text.fingerprint(),
         "device": str(text.device),
     }
-    folder = Path(output)
-    results = _earlier(folder / "sweep.json", identity)
+    results = _earlier(folder / "sweep.json", identity, plans)
     model(text.batches[0][0])  # a device is slow at first
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
@@ -67,22 +70,35 @@ def sweep(
     print(f"The knee is {best}: {folder / 'knee.json'}")
 
 
-def _earlier(path: Path, identity: dict[str, str]) -> dict[str, PlanResult]:
-    """Results of an earlier sweep of the same model and text."""
+def _earlier(
+    path: Path, identity: dict[str, str], plans: dict[str, SelectionPlan]
+) -> dict[str, PlanResult]:
+    """Results of an earlier sweep of the same model, text and plans."""
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        same = found["identity"] == identity
-        results = {
-            name: PlanResult(**row["result"], window_losses=())
-            for name, row in found["plans"].items()
-        }
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is not a sweep; choose another output") from None
+        found = read_json(path)
+        rows = found["plans"].items()
+        same = found["identity"] == identity and all(
+            name in plans and plans[name].to_dict() == row["plan"] for name, row in rows
+        )
+        results = {name: PlanResult(**row["result"], window_losses=()) for name, row in rows}
+        numbers = all(map(_are_numbers, results.values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        numbers = False
+    if not numbers:
+        raise ValueError(f"{path} is not a sweep; choose another output")
     if not same:
-        raise ValueError(f"{path} is of another model, text or device; choose another output")
+        raise ValueError(
+            f"{path} is of another model, text, device or version; choose another output"
+        )
     return results
+
+
+def _are_numbers(result: PlanResult) -> bool:
+    return all(
+        type(value) in (int, float) and math.isfinite(value) for value in _figures(result).values()
+    )
 
 
 def _write_json(

@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short_repr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,10 @@ class Tokenizer(ABC):
             return CharTokenizer(_text(state, "alphabet"))
         if kind == "huggingface":
             _check_keys(state, {"kind", "json"})
-            return HuggingFaceTokenizer(_text(state, "json"))
+            text = _text(state, "json")
+            if not _is_object(text):  # which would be taken for a path
+                raise ValueError(f"tokenizer json must be a JSON object, got {short_repr(text)}")
+            return HuggingFaceTokenizer(text)
         raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
 
     def fingerprint(self) -> str:
@@ -141,7 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "a Hugging Face tokenizer needs: pip install 'lightning-dsmoe[hf]'"
             ) from error
         text = str(source)
-        if not text.lstrip().startswith("{"):
+        if not _is_object(text):
             text = _read_json(Path(text))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
@@ -196,6 +200,10 @@ def _read_json(path: Path) -> str:
             f'tokenizer must be "byte", "char" or the path of a tokenizer JSON, got {str(path)!r}: '
             f"{getattr(error, 'strerror', None) or error}"
         ) from error
+
+
+def _is_object(text: str) -> bool:
+    return text.lstrip().startswith("{")
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:

@@ -5,6 +5,7 @@
 `sha256sum -c` understands.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import sha256
+from lightning_dsmoe.files import read_json, sha256
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
 from lightning_dsmoe.inference.checkpoint import check_state, fill
@@ -27,7 +28,6 @@ from lightning_dsmoe.routing import SelectionPlan
 CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
 CERTIFICATE, CARD = "certificate.json", "README.md"
 _NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_MAX_JSON_BYTES = 64 * 2**20
 _TIED_HEAD = "head.weight"
 _DTYPES = {
     "F64": torch.float64,
@@ -61,7 +61,7 @@ def write_artifact(
 ) -> None:
     """Write an artifact directory, whole or not at all; an earlier artifact there is replaced.
 
-    A certificate is written with `sha256`, the hashes of the plan and the weights that it is of.
+    A certificate is written with `sha256`, the hashes of what it is of.
 
     Raises:
         FileExistsError: if something else than an artifact is in the way.
@@ -139,22 +139,14 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
 
 
 def certified_hashes(path: Path) -> dict[str, str]:
-    """The SHA-256 of the plan and the weights, which tie a certificate to its model."""
-    return {name: sha256(path / name) for name in (PLAN, WEIGHTS)}
+    """What ties a certificate to its model: the SHA-256 of the plan, the weights and the rest.
 
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: if it is not JSON or too large.
+    The configuration counts without the switch points, which are those of a machine.
     """
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    config = read_json(path / CONFIG)
+    del config["switch_points"]
+    rest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return {CONFIG: rest, **{name: sha256(path / name) for name in (PLAN, WEIGHTS)}}
 
 
 def _move(folder: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The certificate in an artifact: plain data that tells which plan and weights it is of."""
+"""The certificate in an artifact: plain data that tells which model it is of."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_dsmoe.files import read_json
 from lightning_dsmoe.inference.artifact import (
     CARD,
     CERTIFICATE,
@@ -14,7 +15,6 @@ from lightning_dsmoe.inference.artifact import (
     certified_hashes,
     check_files,
     finish,
-    read_json,
 )
 from lightning_dsmoe.inference.model_card import model_card, with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
@@ -30,7 +30,7 @@ def load_certificate(path: Path) -> Any:
 
 
 def check_certified(path: Path, hashes: Mapping[str, str]) -> None:
-    """Raise a ValueError if an artifact's certificate is of another plan or other weights.
+    """Raise a ValueError if an artifact's certificate is of another model.
 
     Args:
         path: the artifact.
@@ -60,7 +60,7 @@ def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]
     """
     check_files(path)
     path = path.resolve()
-    if (path / CARD).is_file():
+    if (path / CARD).is_file() and not (path / CARD).is_symlink():
         card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
     else:
         card = model_card(model.decoder, model.plan, *model.report(), certificate)

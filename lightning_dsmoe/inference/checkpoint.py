@@ -17,13 +17,16 @@ _PREFIX = "decoder."
 class LoadedDecoder(NamedTuple):
     """A decoder in evaluation mode, and what the checkpoint says of its data.
 
-    `tokenizer` describes the tokenizer, `context` is the length of the training windows; both are
-    None if the checkpoint does not know.
+    `tokenizer` describes the tokenizer, `context` is the length of the training windows,
+    `val_fraction` and `test_fraction` are the shares of the text that were not trained on; all of
+    them are None if the checkpoint does not know.
     """
 
     decoder: Decoder
     tokenizer: dict[str, Any] | None
     context: int | None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
 
 
 def load_decoder(path: str | Path) -> LoadedDecoder:
@@ -49,7 +52,8 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     fill(decoder, state)
     tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
     check_text_options(tokenizer, context)
-    return LoadedDecoder(decoder, tokenizer, context)
+    fractions = [_fraction(checkpoint, name) for name in ("val_fraction", "test_fraction")]
+    return LoadedDecoder(decoder, tokenizer, context, *fractions)
 
 
 def check_text_options(tokenizer: object, context: object) -> None:
@@ -58,6 +62,12 @@ def check_text_options(tokenizer: object, context: object) -> None:
         raise ValueError(f"tokenizer must be null or an object, got {tokenizer!r:.200}")
     if context is not None and (not isinstance(context, int) or context < 1):
         raise ValueError(f"context must be null or at least 1, got {context!r:.200}")
+
+
+def _fraction(checkpoint: Mapping[str, Any], name: str) -> float | None:
+    """A share of the text; None for whatever a data module of another kind may mean by the name."""
+    value = checkpoint.get(name)
+    return value if isinstance(value, int | float) and 0 <= value < 1 else None
 
 
 def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, Self
 
-from lightning_dsmoe.files import write_text
+from lightning_dsmoe.files import read_json, write_text
 from lightning_dsmoe.routing.selection import AllExperts, Selection
 
 FORMAT_VERSION = 1
@@ -94,7 +94,8 @@ class SelectionPlan:
             raise ValueError(f"a plan is an object with the fields {sorted(_FIELDS)}")
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(
-                f"plan format {data['format_version']!r}, this version reads {FORMAT_VERSION}"
+                f"plan format {short_repr(data['format_version'])}, this version reads "
+                f"{FORMAT_VERSION}"
             )
         for kind in ("experts", "attention"):
             if not isinstance(data[kind], list) or len(data[kind]) > 1024:
@@ -115,9 +116,10 @@ class SelectionPlan:
         Raises:
             ValueError: if the file is not a plan.
         """
+        data = read_json(Path(path))
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
+            return cls.from_dict(data)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 

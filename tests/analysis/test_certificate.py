@@ -15,7 +15,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
-HASHES = {"plan.json": "0" * 64, "model.safetensors": "1" * 64}
+HASHES = dict.fromkeys(("config.json", "plan.json", "model.safetensors"), "0" * 64)
 
 
 @pytest.fixture
@@ -94,8 +94,11 @@ def put(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("experts", value={}), "it: experts must be a list of null or errors"),
         (put("data", value=[]), r"it: data must be an object, got \[\]"),
         (put("data", "context", value=0), "it, data: context must be a whole .*, got 0"),
-        (put("data", "context", value=10**9), "it, data: context must be .* to 1048576, got 10"),
-        (put("data", "batch_tokens", value=10**9), "it, data: batch_tokens must be a whole"),
+        (put("data", "context", value=10**19), "it, data: context must be a whole .*, got 1000"),
+        (
+            put("data", "batch_tokens", value=-1),
+            "it, data: batch_tokens must be a whole .*, got -1",
+        ),
         (put("data", "split", value="train"), "it, data: split must be val or test"),
         (put("data", "files", value="/etc/passwd"), "it, data must have the fields source, "),
         (put("data", "source", value="/dev/zero"), "source must be standard library or files or"),
@@ -103,7 +106,7 @@ def put(*path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (put("versions", value={}), "it, versions must have the fields"),
         (put("versions", "torch", value=2), "it, versions: torch must be a text, got 2"),
         (put("sha256", value=...), "it must have the fields"),
-        (put("sha256", "plan.json", value=...), "it, sha256 must have the fields plan.json, model"),
+        (put("sha256", "plan.json", value=...), "it, sha256 must have the fields config.json, pl"),
         (put("sha256", "plan.json", value=1), "it, sha256: plan.json must be a text, got 1"),
         (put("date", value=None), "it: date must be a text, got None"),
         (put("checkpoint_sha256", value=3), "it: checkpoint_sha256 must be null or a text, got 3"),

@@ -95,6 +95,18 @@ def test_weights_of_the_checkpoint(quantization: Any, half: bool, decoder: Decod
         check_weights(model, decoder)
 
 
+def test_codes_between_two_may_fall_to_either_but_few_do(decoder: Decoder) -> None:
+    model = compile_sparse(decoder, PLAN, quantization="int8")
+    codes = model.decoder.blocks[0].feed_forward.experts.w_out.weight
+    assert codes.dtype == torch.int8
+    moved = codes.flatten()
+    moved[moved.abs().argmin()] += 1
+    check_weights(model, decoder)
+    moved -= moved.sign()
+    with pytest.raises(ValueError, match=r"blocks\.0\.feed_forward\.experts\.w_out.* is another"):
+        check_weights(model, decoder)
+
+
 def test_the_same_weights_under_other_functions(decoder: Decoder) -> None:
     model = compile_sparse(decoder, PLAN, quantization="int8")
     for block in decoder.blocks:

@@ -38,6 +38,34 @@ def test_halves_of_a_single_batch_share_its_windows() -> None:
         second.halves()
 
 
+def test_smaller_batches_hold_the_same_windows(text: HeldOut) -> None:
+    for n_tokens, rows in ((1, 1), (16, 1), (33, 2), (1000, 2)):
+        found = text.in_batches_of(n_tokens)
+        assert {len(inputs_BT) for inputs_BT, _ in found.batches} == {rows}
+        assert found.n_tokens == text.n_tokens
+        for part, whole in zip(
+            zip(*found.batches, strict=True), zip(*text.batches, strict=True), strict=True
+        ):
+            assert torch.equal(torch.cat(part), torch.cat(whole))
+
+
+def test_the_length_of_windows_is_part_of_the_fingerprint() -> None:
+    tokens = torch.arange(128)
+    prints = {
+        HeldOut([(x, x)], 128).fingerprint() for x in (tokens.view(4, 32), tokens.view(2, 64))
+    }
+    assert len(prints) == 2
+
+
+def test_a_model_that_has_gone_wrong(
+    model: SparseModel, counts: ParameterCounts, text: HeldOut
+) -> None:
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        evaluate_plan(model, SelectionPlan.uniform(2), text, counts)
+
+
 def test_halves_share_the_text(text: HeldOut) -> None:
     first, second = text.halves()
     assert first.batches + second.batches == text.batches

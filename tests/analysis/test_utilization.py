@@ -17,7 +17,13 @@ from lightning_dsmoe.analysis.token_preferences import (
     frequent_tokens,
     preferences,
 )
-from lightning_dsmoe.analysis.utilization import DEAD_SHARE, ModelUse, RouterUse, utilization
+from lightning_dsmoe.analysis.utilization import (
+    DEAD_SHARE,
+    ModelUse,
+    RouterUse,
+    check_mixtures,
+    utilization,
+)
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
@@ -39,6 +45,12 @@ def use(
     model: SparseModel, text: HeldOut, counts: ParameterCounts, frequent: FrequentTokens
 ) -> ModelUse:
     return utilization(model, PLAN, text, counts, frequent)
+
+
+def test_experts_that_are_too_many_to_pair() -> None:
+    check_mixtures(([4096] * 8, [None] * 8))
+    with pytest.raises(ValueError, match="36864 experts, up to 4096 of a layer: more than 1342177"):
+        check_mixtures(([4096] * 9, [None] * 9))
 
 
 def counted(text: HeldOut) -> list[tuple[int, int, int]]:

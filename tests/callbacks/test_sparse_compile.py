@@ -179,6 +179,20 @@ def test_nothing_is_written_where_nothing_is_logged(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trial_run_replaces_no_artifact(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    compiling = SparseCompile(PLAN, path=str(tmp_path / "here"))
+    make_trainer(fast_dev_run=True, callbacks=[compiling]).fit(
+        model, make_loader(1), make_loader(1)
+    )
+    assert compiling.artifact is None
+    assert not (tmp_path / "here").exists()
+
+
 def test_only_an_earlier_artifact_is_replaced(
     make_model: Callable[..., DSMoELanguageModel],
     make_loader: Callable[..., Any],

@@ -1,5 +1,6 @@
 """The plan that a model loses least with."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,28 @@ def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_pa
     assert plan != SelectionPlan.uniform(plan.n_layers)  # a model of two steps needs few experts
 
 
+def test_a_model_with_experts_of_one_kind_alone(
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    tiny: Callable[[Path], list[str]],
+    config: Callable[[str], str],
+) -> None:
+    (tmp_path / "plain.yaml").write_text(
+        "model: {init_args: {feed_forward: {class_path: lightning_dsmoe.experts.FeedForward, "
+        "init_args: {d_hidden: 16}}}}\n"
+    )
+    overlay = ["-c", config("quickstart.yaml"), "-c", str(tmp_path / "plain.yaml")]
+    outcome = cli("fit", *overlay, *tiny(tmp_path), "--trainer.callbacks=[]")
+    assert outcome.code == 0, outcome.err
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    outcome = cli(*words, f"--ckpt_path={checkpoint}", "--budget=0.85")
+    assert outcome.code == 0, outcome.err
+    assert "best of one rule" in outcome.out
+    assert re.search("(threshold [0-9.]+|top [0-9]) ", outcome.out)
+    assert (tmp_path / "plan.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -50,6 +73,11 @@ def test_a_plan_for_a_loss(cli: Callable[..., Outcome], words: list[str], tmp_pa
             "in one window, which is too short to find a plan on and to judge it",
         ),
         (["--max_loss_increase=much"], "max_loss_increase must be like 0.5% or 0.005, got 'much'"),
+        (["--budget=0.5", "--output=/"], "output must be a file, / is a folder"),
+        (["--budget=0.5", "--split=test", "--test_fraction=0"], "needs a test_fraction above 0"),
+        (["--budget=0.5", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
+        (["--budget=0.5", "--batch_tokens=-5"], "batch_tokens must be at least 1, got -5"),
+        (["--budget=0.5", "--context=0"], "context must be at least 1, got 0"),
         (["--max_loss_increase=-1%"], "max_loss_increase must be from 0 to 1000%, got '-1%'"),
     ],
 )

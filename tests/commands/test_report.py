@@ -179,12 +179,23 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
+def test_padding_is_no_sample(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("abcdefghij" * 20)
+    outcome = cli(*words, f"--files={tmp_path / 'short.txt'}", "--val_fraction=0.1")
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = re.findall('title="([^":]*): [0-9]+ of 44 experts', page)
+    assert len(shown) == 19  # the last of 20 letters has no successor
+
+
 def test_a_plan_of_another_model(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
     SelectionPlan.uniform(3).save(tmp_path / "plan.json")
     [error] = cli(*words, f"--plan={tmp_path / 'plan.json'}").errors
-    assert "a plan of 3 layers, a model of 2" in error
+    assert "plan.json is not a plan for this model: a plan of 3 layers, a model of 2" in error
 
 
 def test_an_earlier_page_stays_if_something_goes_wrong(

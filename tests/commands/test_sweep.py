@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_dsmoe.commands.trained import text_for, tokenizer_of
+from lightning_dsmoe.commands.trained import text_for
 from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -95,11 +95,53 @@ def test_results_of_something_else_are_not_mixed(
     outcome = cli(*words, "--max_tokens=200")
     assert outcome.code == 1
     [error] = outcome.errors
-    assert "is of another model, text or device; choose another output" in error
+    assert "is of another model, text, device or version; choose another output" in error
     assert (tmp_path / "sweep" / "sweep.json").read_text() == before
-    (tmp_path / "sweep" / "sweep.json").write_text("[1]")
+    [error] = cli(*words, "--context=8").errors
+    assert "is of another model, text, device or version" in error
+    kept = json.loads(before)
+    kept["plans"]["top 2 and 2"]["plan"] = kept["plans"]["top 1 and 1"]["plan"]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(kept))
     [error] = cli(*words).errors
-    assert "sweep.json is not a sweep; choose another output" in error
+    assert "is of another model, text, device or version" in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: kept.update(plans=[]),
+        lambda kept: kept.pop("plans"),
+        lambda kept: kept["plans"]["all"]["result"].update(loss="a"),
+        lambda kept: kept["plans"]["all"]["result"].update(loss=float("nan")),
+        lambda kept: kept["plans"]["all"]["result"].pop("share"),
+    ],
+)
+def test_a_file_that_is_no_sweep(
+    change: Callable[[dict[str, Any]], object],
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = {"all": SelectionPlan.uniform(2)}
+    monkeypatch.setattr(sweep_module, "sweep_plans", lambda decoder: plans)
+    assert cli(*words).code == 0
+    path = tmp_path / "sweep" / "sweep.json"
+    kept = json.loads(path.read_text())
+    change(kept)
+    for text in (json.dumps(kept), "[1]", "{"):
+        path.write_text(text)
+        [error] = cli(*words).errors
+        assert "sweep.json is not a sweep; choose another output" in error
+
+
+def test_a_file_in_place_of_the_folder(
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep").write_text("mine")
+    [error] = cli(*words).errors
+    assert "output must be a folder" in error
+    assert (tmp_path / "sweep").read_text() == "mine"
 
 
 def test_text_that_is_too_short(
@@ -113,15 +155,38 @@ def test_text_that_is_too_short(
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize(("vocab_size", "expected"), [(65, 8192), (2**15, 2048)])
+@pytest.mark.parametrize(("vocab_size", "expected"), [(256, 8192), (2**15, 2048)])
 def test_batches_are_smaller_for_a_large_vocabulary(
     vocab_size: int, expected: int, trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_decoder(trained.checkpoint)
     asked: list[int] = []
-    monkeypatch.setattr(type(tokenizer_of(loaded)), "vocab_size", vocab_size)
+    loaded.decoder.vocab_size = vocab_size
     monkeypatch.setattr(
         trained_module, "held_out", lambda *_, batch_tokens, **__: asked.append(batch_tokens)
     )
     text_for(loaded)
     assert asked == [expected]
+
+
+def test_the_text_is_split_as_in_training(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_decoder(trained.checkpoint)
+    asked: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        trained_module,
+        "held_out",
+        lambda *_, val_fraction, test_fraction, **__: asked.append((val_fraction, test_fraction)),
+    )
+    text_for(loaded)
+    text_for(loaded, val_fraction=0.2, test_fraction=0.0)
+    text_for(loaded._replace(val_fraction=None, test_fraction=None))
+    assert asked == [(0.05, 0.05), (0.2, 0.0), (0.1, 0.0)]
+
+
+def test_what_does_not_fit_into_memory_or_the_model(trained: Run) -> None:
+    loaded = load_decoder(trained.checkpoint)
+    with pytest.raises(ValueError, match="a context of 4194305 tokens with a vocabulary of 256"):
+        text_for(loaded, context=2**22 + 1)
+    loaded.decoder.vocab_size = 255
+    with pytest.raises(ValueError, match="the tokenizer has 256 tokens, the model only 255"):
+        text_for(loaded)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 
@@ -105,6 +106,14 @@ def test_a_piece_that_joins_another_is_what_it_is_alone() -> None:
 def test_pieces_of_bytes_and_characters_are_themselves() -> None:
     assert [ByteTokenizer().piece(byte) for byte in b" a\xc3"] == [" ", "a", "\ufffd"]
     assert [CharTokenizer(" ab").piece(number) for number in range(3)] == [" ", "a", "b"]
+
+
+@pytest.mark.parametrize("text", ["/dev/zero", "tokenizer.json", "[]", "x" * 100_000])
+def test_a_description_opens_no_file(text: str, bpe: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(bpe)
+    with contextlib.chdir(tmp_path), pytest.raises(ValueError, match="must be a JSON obj") as error:
+        Tokenizer.from_dict({"kind": "huggingface", "json": text})
+    assert len(str(error.value)) < 200
 
 
 def test_vocabulary_with_gaps_counts_to_its_largest_number() -> None:

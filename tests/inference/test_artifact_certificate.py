@@ -15,6 +15,7 @@ from lightning_dsmoe.inference.artifact_certificate import (
     save_certificate,
 )
 from lightning_dsmoe.inference.compilation import compile_sparse, load_sparse
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
@@ -49,7 +50,10 @@ def content(path: Path) -> dict[str, bytes]:
 def test_a_certificate_tells_its_files(path: Path, model: SparseModel) -> None:
     found = load_certificate(path)
     hashes = {name: sha256(path / name) for name in ("plan.json", "model.safetensors")}
-    assert found == {"loss": 1.25, "sha256": hashes}
+    assert found == {"loss": 1.25, "sha256": found["sha256"] | hashes}
+    check_certified(path, found["sha256"])
+    model.switch_points = SwitchPoints(gather_up_to=3)
+    model.save(path, certificate=found)
     check_certified(path, found["sha256"])
     model.save(path, certificate=found)
     assert load_certificate(path) == found
@@ -123,6 +127,16 @@ def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> No
     (path / "README.md").unlink()
     save_certificate(path, model, CERTIFICATE)
     assert (path / "README.md").read_text().startswith("# A sparse DS-MoE language model\n")
+
+
+def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path: Path) -> None:
+    (tmp_path / "private.md").write_text("My own words.")
+    (path / "README.md").unlink()
+    (path / "README.md").symlink_to(tmp_path / "private.md")
+    save_certificate(path, model, CERTIFICATE)
+    assert not (path / "README.md").is_symlink()
+    assert "My own words" not in (path / "README.md").read_text()
+    assert (tmp_path / "private.md").read_text() == "My own words."
 
 
 @pytest.mark.parametrize("fails", ["_write_json", "_sums", "_move"])

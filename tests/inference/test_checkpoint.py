@@ -96,6 +96,11 @@ def test_what_a_checkpoint_says_of_its_data(forge: Forge) -> None:
     loaded = load_decoder(forge(tokenizer={"kind": "bytes"}, context=8))
     assert loaded.tokenizer == {"kind": "bytes"}
     assert loaded.context == 8
+    assert loaded.val_fraction is loaded.test_fraction is None
+    loaded = load_decoder(forge(val_fraction=0.25, test_fraction=0))
+    assert (loaded.val_fraction, loaded.test_fraction) == (0.25, 0)
+    for other in (20, -0.5, float("nan"), "0.5"):  # whatever another data module means by it
+        assert load_decoder(forge(val_fraction=other)).val_fraction is None
 
 
 def test_loaded_weights_do_not_hang_on_the_file(forge: Forge, tokens: Tensor) -> None:

@@ -89,13 +89,20 @@ def test_other_data_is_refused(data: Any) -> None:
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[" * 100_000, "1" * 5_000], ids=len)
 def test_files_that_are_no_json_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.json: "):
+    with pytest.raises(ValueError, match=r"plan\.json is not JSON: "):
         SelectionPlan.load(tmp_path / "plan.json")
 
 
-def test_messages_stay_short(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a selection") as error:
-        SelectionPlan.from_dict(data_with(experts=[{"selection": "x" * 100_000}]))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": [{"selection": "x" * 100_000}]}, "is not a selection"),
+        ({"format_version": "x" * 100_000}, "this version reads 1"),
+    ],
+)
+def test_messages_stay_short(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        SelectionPlan.from_dict(data_with(**change))
     assert len(str(error.value)) < 1_000
 
 
