@@ -59,8 +59,8 @@ class Preset(NamedTuple):
         steps: optimizer steps.
         validate_every: steps between validations, of which the best one's weights are kept; None
             for a single one at the end.
-        changes: arguments in place of the recipe's, of the model, its attention, feed_forward and
-            optimizer, the data and the trainer.
+        changes: arguments in place of the recipe's, of the model, its attention and feed_forward,
+            the data and the trainer.
     """
 
     steps: int
@@ -88,7 +88,6 @@ PRESETS = {
             "model": {"d_model": 384, "n_layers": 6, "dropout": 0.2},
             "attention": {"n_experts": 6, "n_heads": 1, "d_head": 64},
             "feed_forward": {"n_experts": 29, "d_expert": 64},
-            "optimizer": {"fused": False},  # Lightning clips no gradients of a fused one in bf16
             "data": {"context": 256, "batch_size": 64},
             "trainer": {"precision": "bf16-mixed"},
         },
@@ -112,7 +111,6 @@ def configuration(name: str, preset: Preset, *, seed: int, steps: int) -> Config
         "model": model,
         "attention": model["attention"]["init_args"],
         "feed_forward": model["feed_forward"]["init_args"],
-        "optimizer": model["optimizer"]["init_args"],
         "data": data,
         "trainer": config["trainer"],
     }

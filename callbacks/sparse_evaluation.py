@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -46,7 +47,7 @@ class SparseEvaluation(Callback):
 
     Raises:
         ValueError: if there is no plan or a file is not a plan, and before the first batch if a
-            plan does not fit the model.
+            plan does not fit the model or the strategy is FSDP.
     """
 
     def __init__(self, plans: Mapping[str, PlanSpec]) -> None:
@@ -58,13 +59,13 @@ class SparseEvaluation(Callback):
         self._meters: dict[str, _Meter] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -95,7 +96,12 @@ class SparseEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(pl_module, "test")
 
-    def _start(self, pl_module: LightningModule) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "SparseEvaluation runs the model outside of Lightning's own steps, which FSDP does "
+                "not let it; use another strategy or leave it out"
+            )
         decoder = pl_module.decoder
         assert isinstance(decoder, Decoder)
         counts = count_parameters(decoder)

@@ -5,12 +5,15 @@ can be made of one without the class that trained it.
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 
+from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
 from lightning_dsmoe.inference.checkpoint import (
@@ -28,6 +31,7 @@ class CheckpointedModel(LightningModule):
 
     decoder: Decoder
     _resumed_random_state: dict[str, Any] | None = None
+    _batch_random_state: dict[str, Any] | None = None
 
     @classmethod
     def load_from_checkpoint(
@@ -59,9 +63,19 @@ class CheckpointedModel(LightningModule):
         checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
         for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
             check_hyperparameters(checkpoint.get(key, {}), cls)
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only=safe, **kwargs
+        load = partial(
+            super().load_from_checkpoint,
+            checkpoint_path,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=safe,
+            **kwargs,
         )
+        with torch.device("meta"):
+            load(map_location="meta")  # all checks, before the sizes in a file take memory
+        if not isinstance(checkpoint_path, str | Path):
+            checkpoint_path.seek(0)
+        return load(map_location=map_location)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the decoder and to read its tokens without this class."""
@@ -73,7 +87,8 @@ class CheckpointedModel(LightningModule):
         for name in ("context", "val_fraction", "test_fraction"):
             value = getattr(data, name, None)
             checkpoint[name] = value if isinstance(value, int | float) else None
-        checkpoint["random_state"] = random_state()
+        inside = unfinished_batches(self._trainer) > 0
+        checkpoint["random_state"] = self._batch_random_state if inside else random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another format, another architecture or other weights, listing all differences."""
@@ -81,7 +96,8 @@ class CheckpointedModel(LightningModule):
         before, now = checkpoint.get("architecture"), self._architecture()
         if before is not None and now is not None and (changes := differences(before, now)):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
-        check_state(self.state_dict(), checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # strategies that shard have loaded and checked it
+            check_state(self.state_dict(), checkpoint["state_dict"])
         trainer = self._trainer
         if trainer is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
             self._resumed_random_state = checkpoint.get("random_state")
@@ -91,6 +107,7 @@ class CheckpointedModel(LightningModule):
         if self._resumed_random_state is not None:
             restore_random_state(self._resumed_random_state)
             self._resumed_random_state = None
+        self._batch_random_state = random_state()
 
     def _architecture(self) -> dict[str, Any] | None:
         """Description of the decoder, None with a warning if it has none."""

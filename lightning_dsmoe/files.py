@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 _MAX_JSON_BYTES = 64 * 2**20
 
@@ -16,15 +15,17 @@ _MAX_JSON_BYTES = 64 * 2**20
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` and move it into place if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = hidden_beside(path)
     try:
         yield temporary
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hidden_beside(path: Path) -> Path:
+    """A new path beside another one, for what is to take its place."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
 
 
 def write_text(path: Path, text: str) -> None:

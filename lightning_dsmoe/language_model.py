@@ -4,13 +4,17 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.checkpointed_model import CheckpointedModel
@@ -196,11 +200,11 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def on_validation_epoch_start(self) -> None:
         """Begin the mean over the split, with state that later runs may change too."""
-        self.val_loss.reset()
+        _begin(self.val_loss)
 
     def on_test_epoch_start(self) -> None:
         """Begin the mean over the split."""
-        self.test_loss.reset()
+        _begin(self.test_loss)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split."""
@@ -217,6 +221,20 @@ class DSMoELanguageModel(CheckpointedModel):
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, and also for a fused optimizer where no gradients are scaled."""
+        clip = self.clip_gradients
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            clip = partial(Precision.clip_gradients, plugin)
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        clip(optimizer, gradient_clip_val or 0.0, algorithm)
 
     def _step(self, batch: dict[str, Tensor], plan: SelectionPlan) -> Step:
         return Step.of(self(batch["input_ids"], plan), batch["labels"], plan)
@@ -263,6 +281,12 @@ class DSMoELanguageModel(CheckpointedModel):
             return None
         mesh = self.device_mesh
         return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
+
+
+def _begin(mean: MeanMetric) -> None:
+    """Begin a mean in full precision, from which half-precision training takes metrics too."""
+    mean.set_dtype(torch.promote_types(mean.mean_value.dtype, torch.float32))
+    mean.reset()
 
 
 def _format(terms: dict[str, Tensor]) -> str:

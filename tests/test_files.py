@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -5,11 +6,20 @@ import pytest
 from lightning_dsmoe.files import atomic_path, write_text
 
 
-def test_writes_a_file_and_the_folders_above_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_writes_a_file_and_the_folders_above_it(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_and_look(tmp_path, umask)
+    finally:
+        os.umask(before)
+
+
+def write_and_look(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "a" / "b" / "text.txt"
     write_text(path, "grün\n")
     assert path.read_bytes() == "grün\n".encode()
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]

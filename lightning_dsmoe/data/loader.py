@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -49,6 +50,14 @@ class ResumableLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing, for the same reason."""
+
+
+def unfinished_batches(trainer: Trainer | None) -> int:
+    """Training batches that were begun and not done with: one where an interrupt came between."""
+    if trainer is None or trainer.state.fn != "fit":
+        return 0
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.ready - progress.processed)
 
 
 def batch_size(batch: Batch) -> int:

@@ -5,7 +5,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_dsmoe.data.corpus import find_corpus
-from lightning_dsmoe.data.loader import Batch, ResumableLoader
+from lightning_dsmoe.data.loader import Batch, ResumableLoader, unfinished_batches
 from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile, open_token_file
 from lightning_dsmoe.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from lightning_dsmoe.data.windows import (
@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         epoch, batches = self._position or (0, 0)
         if (loader := self._train_loader) is not None:
-            epoch, batches = loader.epoch, loader.batches
+            epoch, batches = loader.epoch, loader.batches - unfinished_batches(self.trainer)
             limit: float = (
                 self.trainer.num_training_batches if self.trainer is not None else len(loader)
             )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_JSON_CHARACTERS = 256 * 1024**2
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(ABC):
@@ -27,7 +28,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token numbers."""
+        """Return the text of token numbers; those that it does not know are replacement signs."""
 
     def piece(self, token: int) -> str:
         """Return what a token adds to a text, with a blank at its start if it has one."""
@@ -79,7 +80,8 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+        known = (int(token) if token < 256 else 0xFF for token in tokens)  # 0xFF is in no text
+        return bytes(known).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": "byte"}
@@ -118,7 +120,8 @@ class CharTokenizer(Tokenizer):
         return tokens.astype(np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return "".join(self.alphabet[token] for token in tokens)
+        known = len(self.alphabet)
+        return "".join(self.alphabet[t] if t < known else _REPLACEMENT for t in tokens)
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": "char", "alphabet": self.alphabet}

@@ -7,8 +7,9 @@
 
 import hashlib
 import json
+import os
 import shutil
-import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import read_json, sha256
+from lightning_dsmoe.files import hidden_beside, read_json, sha256
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
 from lightning_dsmoe.inference.checkpoint import check_state, fill
@@ -61,6 +62,8 @@ def write_artifact(
 ) -> None:
     """Write an artifact directory, whole or not at all; an earlier artifact there is replaced.
 
+    Other files in the directory of the earlier artifact stay.
+
     A certificate is written with `sha256`, the hashes of what it is of.
 
     Raises:
@@ -70,8 +73,9 @@ def write_artifact(
     check_free(path)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    folder = hidden_beside(path)
     try:
+        _keep_others(path, folder)
         state = {
             name: tensor.detach().contiguous().cpu()
             for name, tensor in decoder.state_dict().items()
@@ -121,6 +125,15 @@ def check_files(path: Path) -> None:
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
 
 
+def copy_linked(path: Path, folder: Path, *, without: Container[str] = ()) -> None:
+    """Copy what a directory holds, without the content of files where the file system can."""
+
+    def left_out(where: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(where) == path and name in without]
+
+    shutil.copytree(path, folder, symlinks=True, ignore=left_out, copy_function=_link)
+
+
 def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] | None) -> None:
     """Write what tells of an artifact's other files, and put the folder in its place.
 
@@ -134,7 +147,6 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
         _write_json(folder / CERTIFICATE, {**certificate, "sha256": hashes})
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / SUMS).write_text("".join(_sums(folder)), encoding="utf-8")
-    folder.chmod(0o755)
     _move(folder, path)
 
 
@@ -149,6 +161,21 @@ def certified_hashes(path: Path) -> dict[str, str]:
     return {CONFIG: rest, **{name: sha256(path / name) for name in (PLAN, WEIGHTS)}}
 
 
+def _keep_others(path: Path, folder: Path) -> None:
+    """Make the folder of a new artifact, with what else is in the directory of an earlier one."""
+    if path.exists():
+        copy_linked(path, folder, without={*_NEEDED, CERTIFICATE, CARD})
+    else:
+        folder.mkdir()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def _move(folder: Path, path: Path) -> None:
     """Put a finished folder in its place; what was there goes only when that has worked."""
     if not path.exists():
@@ -158,7 +185,7 @@ def _move(folder: Path, path: Path) -> None:
     path.rename(retired)
     try:
         folder.rename(path)
-    except OSError:
+    except BaseException:
         retired.rename(path)
         raise
     shutil.rmtree(retired, ignore_errors=True)

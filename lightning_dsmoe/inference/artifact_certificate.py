@@ -1,19 +1,18 @@
 """The certificate in an artifact: plain data that tells which model it is of."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_dsmoe.files import read_json
+from lightning_dsmoe.files import hidden_beside, read_json
 from lightning_dsmoe.inference.artifact import (
     CARD,
     CERTIFICATE,
     SUMS,
     certified_hashes,
     check_files,
+    copy_linked,
     finish,
 )
 from lightning_dsmoe.inference.model_card import model_card, with_measured
@@ -64,19 +63,9 @@ def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]
         card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
     else:
         card = model_card(model.decoder, model.plan, *model.report(), certificate)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    folder = hidden_beside(path)
     try:
-        shutil.copytree(path, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        for name in (CERTIFICATE, CARD, SUMS):  # which would be written into the linked files
-            (folder / name).unlink(missing_ok=True)
+        copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})
         finish(folder, path, card=card, certificate=certificate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    """Copy a file, without its content where the file system can."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -96,11 +96,23 @@ def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) ->
     if not isinstance(path, str | Path):
         path.seek(0)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    for name, tensor in state.items():
+        if not _is_whole(tensor):
+            raise ValueError(f"{path}: {name!r:.200} is not a plain tensor with all of its values")
     checkpoint: dict[str, Any] = loaded
     check_format(checkpoint)
     return checkpoint
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has its values in the file, rather than a few of them for many places."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def check_format(checkpoint: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ PART_BASES: dict[str, tuple[type, ...]] = {
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
-_LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS}
+_LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
 _WITHOUT_SIZES = ("optimizer", "lr_scheduler")
 _TORCH_NORMS = (nn.RMSNorm, nn.LayerNorm)
 

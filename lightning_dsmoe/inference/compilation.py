@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder
-from lightning_dsmoe.inference.engine.packing import Quantization, pack
+from lightning_dsmoe.inference.engine.packing import Quantization, is_packed, pack
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import SelectionPlan
@@ -38,7 +38,8 @@ def compile_sparse(
         tokenizer: description of the tokenizer, kept with the model.
 
     Raises:
-        ValueError: if the plan does not fit the model or an option is unknown.
+        ValueError: if the plan does not fit the model, the model is compiled already or an option
+            is unknown.
         ImportError: if int8 is wanted and bitsandbytes is not installed.
     """
     decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
@@ -46,6 +47,10 @@ def compile_sparse(
         raise ValueError(
             f"compile_sparse needs a Decoder, got {type(model).__name__} without one; "
             "a LightningModule has it after configure_model()"
+        )
+    if is_packed(decoder):
+        raise ValueError(
+            "this model is compiled already: give generate another plan, or compile the trained one"
         )
     if quantization not in (None, "int8"):
         raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")

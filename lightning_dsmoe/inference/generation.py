@@ -13,6 +13,8 @@ from lightning_dsmoe.inference.context import Context, DecoderContext
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.routing import SelectionPlan
 
+_COLDEST, _HOTTEST = 1e-6, 1e6  # beyond which probabilities are no numbers in float32
+
 
 @torch.inference_mode()
 def generate(
@@ -178,10 +180,11 @@ def _check_prompts(
 def _check_options(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if max_new_tokens < 0 or not temperature >= 0:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
         raise ValueError(
-            "max_new_tokens and temperature must be 0 or more, "
-            f"got {max_new_tokens} and {temperature}"
+            f"temperature must be 0 or from {_COLDEST:g} to {_HOTTEST:g}, got {temperature}"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")

@@ -32,6 +32,9 @@ class WeightReport(NamedTuple):
 class SparseModel(nn.Module):
     """A decoder for inference under a selection plan; made by `compile_sparse` or `load_sparse`.
 
+    Move it and load weights into it as a whole: what is compiled does not see changes made to its
+    `decoder` alone.
+
     Args:
         decoder: the packed decoder, which this model takes over.
         plan: the experts that run unless a call says otherwise.

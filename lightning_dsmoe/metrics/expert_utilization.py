@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_dsmoe.losses import entropy
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.precision import without_autocast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +131,8 @@ class ExpertUtilization(Metric):
 def _update(probs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the gates `[N]`, sum of the tokens' entropies, number of tokens."""
     probs_XN, weight_X = flatten_tokens(probs.detach(), mask)
-    return weight_X @ probs_XN, weight_X @ entropy(probs_XN), weight_X.sum().long()
+    with without_autocast(probs.device.type):
+        return weight_X @ probs_XN, weight_X @ entropy(probs_XN), weight_X.sum().long()
 
 
 def _compute(

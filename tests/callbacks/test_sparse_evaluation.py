@@ -2,10 +2,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention import GroupedQueryAttention
@@ -32,6 +34,14 @@ def loss_of(model: DSMoELanguageModel, loader: Any, plan: SelectionPlan | None) 
                     if label != -100
                 ]
     return sum(losses) / len(losses)
+
+
+def test_sharded_weights_are_refused_at_once(model: DSMoELanguageModel) -> None:
+    trainer = mock.Mock(strategy=FSDPStrategy())
+    callback = SparseEvaluation({"top_1": TOP_1})
+    for hook in (callback.on_fit_start, callback.on_validation_start, callback.on_test_start):
+        with pytest.raises(ValueError, match="which FSDP does not let it"):
+            hook(trainer, model)
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])

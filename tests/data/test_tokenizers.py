@@ -35,6 +35,11 @@ def test_bytes_round_trip(text: str) -> None:
     assert ByteTokenizer().decode(tokens.tolist()) == text
 
 
+def test_unknown_numbers_decode_to_replacement_signs() -> None:
+    assert ByteTokenizer().decode([65, 256, 300]) == "A\ufffd\ufffd"
+    assert CharTokenizer("ab").decode([0, 2, 1]) == "a\ufffdb"
+
+
 def test_bytes_that_are_not_text_decode_to_replacement_signs() -> None:
     assert ByteTokenizer().decode([0xFF, 65]) == "\N{REPLACEMENT CHARACTER}A"
 

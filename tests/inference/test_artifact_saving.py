@@ -57,8 +57,9 @@ def test_a_save_that_fails_leaves_everything_as_it_was(
         assert content(path) == before
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
 def test_a_move_that_fails_brings_the_earlier_artifact_back(
-    one_decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, one_decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model"
     save(path, one_decoder, certificate=CERTIFICATE)
@@ -67,11 +68,11 @@ def test_a_move_that_fails_brings_the_earlier_artifact_back(
 
     def rename_once(self: Path, target: Path) -> Path:
         if target == path and not self.name.endswith(".old"):
-            failing()
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", rename_once)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(type(error)):
         save(path, one_decoder)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert content(path) == before
@@ -86,6 +87,22 @@ def test_an_earlier_artifact_is_replaced_whole(one_decoder: Decoder, tmp_path: P
     assert [file.name for file in path.parent.iterdir()] == ["model"]
     assert path.stat().st_mode & 0o777 == 0o755
     read_artifact(path)
+
+
+def test_files_that_are_no_part_of_it_stay(one_decoder: Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save(path, one_decoder, certificate=CERTIFICATE)
+    (path / ".git").mkdir()
+    (path / ".git" / "README.md").write_text("history")
+    (path / "notes.txt").write_text("mine")
+    (path / "link").symlink_to("nowhere")
+    save(path, one_decoder, card="Second.")
+    assert (path / ".git" / "README.md").read_text() == "history"
+    assert (path / "notes.txt").read_text() == "mine"
+    assert (path / "link").is_symlink()
+    assert (path / "README.md").read_text() == "Second."
+    assert not (path / "certificate.json").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_something_else_in_the_way_is_kept(one_decoder: Decoder, tmp_path: Path) -> None:

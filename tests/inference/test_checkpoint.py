@@ -186,6 +186,23 @@ def test_other_checkpoints(changes: dict[str, Any], message: str, forge: Forge) 
         load_decoder(forge(**changes))
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 16).expand(2**22, 16),
+        torch.zeros(3, 3).to_sparse(),
+        torch.zeros(3).to("meta"),
+    ],
+    ids=["repeated", "sparse", "empty"],
+)
+def test_tensors_that_are_not_whole(tensor: Tensor, forge: Forge, trained: Trained) -> None:
+    state = trained.model.state_dict() | {"decoder.embedding.weight": tensor}
+    with pytest.raises(ValueError, match=r"decoder\.embedding\.weight' is not a plain tensor"):
+        load_decoder(forge(state_dict=state))
+    with pytest.raises(ValueError, match="has no state_dict of tensors"):
+        load_decoder(forge(state_dict={0: tensor}))
+
+
 def test_a_file_of_no_dictionary(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="it has no state_dict of tensors"):

@@ -254,6 +254,18 @@ def test_a_router_that_forgets_its_options_cannot_be_saved() -> None:
         compile_sparse(decoder, SelectionPlan.uniform(2))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"quantization": "int8"}, {"quantize_head": True}], ids=str
+)
+def test_a_compiled_model_is_not_compiled_again(
+    options: dict[str, Any], one_decoder: Decoder, plan: SelectionPlan
+) -> None:
+    model = compile_sparse(one_decoder, plan, **options)
+    for compiled in (model, model.decoder):
+        with pytest.raises(ValueError, match="this model is compiled already"):
+            compile_sparse(compiled, plan, quantization="int8")
+
+
 def test_impossible_options(one_decoder: Decoder, plan: SelectionPlan) -> None:
     with pytest.raises(ValueError, match="quantization must be None or 'int8', got 'int4'"):
         compile_sparse(one_decoder, plan, quantization="int4")  # type: ignore[arg-type]

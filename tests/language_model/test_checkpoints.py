@@ -1,6 +1,7 @@
 """Checkpoints of models built in Python and of models built by the command line."""
 
 import io
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -114,6 +115,14 @@ def test_a_model_of_the_command_line_needs_nothing(make_one_model: MakeModel, sa
     assert loaded.expert_mi_weight == 0.5
 
 
+def test_sizes_in_a_checkpoint_take_no_memory(save: Save) -> None:
+    path = save(hyper_parameters={**FROM_COMMAND_LINE, "vocab_size": 2**23, "d_model": 2**8})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="the checkpoint is of another model: "):
+        load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
+
+
 @pytest.mark.parametrize("key", ["hyper_parameters", "hparams", "module_arguments"])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -153,6 +162,13 @@ def test_code_runs_only_if_the_file_is_trusted(make_one_model: MakeModel, save: 
         with pytest.raises(ValueError, match="not a complete, data-only checkpoint"):
             load(path, **given, **option)
     assert_equal(load(path, **given, weights_only=False), make_one_model())
+
+
+def test_weights_that_a_strategy_has_loaded_already(make_one_model: MakeModel, save: Save) -> None:
+    """FSDP takes them out of the checkpoint, or keeps them in files of their own."""
+    checkpoint = torch.load(save())
+    del checkpoint["state_dict"]
+    make_one_model().on_load_checkpoint(checkpoint)
 
 
 def test_another_model_is_refused_with_all_that_differs(

@@ -192,6 +192,31 @@ def test_evaluations_do_not_add_up(
     assert during == pytest.approx(after["val/loss"], rel=1e-6)
 
 
+def test_means_are_in_full_precision_where_training_is_not(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bfloat16 a count of tokens stops growing at 256 times what is added."""
+    model, loader = make_one_model(), make_loader(300)
+    evaluate, losses = type(model).validation_step, []
+
+    def recorded(self: Any, *args: Any) -> Any:
+        found = evaluate(self, *args)
+        losses.append(found["loss"].float())
+        return found
+
+    monkeypatch.setattr(type(model), "validation_step", recorded)
+    trainer = make_trainer(precision="bf16-true", max_steps=1)
+    trainer.fit(model, loader, loader)
+    for _ in range(2):
+        losses.clear()
+        [found] = trainer.validate(model, loader, verbose=False)
+        assert model.val_loss.mean_value.dtype == torch.float32
+        assert found["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
 def test_a_batch_that_is_not_finite_is_not_left_out_of_the_mean(
     make_one_model: MakeModel,
     make_loader: Callable[..., Any],

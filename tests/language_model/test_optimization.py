@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -45,6 +45,36 @@ def test_every_parameter_of_other_routers_is_optimized_once(
     groups = model.configure_optimizers().param_groups
     found = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_mixed_precision_clips_gradients_of_any_optimizer(
+    fused: bool,
+    algorithm: str,
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    """Lightning refuses fused optimizers there, as some scale gradients themselves."""
+    sizes = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            gradients = torch.cat([p.grad.flatten() for p in pl_module.parameters()])
+            size = gradients.norm() if algorithm == "norm" else gradients.abs().max()
+            sizes.append(size.item())
+
+    model = make_one_model(optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=fused))
+    trainer = make_trainer(
+        precision="bf16-mixed",
+        max_steps=3,
+        gradient_clip_val=1e-3,
+        gradient_clip_algorithm=algorithm,
+        callbacks=[Watch()],
+    )
+    trainer.fit(model, make_loader(), make_loader(3))
+    assert sizes == pytest.approx([1e-3] * 3, rel=1e-3)
 
 
 def test_a_schedule_steps_after_every_optimizer_step(

@@ -37,6 +37,21 @@ def data(tmp_path: Path) -> TextDataModule:
     return make_data(tmp_path)
 
 
+class InterruptAt(Callback):
+    """Interrupts a step on its way back, and saves as `ModelCheckpoint` can."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_after_backward(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("interrupted")
+
+    def on_exception(self, trainer: Trainer, *args: object) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 def make_data(folder: Path) -> TextDataModule:
     return TextDataModule(
         str(folder / "text.txt"), context=16, batch_size=4, cache_dir=str(folder / "cache")
@@ -91,3 +106,28 @@ def test_resumed_anywhere_it_ends_bitwise_alike(
     torch.testing.assert_close(*states, rtol=0, atol=0)
     rates = [trainer.lr_scheduler_configs[0].scheduler.get_last_lr() for trainer in (second, first)]
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("step", [1, 5, 6])  # of 6 batches in an epoch
+def test_a_step_that_was_interrupted_is_taken_again(
+    step: int,
+    make_one_model: MakeModel,
+    make_trainer: Callable[..., Trainer],
+    data: TextDataModule,
+    tmp_path: Path,
+) -> None:
+    def run(seed: int, ckpt_path: Path | None = None, **more: Any) -> Any:
+        model = make_one_model(vocab_size=256, dropout=0.2)
+        torch.manual_seed(seed)
+        trainer = make_trainer(max_steps=STEPS, **more)
+        trainer.fit(model, make_data(tmp_path), ckpt_path=ckpt_path, weights_only=True)
+        return model
+
+    path = tmp_path / "middle.ckpt"
+    straight = run(1)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run(1, callbacks=[InterruptAt(step, path)])
+    assert torch.load(path)["global_step"] == step
+    resumed = run(2, path)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name

@@ -77,8 +77,11 @@ class CompiledStep:
         blocks = list(cast(Iterable[Block], decoder.blocks))
         with compiling():
             steps = [BlockStep(b, *kind) for b, kind in zip(blocks, selections, strict=True)]
-            shapes = [tuple(tensor.shape for tensor in tensors_of(step)) for step in steps]
-            kinds = list(zip(selections, shapes, strict=True))
+            layouts = [
+                tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors_of(step))
+                for step in steps
+            ]
+            kinds = list(zip(selections, layouts, strict=True))
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             different = dict(zip(kinds, steps, strict=True))
             parts = _parts(decoder, embed, different, predict, n_sequences)

@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, V vocabulary.
 """
 
+import threading
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048
 _AT_ONCE = 16
+_COMPILING = threading.RLock()  # PyTorch exports one program at a time
 
 
 class Engine:
@@ -65,15 +67,17 @@ class Engine:
     def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
         """The compiled step for a plan, made at its first use; None where there is none."""
         key = plan, n_sequences
-        if key not in self._steps:
-            try:
-                self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
-            except CannotCompile as error:
-                self._steps[key] = None
-                if not self._warned:
-                    warnings.warn(f"decoding runs uncompiled, more slowly: {error}", stacklevel=2)
-                self._warned = True
-        return self._steps[key]
+        with _COMPILING:
+            if key not in self._steps:
+                try:
+                    self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
+                except CannotCompile as error:
+                    self._steps[key] = None
+                    if not self._warned:
+                        told = f"decoding runs uncompiled, more slowly: {error}"
+                        warnings.warn(told, stacklevel=2)
+                    self._warned = True
+            return self._steps[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: nothing compiled."""

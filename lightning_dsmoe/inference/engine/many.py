@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, X = B T, D width, E experts, V vocabulary.
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.attention import Scope, causal_scope
@@ -67,7 +67,7 @@ def _attend(
     mask: Tensor | None,
 ) -> Routing | None:
     """Add the attention of a block to the residual stream, in place."""
-    layer, x_BTD = block.attention, block.attention_norm(into_BTD)
+    layer, x_BTD = block.attention, _normed(block.attention_norm, into_BTD)
     if type(layer) not in (MixtureOfAttentionHeads, GroupedQueryAttention):
         mixture: MixtureOutput = layer(x_BTD, selection, mask=mask, cache=cache)
         into_BTD += mixture.output
@@ -88,9 +88,15 @@ def _attend(
     return routing
 
 
+def _normed(norm: nn.Module, stream_BTD: Tensor) -> Tensor:
+    """The normalised stream in memory of its own, also from a norm that gives out what it gets."""
+    x_BTD: Tensor = norm(stream_BTD)
+    return x_BTD.clone() if x_BTD.data_ptr() == stream_BTD.data_ptr() else x_BTD
+
+
 def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -> Routing | None:
     """Add the feed-forward layer of a block to the residual stream, in place."""
-    layer, x_BTD = block.feed_forward, block.feed_forward_norm(into_BTD)
+    layer, x_BTD = block.feed_forward, _normed(block.feed_forward_norm, into_BTD)
     if type(layer) not in (MixtureOfExperts, FeedForward):
         mixture: MixtureOutput = layer(x_BTD, selection)
         into_BTD += mixture.output

@@ -39,6 +39,11 @@ def pack(
     _pack(decoder, quantize_int8, quantization=quantization, quantize_head=quantize_head)
 
 
+def is_packed(decoder: Decoder) -> bool:
+    """Whether `pack` has been here."""
+    return any(isinstance(module, Rows | Int8Head) for module in decoder.modules())
+
+
 def expect_packed(
     decoder: Decoder,
     *,

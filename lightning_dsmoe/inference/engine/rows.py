@@ -128,8 +128,9 @@ class Int8Rows(Rows):
 
     def rows(self, experts: int | slice) -> Tensor:
         """Rows `[..., R, C]`, made floating point when asked for."""
-        scales = (self.scales[experts] / 127).to(self.dtype)
-        return self.weight[experts].to(self.dtype) * scales[..., None]
+        exact = torch.promote_types(self.dtype, torch.float32)  # small scales vanish in float16
+        scales = (self.scales[experts] / 127).to(exact)
+        return (self.weight[experts].to(exact) * scales[..., None]).to(self.dtype)
 
     def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
         scales_KJr: Tensor = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))

@@ -1,5 +1,8 @@
 """Which way runs when, and that prompts in pieces and in batches are what they are alone."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -241,6 +244,31 @@ def test_what_cannot_be_compiled_is_said_once_and_not_tried_again(
     found += [decoded(engine, uniform(TopK(2)), 1), decoded(engine, plan, 2)]
     assert found == [False] * 3
     assert len(tried) == 1
+
+
+def test_threads_that_meet_a_plan_together_make_one_step(
+    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, at_work = Barrier(4), []
+
+    class Slow(FakeStep):
+        def __init__(self, *args: Any) -> None:
+            at_work.append(1)
+            time.sleep(0.05)
+            assert len(at_work) == 1
+            at_work.pop()
+            super().__init__(*args)
+
+    monkeypatch.setattr(engine_module, "CompiledStep", Slow)
+    engine = Engine(packed(one_decoder), SwitchPoints())
+
+    def decode(n_sequences: int) -> bool:
+        together.wait()
+        return decoded(engine, uniform(TopK(1)), n_sequences)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode, [1, 1, 2, 2])) == [True] * 4
+    assert sorted(n for _, n in made) == [1, 2]
 
 
 def test_a_full_context(tokens: Tensor) -> None:

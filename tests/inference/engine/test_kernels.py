@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.engine import compiled
 from lightning_dsmoe.inference.engine import kernels as kernels_module
 from lightning_dsmoe.inference.engine.cache import DecoderCache
+from lightning_dsmoe.inference.engine.compiled import CompiledStep
 from lightning_dsmoe.inference.engine.kernels import (
     Part,
     compile_kernel,
@@ -28,7 +30,7 @@ from lightning_dsmoe.inference.engine.kernels import (
 from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import Selection, Threshold, TopK
 
-from .conftest import assert_near, learned_positions_glu, packed, rotary_mlp
+from .conftest import assert_near, learned_positions_glu, packed, rotary_mlp, uniform
 
 PROGRAM = """
 from functools import partial
@@ -97,6 +99,16 @@ def test_blocks_that_differ_in_their_weights_alone_share_a_kernel(
 ) -> None:
     other = export_part(block_part(decoder, TopK(2), 1, block=1))
     assert kernel_path(other) == kernel_path(top_k)
+
+
+@torch.no_grad()
+def test_blocks_of_other_types_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = packed(rotary_mlp())
+    router = decoder.blocks[1].feed_forward.router
+    router.weight = nn.Parameter(router.weight.bfloat16(), requires_grad=False)
+    monkeypatch.setattr(compiled, "_kernels", lambda parts, *_: dict.fromkeys(parts, len(parts)))
+    [(first, _), (second, _)] = CompiledStep(decoder, uniform(TopK(1)), 1)._blocks
+    assert first == second == 4  # the embedding, two kinds of blocks, and the head
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput, Routings
 from lightning_dsmoe.experts import FeedForwardLayer
@@ -160,6 +160,23 @@ def test_a_layer_of_somebodys_own(make_decoder: MakeDecoder, grouped: bool, toke
     expected = decoder(tokens, uniform(TopK(1)))
     assert_near(found.logits, expected.logits)
     assert_same_routings(found.routings, expected.routings)
+
+
+class NoNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@torch.no_grad()
+def test_a_norm_that_gives_out_what_it_gets(
+    make_decoder: MakeDecoder, grouped: bool, tokens: Tensor
+) -> None:
+    decoder = make_decoder()
+    for block in decoder.blocks:
+        block.attention_norm, block.feed_forward_norm = NoNorm(), NoNorm()
+    plan = uniform(TopK(2))
+    found = run_many(packed(decoder), tokens, plan, grouped=grouped).logits
+    assert_near(found, decoder(tokens, plan).logits)
 
 
 def test_more_tokens_than_learned_positions_are_refused() -> None:

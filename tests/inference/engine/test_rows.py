@@ -128,6 +128,14 @@ def test_an_expert_of_zeros_stays_zero(matrices: Tensor) -> None:
         assert quantized.of([0])[0].any()
 
 
+def test_small_weights_do_not_vanish_in_half_precision(quantized: Int8Rows) -> None:
+    quantized.scales.mul_(1e-5)
+    expected = quantized()
+    assert 1e-7 < expected.abs().max() < 1e-4
+    found = quantized.to(torch.float16)()
+    torch.testing.assert_close(found, expected.half(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_change_the_matrices_only(dtype: torch.dtype, quantized: Int8Rows) -> None:
     before = copy.deepcopy(quantized)

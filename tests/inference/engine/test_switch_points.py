@@ -88,6 +88,12 @@ def test_each_way_is_what_is_timed(
         assert ways.count((name, (64, 1))) == 6 * (length - 4)
 
 
+def test_a_model_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
+    twin = packed(learned_positions_glu(max_positions=3))
+    assert calibration.calibrate(twin, PLAN).gather_up_to == 0
+
+
 def test_what_cannot_be_compiled_is_not_timed(
     one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
