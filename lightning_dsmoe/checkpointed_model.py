@@ -5,6 +5,7 @@ can be made of one without the class that trained it.
 """
 
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
@@ -18,6 +19,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
 from lightning_dsmoe.inference.checkpoint import (
     FORMAT_VERSION,
+    check_embeddings,
     check_format,
     check_state,
     read_checkpoint,
@@ -63,6 +65,7 @@ class CheckpointedModel(LightningModule):
         checkpoint = read_checkpoint(checkpoint_path, weights_only=safe)
         for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
             check_hyperparameters(checkpoint.get(key, {}), cls)
+            check_embeddings(checkpoint.get(key, {}), checkpoint["state_dict"])
         load = partial(
             super().load_from_checkpoint,
             checkpoint_path,
@@ -71,10 +74,12 @@ class CheckpointedModel(LightningModule):
             weights_only=safe,
             **kwargs,
         )
-        with torch.device("meta"):
-            load(map_location="meta")  # all checks, before the sizes in a file take memory
-        if not isinstance(checkpoint_path, str | Path):
-            checkpoint_path.seek(0)
+        if safe and not kwargs and hparams_file is None:
+            # All checks, before sizes in a file take memory; parts from elsewhere may need some.
+            with torch.device("meta"), suppress(RuntimeError):
+                load(map_location="meta")
+            if not isinstance(checkpoint_path, str | Path):
+                checkpoint_path.seek(0)
         return load(map_location=map_location)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -84,11 +89,10 @@ class CheckpointedModel(LightningModule):
         data = self._data()
         if hasattr(data, "tokenizer"):
             checkpoint["tokenizer"] = data.tokenizer.to_dict()
-        for name in ("context", "val_fraction", "test_fraction"):
+        for name, kind in (("context", int), ("val_fraction", float), ("test_fraction", float)):
             value = getattr(data, name, None)
-            checkpoint[name] = value if isinstance(value, int | float) else None
-        inside = unfinished_batches(self._trainer) > 0
-        checkpoint["random_state"] = self._batch_random_state if inside else random_state()
+            checkpoint[name] = kind(value) if isinstance(value, int | float) else None
+        checkpoint["random_state"] = self._random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another format, another architecture or other weights, listing all differences."""
@@ -108,6 +112,12 @@ class CheckpointedModel(LightningModule):
             restore_random_state(self._resumed_random_state)
             self._resumed_random_state = None
         self._batch_random_state = random_state()
+
+    def _random_state(self) -> dict[str, Any] | None:
+        """State of the random generators where training is to go on from here."""
+        if self._resumed_random_state is not None:
+            return self._resumed_random_state
+        return self._batch_random_state if unfinished_batches(self._trainer) else random_state()
 
     def _architecture(self) -> dict[str, Any] | None:
         """Description of the decoder, None with a warning if it has none."""

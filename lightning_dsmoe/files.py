@@ -34,6 +34,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_file(output: str) -> None:
+    """Raise a ValueError if a folder is where a file is to be written."""
+    if Path(output).is_dir():
+        raise ValueError(f"output must be a file, {output} is a folder")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -229,12 +228,15 @@ class DSMoELanguageModel(CheckpointedModel):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as Lightning does, and also for a fused optimizer where no gradients are scaled."""
-        clip = self.clip_gradients
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            clip = partial(Precision.clip_gradients, plugin)
-        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-        clip(optimizer, gradient_clip_val or 0.0, algorithm)
+            value = gradient_clip_val or self.trainer.gradient_clip_val or 0.0
+            algorithm = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
+            Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm))
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def _step(self, batch: dict[str, Tensor], plan: SelectionPlan) -> Step:
         return Step.of(self(batch["input_ids"], plan), batch["labels"], plan)

@@ -14,8 +14,9 @@ from lightning_dsmoe.analysis.plan_search import search, sparsest
 from lightning_dsmoe.analysis.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.solvers import fixed_numbers, thresholds
 from lightning_dsmoe.analysis.uniform import best_uniform
-from lightning_dsmoe.commands.trained import check_file, open_trained
+from lightning_dsmoe.commands.trained import open_trained
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.files import check_file
 from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK
 
 

@@ -54,14 +54,14 @@ def certify(
     """Measure a sparse model against its dense one and certify that, or check its certificate.
 
     An artifact without a certificate gets one, in certificate.json and in its card. One that has a
-    certificate is checked: the plan and the weights must be those of the certificate, and what is
-    measured on the same text must agree to 1 %, losses to 0.1 %. Whatever does not ends it with an
-    error, as do other notes in certificate.json, and nothing is written.
+    certificate is checked: plan, weights and configuration must be those of the certificate, and
+    what is measured on the same text must agree to 1 %, losses to 0.1 %. Whatever does not ends it
+    with an error, as do other notes in certificate.json, and nothing is written.
 
     Args:
         artifact: directory of a sparse model.
-        ckpt_path: checkpoint that it was made of, which proves that the weights are the same;
-            without it the artifact with all experts running is the dense model.
+        ckpt_path: checkpoint that it was made of, which proves that weights and tokenizer are the
+            same; without it the artifact with all experts running is the dense model.
         renew: certify anew and leave aside whatever is in certificate.json.
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to measure on; by default that of the certificate, or val.
@@ -156,8 +156,8 @@ def _text(
             )
     usual = {
         "split": "val",
-        "val_fraction": trained_on.val_fraction or VAL_FRACTION,
-        "test_fraction": trained_on.test_fraction or TEST_FRACTION,
+        "val_fraction": first_given(trained_on.val_fraction, VAL_FRACTION),
+        "test_fraction": first_given(trained_on.test_fraction, TEST_FRACTION),
         "context": first_given(trained_on.context, CONTEXT),
         "max_tokens": _MAX_TOKENS,
         "batch_tokens": _BATCH_TOKENS,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.commands.trained import plan_for
+from lightning_dsmoe.commands.trained import read_plan
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.inference import (
     SparseModel,
@@ -55,7 +55,7 @@ def generate(
     model.generate(
         tokens,
         max_new_tokens,
-        plan=None if plan is None else plan_for(plan, model.decoder),
+        plan=None if plan is None else read_plan(plan, model.decoder),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lightning_dsmoe.analysis import evaluate_plan
 from lightning_dsmoe.analysis.pruning import Proof, prove, used_experts
-from lightning_dsmoe.commands.trained import plan_for, text_for
+from lightning_dsmoe.commands.trained import read_plan, text_for
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import Remaining, SparseModel, compile_sparse, load_decoder
 from lightning_dsmoe.inference import prune as without_others
@@ -50,7 +50,7 @@ def prune(
     check_free(Path(output))
     loaded = load_decoder(ckpt_path)
     decoder = loaded.decoder
-    selections = plan_for(plan, decoder)
+    selections = read_plan(plan, decoder)
     text = text_for(loaded, **options)
     used_on, judged_on = text.halves()
     with Console(stderr=True).status("reading the text with all experts there") as status:

@@ -22,14 +22,13 @@ from lightning_dsmoe.analysis.token_preferences import frequent_tokens
 from lightning_dsmoe.analysis.utilization import check_mixtures, utilization
 from lightning_dsmoe.commands.trained import (
     all_experts_model,
-    check_file,
     open_trained,
-    plan_for,
+    read_plan,
     tokenizer_of,
 )
 from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.data.windows import IGNORED
-from lightning_dsmoe.files import sha256, write_text
+from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.architecture import differences
 from lightning_dsmoe.routing import SelectionPlan, Threshold
@@ -103,7 +102,7 @@ def report(
 
 def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
     if path is not None:
-        return plan_for(path, model.decoder)
+        return read_plan(path, model.decoder)
     return SelectionPlan.uniform(
         model.decoder.n_layers, experts=Threshold(_EPS), attention=Threshold(_EPS)
     )

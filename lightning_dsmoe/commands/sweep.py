@@ -83,10 +83,10 @@ def _earlier(
             name in plans and plans[name].to_dict() == row["plan"] for name, row in rows
         )
         results = {name: PlanResult(**row["result"], window_losses=()) for name, row in rows}
-        numbers = all(map(_are_numbers, results.values()))
+        is_sweep = all(map(_are_numbers, results.values()))
     except (ValueError, TypeError, KeyError, AttributeError):
-        numbers = False
-    if not numbers:
+        is_sweep = False
+    if not is_sweep:
         raise ValueError(f"{path} is not a sweep; choose another output")
     if not same:
         raise ValueError(

@@ -1,6 +1,5 @@
 """A trained model and text to judge it on, for commands that measure."""
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -68,7 +67,7 @@ def tokenizer_of(loaded: LoadedDecoder) -> Tokenizer:
     return Tokenizer.from_dict(loaded.tokenizer)
 
 
-def plan_for(path: str, decoder: Decoder) -> SelectionPlan:
+def read_plan(path: str, decoder: Decoder) -> SelectionPlan:
     """Read a plan from its file.
 
     Raises:
@@ -136,12 +135,6 @@ def text_for(
         max_tokens=max_tokens,
         batch_tokens=first_given(batch_tokens, min(_BATCH_TOKENS, tokens_at_once(loaded.decoder))),
     )
-
-
-def check_file(output: str) -> None:
-    """Raise a ValueError if a folder is where a file is to be written."""
-    if Path(output).is_dir():
-        raise ValueError(f"output must be a file, {output} is a folder")
 
 
 def first_given(*values: T | None) -> T:

@@ -54,7 +54,7 @@ class ResumableLoader(DataLoader[Batch]):
 
 def unfinished_batches(trainer: Trainer | None) -> int:
     """Training batches that were begun and not done with: one where an interrupt came between."""
-    if trainer is None or trainer.state.fn != "fit":
+    if trainer is None or trainer.state.fn != "fit" or trainer.fit_loop.epoch_loop.restarting:
         return 0
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.ready - progress.processed)

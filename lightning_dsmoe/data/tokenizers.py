@@ -28,7 +28,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token numbers; those that it does not know are replacement signs."""
+        """Return the text of token numbers.
+
+        Those past the vocabulary are replacement signs, or left out by Hugging Face.
+        """
 
     def piece(self, token: int) -> str:
         """Return what a token adds to a text, with a blank at its start if it has one."""

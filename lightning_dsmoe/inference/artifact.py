@@ -182,11 +182,12 @@ def _move(folder: Path, path: Path) -> None:
         folder.rename(path)
         return
     retired = folder.with_name(f"{folder.name}.old")
-    path.rename(retired)
     try:
+        path.rename(retired)
         folder.rename(path)
     except BaseException:
-        retired.rename(path)
+        if retired.exists() and not path.exists():
+            retired.rename(path)
         raise
     shutil.rmtree(retired, ignore_errors=True)
 

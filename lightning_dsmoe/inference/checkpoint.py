@@ -52,8 +52,7 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     fill(decoder, state)
     tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
     check_text_options(tokenizer, context)
-    fractions = [_fraction(checkpoint, name) for name in ("val_fraction", "test_fraction")]
-    return LoadedDecoder(decoder, tokenizer, context, *fractions)
+    return LoadedDecoder(decoder, tokenizer, context, *_fractions(checkpoint))
 
 
 def check_text_options(tokenizer: object, context: object) -> None:
@@ -64,10 +63,12 @@ def check_text_options(tokenizer: object, context: object) -> None:
         raise ValueError(f"context must be null or at least 1, got {context!r:.200}")
 
 
-def _fraction(checkpoint: Mapping[str, Any], name: str) -> float | None:
-    """A share of the text; None for whatever a data module of another kind may mean by the name."""
-    value = checkpoint.get(name)
-    return value if isinstance(value, int | float) and 0 <= value < 1 else None
+def _fractions(checkpoint: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """Shares of the text; None for what a data module of another kind may mean by these names."""
+    val: Any = checkpoint.get("val_fraction")
+    test: Any = checkpoint.get("test_fraction")
+    numbers = isinstance(val, int | float) and isinstance(test, int | float)
+    return (val, test) if numbers and 0 < val < 1 and 0 <= test < 1 - val else (None, None)
 
 
 def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) -> dict[str, Any]:
@@ -146,6 +147,17 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
             faults.append(f"{name} is {other.dtype}, not {tensor.dtype}")
     if faults:
         raise ValueError(f"the weights are another model's: {'; '.join(faults)}")
+
+
+def check_embeddings(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if a model's arguments would make larger embeddings than all it has."""
+    vocab_size, d_model = options.get("vocab_size", 0), options.get("d_model", 0)
+    are_sizes = isinstance(vocab_size, int) and isinstance(d_model, int)
+    if are_sizes and vocab_size * d_model > sum(tensor.numel() for tensor in state.values()):
+        raise ValueError(
+            f"the checkpoint is of another model: its weights are fewer than those of vocab_size="
+            f"{vocab_size} and d_model={d_model}"
+        )
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor]) -> None:

@@ -50,6 +50,7 @@ def content(path: Path) -> dict[str, bytes]:
 def test_a_certificate_tells_its_files(path: Path, model: SparseModel) -> None:
     found = load_certificate(path)
     hashes = {name: sha256(path / name) for name in ("plan.json", "model.safetensors")}
+    assert found["sha256"].keys() == {"config.json", *hashes}
     assert found == {"loss": 1.25, "sha256": found["sha256"] | hashes}
     check_certified(path, found["sha256"])
     model.switch_points = SwitchPoints(gather_up_to=3)

@@ -99,8 +99,9 @@ def test_what_a_checkpoint_says_of_its_data(forge: Forge) -> None:
     assert loaded.val_fraction is loaded.test_fraction is None
     loaded = load_decoder(forge(val_fraction=0.25, test_fraction=0))
     assert (loaded.val_fraction, loaded.test_fraction) == (0.25, 0)
-    for other in (20, -0.5, float("nan"), "0.5"):  # whatever another data module means by it
-        assert load_decoder(forge(val_fraction=other)).val_fraction is None
+    for other in (20, 0, -0.5, 0.75, float("nan"), "0.5"):  # whatever another data module means
+        loaded = load_decoder(forge(val_fraction=other, test_fraction=0.25))
+        assert (loaded.val_fraction, loaded.test_fraction) == (None, None)
 
 
 def test_loaded_weights_do_not_hang_on_the_file(forge: Forge, tokens: Tensor) -> None:

@@ -38,13 +38,14 @@ def data(tmp_path: Path) -> TextDataModule:
 
 
 class InterruptAt(Callback):
-    """Interrupts a step on its way back, and saves as `ModelCheckpoint` can."""
+    """Interrupts in a hook, by default on the way back, and saves as `ModelCheckpoint` can."""
 
-    def __init__(self, step: int, path: Path) -> None:
+    def __init__(self, step: int, path: Path, hook: str = "on_after_backward") -> None:
         self.step = step
         self.path = path
+        setattr(self, hook, self.interrupt)
 
-    def on_after_backward(self, trainer: Trainer, *args: object) -> None:
+    def interrupt(self, trainer: Trainer, *args: object) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("interrupted")
 
@@ -128,6 +129,8 @@ def test_a_step_that_was_interrupted_is_taken_again(
     with pytest.raises(RuntimeError, match="interrupted"):
         run(1, callbacks=[InterruptAt(step, path)])
     assert torch.load(path)["global_step"] == step
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run(3, path, callbacks=[InterruptAt(step, path, hook="on_train_start")])
     resumed = run(2, path)
     for name, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name

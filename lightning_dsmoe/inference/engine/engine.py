@@ -20,7 +20,7 @@ from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048
 _AT_ONCE = 16
-_COMPILING = threading.RLock()  # PyTorch exports one program at a time
+_COMPILING = threading.Lock()  # PyTorch exports one program at a time
 
 
 class Engine:
@@ -67,6 +67,8 @@ class Engine:
     def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
         """The compiled step for a plan, made at its first use; None where there is none."""
         key = plan, n_sequences
+        if key in self._steps:
+            return self._steps[key]
         with _COMPILING:
             if key not in self._steps:
                 try:
