@@ -162,7 +162,7 @@ def test_a_layer_of_somebodys_own(make_decoder: MakeDecoder, grouped: bool, toke
     assert_same_routings(found.routings, expected.routings)
 
 
-class NoNorm(nn.Module):
+class Unchanged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
@@ -173,7 +173,7 @@ def test_a_norm_that_gives_out_what_it_gets(
 ) -> None:
     decoder = make_decoder()
     for block in decoder.blocks:
-        block.attention_norm, block.feed_forward_norm = NoNorm(), NoNorm()
+        block.attention_norm, block.feed_forward_norm = Unchanged(), Unchanged()
     plan = uniform(TopK(2))
     found = run_many(packed(decoder), tokens, plan, grouped=grouped).logits
     assert_near(found, decoder(tokens, plan).logits)
