@@ -12,14 +12,13 @@ from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 
+Given = TypeVar("Given")
+
 VAL_FRACTION, TEST_FRACTION, CONTEXT = 0.1, 0.0, 128
 """Shares of the text in its splits, and tokens of a window, where those of training are unknown."""
 _BATCH_TOKENS = 8192
 _MOST_NUMBERS = 2**26  # logits or gates of a batch, 256 MiB in float32
 _MOST_LOGITS_OF_A_WINDOW = 2**30
-
-
-T = TypeVar("T")
 
 
 class Trained(NamedTuple):
@@ -137,7 +136,7 @@ def text_for(
     )
 
 
-def first_given(*values: T | None) -> T:
+def first_given(*values: Given | None) -> Given:
     """The first value that is not None."""
     return next(value for value in values if value is not None)
 
