@@ -12,6 +12,7 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference import Remaining, SparseModel, SwitchPoints, compile_sparse, prune
+from lightning_dsmoe.inference.engine import many
 from lightning_dsmoe.routing import (
     AllExperts,
     CosineRouter,
@@ -96,6 +97,11 @@ def unlike(request: pytest.FixtureRequest) -> Decoder:
 def some_text() -> HeldOut:
     tokens = torch.randint(29, (3, 2, 16), generator=torch.Generator().manual_seed(3))
     return HeldOut([(part, part) for part in tokens], tokens.numel())
+
+
+@pytest.fixture(autouse=True)
+def grouping_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "grouping_pays", lambda *args: True)
 
 
 def compiled(

@@ -11,7 +11,7 @@ width; B batch, T new tokens, K most groups of heads of one token, H KV heads, S
 C head width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,6 +23,14 @@ from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.rows import rows_of
 from lightning_dsmoe.inference.engine.wide import attend_groups
+
+# In multiplications, measured on two cores of an AMD EPYC in float32 (docs/results.md).
+_READING = 32
+"""For each weight that is read."""
+_MOVING = 40
+"""For each channel of a token that is brought to an expert and back."""
+_STARTING = 4_000_000
+"""For each expert that is run by itself."""
 
 
 class Group(NamedTuple):
@@ -57,11 +65,35 @@ class Pairs(NamedTuple):
     groups: list[Group]
 
 
-def pair_up(gates_XE: Tensor, active_XE: Tensor) -> Pairs:
-    """List the pairs of tokens and experts that run, in groups of one or two experts."""
+def grouping_pays(
+    counts: Sequence[int], n_tokens: int, n_experts: int, multiplications: int, width: int
+) -> bool:
+    """Whether each expert on its own tokens is faster than all experts on all, by an estimate.
+
+    Args:
+        counts: how many tokens each expert runs on.
+        n_tokens: how many there are.
+        n_experts: how many experts there are, those included that were removed, so that a model
+            takes the same way without them.
+        multiplications: what one expert does for one token, about the number of its weights.
+        width: channels of a token.
+    """
+    everything = n_experts * multiplications * (n_tokens + _READING)
+    running = [count for count in counts if count]
+    alone = len(running) * (multiplications * _READING + _STARTING)
+    return alone + sum(running) * (multiplications + width * _MOVING) < everything
+
+
+def pair_up(gates_XE: Tensor, active_XE: Tensor, counts: Sequence[int]) -> Pairs:
+    """List the pairs of tokens and experts that run, in groups of one or two experts.
+
+    Args:
+        gates_XE: gates.
+        active_XE: whether a token runs an expert.
+        counts: how many tokens each expert runs on.
+    """
     expert_P, token_P = active_XE.T.nonzero(as_tuple=True)
     so_far_XE = active_XE.cumsum(1)
-    counts = active_XE.sum(0).tolist()
     starts = [0, *accumulate(counts)]
     order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
     groups: list[Group] = []

@@ -17,8 +17,10 @@ from lightning_dsmoe.inference.engine.grouped import (
     Pairs,
     add_grouped_experts,
     add_grouped_heads,
+    grouping_pays,
     pair_up,
 )
+from lightning_dsmoe.inference.engine.rows import rows_of
 from lightning_dsmoe.inference.engine.wide import add_wide_experts, add_wide_heads
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.remaining import select
@@ -41,7 +43,8 @@ def run_many(
         decoder: the packed decoder.
         tokens_BT: new tokens, those that follow what the caches hold.
         plan: the experts that run in each layer.
-        grouped: run each expert on its own tokens only, instead of all on all under zero gates.
+        grouped: run each expert on its own tokens only, in layers where that pays, instead of all
+            on all under zero gates.
         mask: bool `[B, T]`, false for padding (on the left); None for no padding.
         caches: one KV cache per layer, to which the new tokens are added.
         only_last: give the logits of the last position only, `[B, 1, V]`.
@@ -80,7 +83,9 @@ def _attend(
         add_wide_heads(into_XD, *attended, None)
         return None
     routing: Routing = layer.router(x_BTD)
-    gates_XE, pairs = _gates(routing, selection, layer, grouped)
+    work = _weights_of_one(heads.w_q, heads.w_o)
+    work += 2 * keys.shape[2] * heads.n_heads * heads.d_head
+    gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
     if pairs is None:
         add_wide_heads(into_XD, *attended, gates_XE)
     else:
@@ -106,7 +111,8 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
         add_wide_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
         return None
     routing: Routing = layer.router(x_BTD)
-    gates_XE, pairs = _gates(routing, selection, layer, grouped)
+    work = _weights_of_one(layer.experts.w_in, layer.experts.w_out)
+    gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
     if pairs is None:
         add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)
     else:
@@ -116,15 +122,30 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
     return routing
 
 
+def _weights_of_one(*weights: nn.Module) -> int:
+    """The number of weights of one expert."""
+    return sum(rows_of(weight).weight.shape[1:].numel() for weight in weights)
+
+
 def _gates(
     routing: Routing,
     selection: Selection,
     layer: MixtureOfExperts | MixtureOfAttentionHeads,
     grouped: bool,
+    work: int,
+    width: int,
 ) -> tuple[Tensor, Pairs | None]:
-    """Gates `[X, E]`, and the pairs that run if only those are to run."""
+    """Gates `[X, E]`, and the pairs that run if only those are to run.
+
+    Work is the number of multiplications of one expert for one token.
+    """
     gates, active = select(selection, routing, layer.remaining)
     gates_XE = (layer.gate_factor * gates).flatten(0, -2)
     if isinstance(selection, AllExperts) or not grouped:
         return gates_XE, None
-    return gates_XE, pair_up(gates_XE, active.flatten(0, -2))
+    active_XE = active.flatten(0, -2)
+    counts = active_XE.sum(0).tolist()
+    n_experts = routing.probs.shape[-1]
+    if not grouping_pays(counts, len(active_XE), n_experts, work, width):
+        return gates_XE, None
+    return gates_XE, pair_up(gates_XE, active_XE, counts)

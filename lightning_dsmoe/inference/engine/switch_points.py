@@ -16,8 +16,9 @@ class SwitchPoints(NamedTuple):
             when that is first met, and keeps a second copy of the expert weights for more than
             one, or of those in 8 bits or of very small experts for one. 0 compiles nothing;
             off the CPU every number counts as 0.
-        grouped_from: fewest tokens for which each expert runs on its own tokens only; below, all
-            experts run on all tokens, those not chosen under gates of zero.
+        grouped_from: fewest tokens for which each expert runs on its own tokens only, in layers
+            where an estimate says that it is faster; below, and elsewhere, all experts run on all
+            tokens, those not chosen under gates of zero.
         measured_on: what they were measured on, as `place_of` tells it; elsewhere the defaults
             hold. None for numbers that hold anywhere.
     """

@@ -11,6 +11,7 @@ from lightning_dsmoe.experts.feed_forward import ExpertsFactory
 from lightning_dsmoe.inference.engine.grouped import (
     add_grouped_experts,
     add_grouped_heads,
+    grouping_pays,
     pair_up,
 )
 from lightning_dsmoe.inference.engine.rows import Int8Rows, Rows
@@ -66,11 +67,31 @@ def poison(layer: nn.Module, active: Tensor) -> None:
             getattr(layer, name)[idle] = torch.nan
 
 
+@pytest.mark.parametrize(
+    ("counts", "n_tokens", "multiplications", "width", "pays"),
+    [
+        ([1, 0, 0, 0], 1, 10**8, 10**4, True),  # a quarter is read
+        ([1, 1, 1, 1], 1, 10**8, 10**4, False),  # nothing is saved
+        ([500, 0, 500, 0], 1000, 10**6, 1000, True),
+        ([1000, 1000, 1000, 999], 1000, 10**6, 1000, False),  # one token alone stays away
+        ([4, 4, 0, 0], 8, 10**4, 100, False),  # small experts
+        ([4, 4, 0, 0], 8, 10**6, 1000, True),
+        ([4000, 4000, 4000, 4000], 8000, 10**4, 100, True),
+        ([4000, 4000, 4000, 4000], 8000, 10**4, 1000, False),  # wide tokens for little work
+        ([0, 0, 0, 0], 8, 10**4, 100, True),  # nothing runs
+    ],
+)
+def test_grouping_pays_where_it_saves_more_than_it_costs(
+    counts: list[int], n_tokens: int, multiplications: int, width: int, pays: bool
+) -> None:
+    assert grouping_pays(counts, n_tokens, len(counts), multiplications, width) == pays
+
+
 @pytest.mark.parametrize("n_tokens", [1, 4, 23])
 def test_pairs(n_tokens: int, counts: list[int]) -> None:
     active = active_of(counts, n_tokens)
     gates = gates_like(active)
-    pairs = pair_up(gates, active)
+    pairs = pair_up(gates, active, active.sum(0).tolist())
     end, sizes, running = 0, [], []
     slots: dict[int, list[int]] = {x: [] for x in range(n_tokens)}
     for group in pairs.groups:
@@ -107,7 +128,7 @@ def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: list
     x_XD, gates = torch.randn(n_tokens, 24), gates_like(active)
     expected = loop_over_experts(experts, x_XD, gates * active)
     poison(experts, active)
-    pairs = pair_up(gates, active)
+    pairs = pair_up(gates, active, active.sum(0).tolist())
     assert_adds(lambda into: add_grouped_experts(into, experts, x_XD, pairs), expected)
 
 
@@ -126,5 +147,5 @@ def test_heads(
     gates = gates_like(active)
     expected = loop_over_heads(heads, seen, gates * active)
     poison(heads, active)
-    pairs = pair_up(gates, active)
+    pairs = pair_up(gates, active, active.sum(0).tolist())
     assert_adds(lambda into: add_grouped_heads(into, heads, *seen.attended, pairs), expected, 3e-6)

@@ -1,6 +1,7 @@
 """A packed decoder on many tokens, both ways, against the plain decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput, Routings
 from lightning_dsmoe.experts import FeedForwardLayer
+from lightning_dsmoe.inference import Remaining, prune
+from lightning_dsmoe.inference.engine import many
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.many import run_many
 from lightning_dsmoe.inference.engine.rows import Rows
@@ -136,6 +139,65 @@ def test_grouped_layers_read_the_chosen_experts_alone(
     assert torch.equal(run().logits, expected.logits)
     wide = run_many(twin, tokens[:1, :1], uniform(chosen), grouped=False)
     assert wide.logits.isnan().any()
+
+
+@torch.no_grad()
+def test_layers_in_which_grouping_does_not_pay_run_all_experts(
+    one_decoder: Decoder, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def never(*args: Any) -> bool:
+        asked.append(args)
+        return False
+
+    monkeypatch.setattr(many, "grouping_pays", never)
+    twin, plan, first = packed(one_decoder), uniform(TopK(1)), tokens[:1, :7]
+    found = run_many(twin, first, plan, grouped=True)
+    assert torch.equal(found.logits, run_many(twin, first, plan, grouped=False).logits)
+    routings = [
+        routing
+        for layer in zip(found.routings.attention, found.routings.experts, strict=True)
+        for routing in layer
+    ]
+    assert len(asked) == len(routings)
+    for routing, (counts, n_tokens, n_experts, multiplications, width), weights in zip(
+        routings, asked, multiplications_of(twin, 7), strict=True
+    ):
+        active = TopK(1)(routing.probs).active.flatten(0, 1)
+        assert counts == active.sum(0).tolist()
+        assert (n_tokens, n_experts) == tuple(active.shape)
+        assert multiplications == weights
+        assert width == twin.embedding.weight.shape[1]
+
+
+def multiplications_of(twin: Decoder, length: int) -> Iterator[int]:
+    """Those of one expert for one token, attention and feed-forward layer by turns."""
+    for block in twin.blocks:
+        heads, experts = block.attention.heads, block.feed_forward.experts
+        width = heads.n_heads * heads.d_head
+        yield 2 * width * twin.embedding.weight.shape[1] + 2 * width * length
+        yield (experts.w_in.weight.numel() + experts.w_out.weight.numel()) // experts.n_experts
+
+
+@torch.no_grad()
+def test_a_model_without_unused_experts_takes_the_way_of_the_whole_one(
+    one_decoder: Decoder, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[tuple[Any, ...]]] = []
+
+    def pays(counts: list[int], *args: int) -> bool:
+        asked[-1].append(([count for count in counts if count], *args))
+        return True
+
+    monkeypatch.setattr(many, "grouping_pays", pays)
+    plan, first = uniform(TopK(1)), tokens[:1, :1]
+    asked.append([])
+    routings = run_many(packed(one_decoder), first, plan, grouped=True).routings
+    used = Remaining(*(tuple((int(r.probs.argmax()),) for r in kind) for kind in routings))
+    asked.append([])
+    run_many(packed(prune(one_decoder, used)), first, plan, grouped=True)
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
