@@ -25,11 +25,11 @@ from lightning_dsmoe.inference.engine.rows import rows_of
 from lightning_dsmoe.inference.engine.wide import attend_groups
 
 # In multiplications, measured on two cores of an AMD EPYC in float32 (docs/results.md).
-_READING = 32
+_READING = 20
 """For each weight that is read."""
-_MOVING = 40
+_MOVING = 50
 """For each channel of a token that is brought to an expert and back."""
-_STARTING = 4_000_000
+_STARTING = 8_000_000
 """For each expert that is run by itself."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory
+from lightning_dsmoe.inference.engine import wide
 from lightning_dsmoe.inference.engine.wide import add_wide_experts, add_wide_heads, attend_groups
 
 from .conftest import assert_near
@@ -37,8 +38,15 @@ def gating(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["few tokens", "many tokens"], autouse=True)
+def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take some tokens for many, so that their products are not split or summed up together."""
+    if request.param == "many tokens":
+        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
-@pytest.mark.parametrize("n_experts", [1, 5])
+@pytest.mark.parametrize("n_experts", [1, 4, 5])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("make", EXPERTS, ids=str)
 @torch.no_grad()
