@@ -69,13 +69,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_compiles:
 
 
 def test_python_runs(workplace: Path) -> None:
+    block, sparse, more = blocks("python")
     names: dict[str, Any] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "README.md", "exec"), names)
     assert names["moe"].router.weight.grad.abs().sum() > 0
     assert names["routing"].probs.shape == (8, 32, 16)
+    names = {}
+    exec(compile(sparse, "README.md", "exec"), names)
     assert names["tokens"].shape == (1, 22)
     assert (workplace / "sparse_model" / "config.json").is_file()
+    exec(compile(more, "README.md", "exec"), names)  # "on the model above"
+    assert names["texts"].shape == (2, 22)
 
 
 def test_commands_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
