@@ -18,6 +18,8 @@ _SEQUENCES = (1, 4, 16, 32, 64)
 _PROMPT, _LENGTH = 4, 8
 _ROUNDS = 5
 _NEVER = 2**31
+_CLEARLY = 0.97
+"""Of the time: grouped and masked are the same where no layer groups, and then differ by chance."""
 
 
 def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
@@ -35,10 +37,10 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
     compiled = ways["gathered"]
     if not compiled.switch_points.gather_up_to or compiled.compiled_step(plan, 1) is None:
         del ways["gathered"]
-    fastest = [_fastest(ways, plan, n_sequences) for n_sequences in _SEQUENCES]
-    timed = list(zip(_SEQUENCES, fastest, strict=True))
-    gathered = [n for n, _ in takewhile(lambda pair: pair[1][0] == "gathered", timed)]
-    masked = [n for n, order in timed if order.index("masked") < order.index("grouped")]
+    timed = [(n, _medians(ways, plan, n)) for n in _SEQUENCES]
+    fastest = [(n, min(taken, key=taken.__getitem__)) for n, taken in timed]
+    gathered = [n for n, _ in takewhile(lambda pair: pair[1] == "gathered", fastest)]
+    masked = [n for n, taken in timed if taken["masked"] < _CLEARLY * taken["grouped"]]
     return SwitchPoints(
         gather_up_to=max(gathered, default=0),
         grouped_from=max(masked, default=0) + 1,
@@ -46,15 +48,15 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
     )
 
 
-def _fastest(ways: dict[str, Engine], plan: SelectionPlan, n_sequences: int) -> list[str]:
-    """The ways of decoding some sequences, the fastest first."""
+def _medians(ways: dict[str, Engine], plan: SelectionPlan, n_sequences: int) -> dict[str, float]:
+    """Seconds of each way of decoding some sequences."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(1 + _ROUNDS):
         for name, engine in ways.items():
             taken = _seconds(engine, plan, n_sequences)
             if number:
                 seconds[name].append(taken)
-    return sorted(ways, key=lambda name: median(seconds[name]))
+    return {name: median(taken) for name, taken in seconds.items()}
 
 
 def _seconds(engine: Engine, plan: SelectionPlan, n_sequences: int) -> float:

@@ -24,7 +24,7 @@ from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.rows import rows_of
 from lightning_dsmoe.inference.engine.wide import attend_groups
 
-# In multiplications, measured on two cores of an AMD EPYC in float32 (docs/results.md).
+# In multiplications, fitted to times on two cores of an AMD EPYC in float32.
 _READING = 20
 """For each weight that is read."""
 _MOVING = 50
@@ -66,22 +66,25 @@ class Pairs(NamedTuple):
 
 
 def grouping_pays(
-    counts: Sequence[int], n_tokens: int, n_experts: int, multiplications: int, width: int
+    counts: Sequence[int], n_tokens: int, n_experts: int, work: int, width: int
 ) -> bool:
     """Whether each expert on its own tokens is faster than all experts on all, by an estimate.
+
+    The estimate is one for CPUs. Where tokens run different numbers of heads, grouped attention
+    takes a little longer than it says.
 
     Args:
         counts: how many tokens each expert runs on.
         n_tokens: how many there are.
         n_experts: how many experts there are, those included that were removed, so that a model
             takes the same way without them.
-        multiplications: what one expert does for one token, about the number of its weights.
+        work: multiplications of one expert for one token, about the number of its weights.
         width: channels of a token.
     """
-    everything = n_experts * multiplications * (n_tokens + _READING)
+    everything = n_experts * work * (n_tokens + _READING)
     running = [count for count in counts if count]
-    alone = len(running) * (multiplications * _READING + _STARTING)
-    return alone + sum(running) * (multiplications + width * _MOVING) < everything
+    alone = len(running) * (work * _READING + _STARTING)
+    return alone + sum(running) * (work + width * _MOVING) < everything
 
 
 def pair_up(gates_XE: Tensor, active_XE: Tensor, counts: Sequence[int]) -> Pairs:

@@ -146,6 +146,7 @@ def _gates(
     active_XE = active.flatten(0, -2)
     counts = active_XE.sum(0).tolist()
     n_experts = routing.probs.shape[-1]
-    if not grouping_pays(counts, len(active_XE), n_experts, work, width):
+    on_cpu = active_XE.device.type == "cpu"
+    if on_cpu and not grouping_pays(counts, len(active_XE), n_experts, work, width):
         return gates_XE, None
     return gates_XE, pair_up(gates_XE, active_XE, counts)

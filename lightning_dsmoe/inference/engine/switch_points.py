@@ -17,8 +17,8 @@ class SwitchPoints(NamedTuple):
             one, or of those in 8 bits or of very small experts for one. 0 compiles nothing;
             off the CPU every number counts as 0.
         grouped_from: fewest tokens for which each expert runs on its own tokens only, in layers
-            where an estimate says that it is faster; below, and elsewhere, all experts run on all
-            tokens, those not chosen under gates of zero.
+            where an estimate for CPUs says that it is faster; below, and in other layers, all
+            experts run on all tokens, those not chosen under gates of zero.
         measured_on: what they were measured on, as `place_of` tells it; elsewhere the defaults
             hold. None for numbers that hold anywhere.
     """

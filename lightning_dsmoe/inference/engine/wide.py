@@ -17,8 +17,9 @@ from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.rows import Rows, rows_of
 
 _FEW_TOKENS = 256
+_MANY_WEIGHTS = 2**19
 _TOGETHER = 4
-"""Products taken together for few tokens, as one of few rows alone leaves cores and memory idle."""
+"""Products taken together for few tokens on a CPU: one of few rows leaves cores and memory idle."""
 
 
 def add_wide_experts(
@@ -79,8 +80,12 @@ def attend_groups(
     return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)
 
 
+def _few(tokens_X: Tensor) -> bool:
+    return tokens_X.device.type == "cpu" and len(tokens_X) <= _FEW_TOKENS
+
+
 def _linear(x_XI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    if x_XI.device.type != "cpu" or len(x_XI) > _FEW_TOKENS or len(rows_OI) % _TOGETHER:
+    if not _few(x_XI) or rows_OI.numel() < _MANY_WEIGHTS or len(rows_OI) % _TOGETHER:
         return F.linear(x_XI, rows_OI, bias_O)
     out_NXO = torch.bmm(x_XI.expand(_TOGETHER, -1, -1), rows_OI.unflatten(0, (_TOGETHER, -1)).mT)
     out_XO = rearrange(out_NXO, "n x o -> x (n o)")
@@ -96,15 +101,15 @@ def _add_wide_sum(
 ) -> None:
     if gates_XE is not None:
         hidden_XEF = hidden_XEF * gates_XE[..., None].to(hidden_XEF.dtype)
-    n_tokens, n_experts, _ = hidden_XEF.shape
-    if n_tokens > _FEW_TOKENS:
+    n_experts = hidden_XEF.shape[1]
+    if not _few(hidden_XEF):
         matrices = w_out.of(range(n_experts))
         for hidden_XF, matrix_FD in zip(hidden_XEF.unbind(1), matrices, strict=True):
             into_XD.addmm_(hidden_XF, matrix_FD)
     elif n_experts == 1:
         into_XD += _linear(hidden_XEF[:, 0], w_out.rows(0), None)
     else:
-        into_XD += _sum_of_products(hidden_XEF.transpose(0, 1), w_out.rows(slice(None)).mT)
+        into_XD += _sum_of_products(hidden_XEF.transpose(0, 1), w_out())
     if bias is not None:
         into_XD += bias
 

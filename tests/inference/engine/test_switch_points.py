@@ -43,6 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
         ({("masked", 16): 4.0, ("grouped", 64): 4.0}, 4, 17),
         ({("grouped", 1): 4.0}, 0, 1),
         ({("masked", n): 4.0 for n in (1, 4, 16, 32, 64)}, 0, 65),
+        ({("masked", 16): 4.9}, 4, 1),  # faster than grouped by chance alone
         ({("masked", 1): 5.5, ("masked", 4): 4.5, ("gathered", 4): 4.0}, 64, 5),
     ],
 )

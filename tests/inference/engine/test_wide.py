@@ -43,6 +43,7 @@ def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Take some tokens for many, so that their products are not split or summed up together."""
     if request.param == "many tokens":
         monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
