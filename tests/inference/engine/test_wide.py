@@ -38,12 +38,14 @@ def gating(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["few tokens", "many tokens"], autouse=True)
+@pytest.fixture(params=["few weights", "few tokens", "many of both"], autouse=True)
 def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take some tokens for many, so that their products are not split or summed up together."""
-    if request.param == "many tokens":
-        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    """Take some weights or tokens for many, so that other products are taken together or none."""
     monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
+    if request.param != "few weights":
+        monkeypatch.setattr(wide, "_FEW_WEIGHTS", 0)
+    if request.param == "many of both":
+        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
