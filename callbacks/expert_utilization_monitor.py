@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import atomic_path
-from lightning_dsmoe.metrics import ExpertUtilization, Utilization, utilization_figure
+from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
 
 Meters = dict[str, list[ExpertUtilization | None]]
 Utilizations = dict[str, list[Utilization | None]]
@@ -38,7 +38,7 @@ class ExpertUtilizationMonitor(Callback):
     """
 
     def __init__(
-        self, *, every_n_steps: int = 100, window: int = 10, dead_share: float = 0.01
+        self, *, every_n_steps: int = 100, window: int = 10, dead_share: float = DEAD_SHARE
     ) -> None:
         if not 1 <= window <= every_n_steps:
             raise ValueError(

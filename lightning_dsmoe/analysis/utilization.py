@@ -27,8 +27,6 @@ from lightning_dsmoe.metrics import (
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
 _MOST_PAIRS = 2**27  # 1 GiB in float64
-DEAD_SHARE = 0.1
-"""An expert is dead if its share of the gates is at most this fraction of an even share."""
 
 
 class RouterUse(NamedTuple):
@@ -159,7 +157,7 @@ class _Meter:
     """Sums over the tokens of one router."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
-        self.gates = ExpertUtilization(n_experts, dead_share=DEAD_SHARE).to(device)
+        self.gates = ExpertUtilization(n_experts).to(device)
         together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
         token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
         self.together_NN, self.token_gates_KN = together_NN.to(device), token_gates_KN.to(device)

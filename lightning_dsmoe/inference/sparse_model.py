@@ -102,8 +102,8 @@ class SparseModel(nn.Module):
     def calibrate(self) -> SwitchPoints:
         """Measure on this machine where one way of running experts gives way to the next.
 
-        From then on the model runs by that, and `save` keeps it. Takes about a minute, most of it
-        for compiling what this machine has not compiled yet.
+        From then on the model runs by that, and `save` keeps it. Takes one to five minutes, most of
+        it for compiling what this machine has not compiled yet.
         """
         self.switch_points = calibrate(self.decoder, self.plan)
         return self.switch_points

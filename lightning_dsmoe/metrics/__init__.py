@@ -4,6 +4,7 @@ from lightning_dsmoe.metrics.active_parameters import ActiveParameters as Active
 from lightning_dsmoe.metrics.active_parameters import ActiveShare as ActiveShare
 from lightning_dsmoe.metrics.active_parameters import active_masks as active_masks
 from lightning_dsmoe.metrics.active_parameters import active_parameters as active_parameters
+from lightning_dsmoe.metrics.expert_utilization import DEAD_SHARE as DEAD_SHARE
 from lightning_dsmoe.metrics.expert_utilization import ExpertUtilization as ExpertUtilization
 from lightning_dsmoe.metrics.expert_utilization import Utilization as Utilization
 from lightning_dsmoe.metrics.expert_utilization import expert_utilization as expert_utilization

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+DEAD_SHARE = 0.01
+"""An expert is dead if its share of the gates is at most this fraction of an even share."""
+
 
 class Utilization(NamedTuple):
     """How a router uses its experts, over some tokens; entropies in nats.
@@ -45,7 +48,7 @@ class Utilization(NamedTuple):
 
 
 def expert_utilization(
-    probs: Tensor, mask: Tensor | None = None, *, dead_share: float = 0.01
+    probs: Tensor, mask: Tensor | None = None, *, dead_share: float = DEAD_SHARE
 ) -> Utilization:
     """How a router with these probabilities uses its experts.
 
@@ -79,7 +82,7 @@ class ExpertUtilization(Metric):
     conditional_entropies: Tensor
     tokens: Tensor
 
-    def __init__(self, n_experts: int, *, dead_share: float = 0.01) -> None:
+    def __init__(self, n_experts: int, *, dead_share: float = DEAD_SHARE) -> None:
         super().__init__()
         if n_experts < 1 or not 0 <= dead_share < 1:
             raise ValueError(

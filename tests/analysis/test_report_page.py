@@ -17,7 +17,7 @@ from lightning_dsmoe.analysis.report_page.heat_map import change, level
 from lightning_dsmoe.analysis.report_page.naming import plan_label, selection_label
 from lightning_dsmoe.analysis.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.token_preferences import FrequentTokens
-from lightning_dsmoe.analysis.utilization import DEAD_SHARE, ModelUse, RouterUse
+from lightning_dsmoe.analysis.utilization import ModelUse, RouterUse
 from lightning_dsmoe.metrics import (
     ActiveShare,
     ParameterCounts,
@@ -78,7 +78,7 @@ def router(n_experts: int, n_frequent: int) -> RouterUse:
     running = probs * n_experts > 0.5
     together = running.double().T @ running.double() / 200
     gates = torch.rand(n_frequent, n_experts)
-    used = expert_utilization(probs, dead_share=DEAD_SHARE)
+    used = expert_utilization(probs)
     return RouterUse(used, together, gates, probs.argmax(-1))
 
 

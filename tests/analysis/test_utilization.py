@@ -18,7 +18,6 @@ from lightning_dsmoe.analysis.token_preferences import (
     preferences,
 )
 from lightning_dsmoe.analysis.utilization import (
-    DEAD_SHARE,
     ModelUse,
     RouterUse,
     check_mixtures,
@@ -86,7 +85,7 @@ def by_name(use: ModelUse) -> dict[str, RouterUse]:
 
 def test_gates_are_those_of_all_experts(decoder: Decoder, text: HeldOut, use: ModelUse) -> None:
     for name, probs in seen(decoder, text, SelectionPlan.uniform(2)).items():
-        expected = expert_utilization(torch.stack(probs), dead_share=DEAD_SHARE)
+        expected = expert_utilization(torch.stack(probs))
         router = by_name(use)[name]
         for found, value in zip(router.gates, expected, strict=True):
             torch.testing.assert_close(found, value)
@@ -167,15 +166,15 @@ def test_without_frequent_tokens_nothing_is_liked(
 
 def router_use(together: list[list[float]], share: list[float]) -> RouterUse:
     """A router of which only some numbers matter."""
-    gates = expert_utilization(torch.tensor([share]), dead_share=DEAD_SHARE)
+    gates = expert_utilization(torch.tensor([share]))
     nothing = torch.zeros(0)
     return RouterUse(gates, torch.tensor(together), nothing, nothing)
 
 
 def test_dead_experts_have_no_share_or_never_run() -> None:
     together = [[0.9, 0.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0], [0.0] * 4, [0.0, 0.0, 0.0, 0.2]]
-    assert router_use(together, [0.5, 0.02, 0.3, 0.18]).dead_experts == [1, 2]
-    assert router_use(together, [0.5, 0.026, 0.3, 0.174]).dead_experts == [2]
+    assert router_use(together, [0.5, 0.002, 0.3, 0.198]).dead_experts == [1, 2]
+    assert router_use(together, [0.5, 0.0026, 0.3, 0.1974]).dead_experts == [2]
 
 
 def test_strongest_pairs() -> None:

@@ -5,7 +5,8 @@ from itertools import groupby
 
 from lightning_dsmoe.analysis.report_page.escaping import escaped
 from lightning_dsmoe.analysis.report_page.naming import KINDS, kinds, selection_label
-from lightning_dsmoe.analysis.utilization import DEAD_SHARE, ModelUse, RouterUse, routers
+from lightning_dsmoe.analysis.utilization import ModelUse, RouterUse, routers
+from lightning_dsmoe.metrics import DEAD_SHARE
 from lightning_dsmoe.routing import Selection, SelectionPlan
 
 
@@ -73,8 +74,8 @@ def _dead(use: ModelUse) -> str:
         for layer, group in groupby(dead, key=lambda found: found[0])
     ]
     criterion = (
-        f"An expert counts as dead if its share of the gates is at most {DEAD_SHARE:g} of an even "
-        "share, or if it never runs under the plan."
+        f"An expert counts as dead if its share of the gates is at most {DEAD_SHARE:.0%} of an "
+        "even share, or if it never runs under the plan."
     )
     if not dead:
         return f"<p><strong>No expert is dead.</strong> {criterion}</p>"

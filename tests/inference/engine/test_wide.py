@@ -43,7 +43,7 @@ def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Take some weights or tokens for many, so that other products are taken together or none."""
     monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
     if request.param != "few weights":
-        monkeypatch.setattr(wide, "_FEW_WEIGHTS", 0)
+        monkeypatch.setattr(wide, "_COPIED_WEIGHTS", 0)
     if request.param == "many of both":
         monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
 
@@ -64,6 +64,19 @@ def test_experts(
         lambda into: add_wide_experts(into, experts, x_XD, given),
         loop_over_experts(experts, x_XD, gates),
     )
+
+
+@pytest.mark.parametrize("n_experts", [1, 4, 5])
+@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@torch.no_grad()
+def test_experts_in_bfloat16(make: ExpertsFactory, n_experts: int, gating: str) -> None:
+    experts = make(24, n_experts, 7)
+    drawn(experts, "float32")
+    experts.bfloat16()
+    x_XD, gates = torch.randn(9, 24).bfloat16(), gates_of(gating, 9, n_experts)
+    into = torch.zeros_like(x_XD)
+    add_wide_experts(into, experts, x_XD, None if gating == "none" else gates)
+    assert_near(into.double(), loop_over_experts(experts, x_XD, gates), 2e-2)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
