@@ -17,8 +17,6 @@ from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.rows import Rows, rows_of
 
 _FEW_TOKENS = 256
-_COPIED_WEIGHTS = 2**17
-"""Output weights up to which one product over all experts, for which they are copied, is faster."""
 _MANY_WEIGHTS = 2**19
 _TOGETHER = 4
 """Products taken together for few tokens on a CPU: one of few rows leaves cores and memory idle."""
@@ -104,9 +102,7 @@ def _add_wide_sum(
     if gates_XE is not None:
         hidden_XEF = hidden_XEF * gates_XE[..., None].to(hidden_XEF.dtype)
     n_experts = hidden_XEF.shape[1]
-    if w_out.weight.numel() <= _COPIED_WEIGHTS:
-        into_XD.addmm_(hidden_XEF.flatten(1), w_out().flatten(0, 1))
-    elif not _few(hidden_XEF):
+    if not _few(hidden_XEF):
         matrices = w_out.of(range(n_experts))
         for hidden_XF, matrix_FD in zip(hidden_XEF.unbind(1), matrices, strict=True):
             into_XD.addmm_(hidden_XF, matrix_FD)
