@@ -28,6 +28,7 @@ from lightning_dsmoe.objective import Step, consistent_objective, objective
 from lightning_dsmoe.parameter_groups import parameter_groups
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights
+from lightning_dsmoe.strategies import check_strategy, shard
 
 
 class DSMoELanguageModel(CheckpointedModel):
@@ -54,7 +55,7 @@ class DSMoELanguageModel(CheckpointedModel):
         tie_embeddings: whether the head shares the weights of the embeddings.
         dropout: probability of dropping embeddings and layer outputs in training.
         checkpoint_activations: recompute each block in the backward pass to save memory.
-        compile_blocks: compile each block with `torch.compile`.
+        compile_blocks: compile each block with `torch.compile`, from `configure_model` on.
         expert_mi_weight: alpha of each feed-forward router.
         attention_mi_weight: alpha of each attention router.
         load_balancing_weight: beta, for mixtures trained sparsely.
@@ -130,36 +131,39 @@ class DSMoELanguageModel(CheckpointedModel):
         self.lr_scheduler = lr_scheduler
         self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
         self.test_loss = MeanMetric(nan_strategy=math.nan)
-
-    def configure_model(self) -> None:
-        """Build the decoder, once."""
-        if hasattr(self, "decoder"):
-            return
         self.decoder = Decoder(
-            self.vocab_size,
-            self.d_model,
-            self.n_layers,
-            attention=self.attention,
-            feed_forward=self.feed_forward,
-            norm=self.norm,
-            max_positions=self.max_positions,
-            tie_embeddings=self.tie_embeddings,
-            dropout=self.dropout,
-            checkpoint_activations=self.checkpoint_activations,
+            vocab_size,
+            d_model,
+            n_layers,
+            attention=attention,
+            feed_forward=feed_forward,
+            norm=norm,
+            max_positions=max_positions,
+            tie_embeddings=tie_embeddings,
+            dropout=dropout,
+            checkpoint_activations=checkpoint_activations,
         )
         self.plan.check(*self.decoder.plan_sizes)
+
+    def configure_model(self) -> None:
+        """Shard the decoder where the strategy shards, then compile its blocks; each once."""
+        if self._trainer is not None:
+            check_strategy(self._trainer)
+        if self.device_mesh is not None:
+            shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             for block in self.decoder.blocks:
-                block.compile()
+                # Set by `compile`, and gone after a copy or in a spawned process.
+                if block._compiled_call_impl is None:
+                    block.compile()
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
-        """Logits `[B, T, V]` and routings for tokens `[B, T]`; builds the decoder if need be.
+        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
 
         Args:
             tokens: whole numbers below V.
             plan: the experts that run; None runs those of training, by default all.
         """
-        self.configure_model()
         output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output
 
