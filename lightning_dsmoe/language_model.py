@@ -44,6 +44,10 @@ class DSMoELanguageModel(CheckpointedModel):
     (L under the plan + L with all experts) / 2 + delta L_consistency
     (R-Drop, arXiv 2106.14448, eq. 4, halved)
 
+    Means are over the tokens of a batch that count, on all data-parallel ranks together, so that
+    several processes train as one would. Accumulated batches weigh alike, however many tokens count
+    in each.
+
     Args:
         vocab_size: number of tokens of the vocabulary.
         d_model: width of the model.
@@ -169,12 +173,12 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        step = self._step(batch, self.plan)
         weights, group = self._routing_loss_weights(), self._data_parallel_group()
+        step = self._step(batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
             total, terms = consistent_objective(
-                step, self._step(batch, dense), weights, self.consistency_weight, group
+                step, self._step(batch, dense, group), weights, self.consistency_weight, group
             )
         else:
             total, terms = objective(step, weights, group)
@@ -242,8 +246,13 @@ class DSMoELanguageModel(CheckpointedModel):
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
 
-    def _step(self, batch: dict[str, Tensor], plan: SelectionPlan) -> Step:
-        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan)
+    def _step(
+        self,
+        batch: dict[str, Tensor],
+        plan: SelectionPlan,
+        group: dist.ProcessGroup | None = None,
+    ) -> Step:
+        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
 
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
         step = self._step(batch, self.plan)
