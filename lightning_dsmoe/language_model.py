@@ -269,12 +269,15 @@ class DSMoELanguageModel(CheckpointedModel):
     def _log_epoch(self, metric: MeanMetric, split: str) -> None:
         loss = metric.compute()
         bits = loss / math.log(2)
-        self.log(f"{split}/loss", loss, prog_bar=True)
-        self.log(f"{split}/perplexity", loss.exp())
+        # Alike on all ranks already; Lightning warns where it is not told to average them.
+        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
         data = self._data()
         if hasattr(data, "bytes_per_token"):
-            self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
-            self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
+            per_byte = bits / data.bytes_per_token(split)
+            self.log(f"{split}/bits_per_byte", per_byte, sync_dist=True)
+            per_char = bits / data.chars_per_token(split)
+            self.log(f"{split}/bits_per_char", per_char, sync_dist=True)
 
     def _routing_loss_weights(self) -> RoutingLossWeights:
         return RoutingLossWeights(
