@@ -5,14 +5,17 @@ can be made of one without the class that trained it.
 """
 
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-from lightning import LightningModule
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
@@ -25,7 +28,11 @@ from lightning_dsmoe.inference.checkpoint import (
     read_checkpoint,
 )
 from lightning_dsmoe.inference.class_paths import check_hyperparameters
-from lightning_dsmoe.random_state import random_state, restore_random_state
+from lightning_dsmoe.random_state import (
+    check_random_state,
+    random_state,
+    restore_random_state,
+)
 
 
 class CheckpointedModel(LightningModule):
@@ -92,7 +99,7 @@ class CheckpointedModel(LightningModule):
         for name, kind in (("context", int), ("val_fraction", float), ("test_fraction", float)):
             value = getattr(data, name, None)
             checkpoint[name] = kind(value) if isinstance(value, int | float) else None
-        checkpoint["random_state"] = self._random_state()
+        checkpoint["random_state"] = self._random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another format, another architecture or other weights, listing all differences."""
@@ -102,9 +109,8 @@ class CheckpointedModel(LightningModule):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
         if "state_dict" in checkpoint:  # strategies that shard have loaded and checked it
             check_state(self.state_dict(), checkpoint["state_dict"])
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn == "fit" and trainer.world_size == 1:
-            self._resumed_random_state = checkpoint.get("random_state")
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._resumed_random_state = _of_rank(checkpoint, self._trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Continue the random numbers of the run that was resumed, once its loaders are running."""
@@ -113,11 +119,23 @@ class CheckpointedModel(LightningModule):
             self._resumed_random_state = None
         self._batch_random_state = random_state()
 
-    def _random_state(self) -> dict[str, Any] | None:
-        """State of the random generators where training is to go on from here."""
+    def _random_states(self) -> list[dict[str, Any] | None] | None:
+        """States of the random generators of each rank where training is to go on from here.
+
+        None after an exception or in the middle of a batch on several ranks: others may not be
+        saving, and waiting for them would lose the checkpoint.
+        """
+        trainer, unfinished = self._trainer, unfinished_batches(self._trainer)
+        mine = self._batch_random_state if unfinished else random_state()
         if self._resumed_random_state is not None:
-            return self._resumed_random_state
-        return self._batch_random_state if unfinished_batches(self._trainer) else random_state()
+            mine = self._resumed_random_state
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return [mine]
+        if unfinished or (trainer is not None and trainer.interrupted):
+            return None
+        states: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, mine)
+        return states
 
     def _architecture(self) -> dict[str, Any] | None:
         """Description of the decoder, None with a warning if it has none."""
@@ -137,6 +155,24 @@ class CheckpointedModel(LightningModule):
         """Leave functions and objects given from Python out of checkpoints, which are data."""
         for name in [name for name, value in self.hparams.items() if not _is_plain(value)]:
             del self.hparams[name]
+
+
+def _of_rank(checkpoint: Mapping[str, Any], trainer: Trainer) -> dict[str, Any] | None:
+    """State of this rank's generators; None, with a warning, if as many ranks did not save them."""
+    found = checkpoint.get("random_state", [None] * trainer.world_size)
+    states = found if isinstance(found, list) else [found]  # a single one in older files
+    for state in states:
+        if state is not None:
+            check_random_state(state)
+    if len(states) != trainer.world_size or found is None:
+        kept = 0 if found is None else len(states)
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {kept} processes and this run has "
+            f"{trainer.world_size}: random numbers, as of dropout, start anew from the seed"
+        )
+        return None
+    mine: dict[str, Any] | None = states[trainer.global_rank]
+    return mine
 
 
 def _is_plain(value: object) -> bool:

@@ -28,6 +28,7 @@ from lightning_dsmoe.objective import Step, consistent_objective, objective
 from lightning_dsmoe.parameter_groups import parameter_groups
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights
+from lightning_dsmoe.strategies import check_strategy, shard
 
 
 class DSMoELanguageModel(CheckpointedModel):
@@ -43,6 +44,10 @@ class DSMoELanguageModel(CheckpointedModel):
     (L under the plan + L with all experts) / 2 + delta L_consistency
     (R-Drop, arXiv 2106.14448, eq. 4, halved)
 
+    Means are over the tokens of a batch that count, on all data-parallel ranks together, so that
+    several processes train as one would. Accumulated batches weigh alike, however many tokens count
+    in each.
+
     Args:
         vocab_size: number of tokens of the vocabulary.
         d_model: width of the model.
@@ -54,7 +59,7 @@ class DSMoELanguageModel(CheckpointedModel):
         tie_embeddings: whether the head shares the weights of the embeddings.
         dropout: probability of dropping embeddings and layer outputs in training.
         checkpoint_activations: recompute each block in the backward pass to save memory.
-        compile_blocks: compile each block with `torch.compile`.
+        compile_blocks: compile each block with `torch.compile`, from `configure_model` on.
         expert_mi_weight: alpha of each feed-forward router.
         attention_mi_weight: alpha of each attention router.
         load_balancing_weight: beta, for mixtures trained sparsely.
@@ -130,47 +135,50 @@ class DSMoELanguageModel(CheckpointedModel):
         self.lr_scheduler = lr_scheduler
         self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
         self.test_loss = MeanMetric(nan_strategy=math.nan)
-
-    def configure_model(self) -> None:
-        """Build the decoder, once."""
-        if hasattr(self, "decoder"):
-            return
         self.decoder = Decoder(
-            self.vocab_size,
-            self.d_model,
-            self.n_layers,
-            attention=self.attention,
-            feed_forward=self.feed_forward,
-            norm=self.norm,
-            max_positions=self.max_positions,
-            tie_embeddings=self.tie_embeddings,
-            dropout=self.dropout,
-            checkpoint_activations=self.checkpoint_activations,
+            vocab_size,
+            d_model,
+            n_layers,
+            attention=attention,
+            feed_forward=feed_forward,
+            norm=norm,
+            max_positions=max_positions,
+            tie_embeddings=tie_embeddings,
+            dropout=dropout,
+            checkpoint_activations=checkpoint_activations,
         )
         self.plan.check(*self.decoder.plan_sizes)
+
+    def configure_model(self) -> None:
+        """Shard the decoder where the strategy shards, then compile its blocks; each once."""
+        if self._trainer is not None:
+            check_strategy(self._trainer)
+        if self.device_mesh is not None:
+            shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             for block in self.decoder.blocks:
-                block.compile()
+                # Set by `compile`, and gone after a copy or in a spawned process.
+                if block._compiled_call_impl is None:
+                    block.compile()
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
-        """Logits `[B, T, V]` and routings for tokens `[B, T]`; builds the decoder if need be.
+        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
 
         Args:
             tokens: whole numbers below V.
             plan: the experts that run; None runs those of training, by default all.
         """
-        self.configure_model()
         output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        step = self._step(batch, self.plan)
         weights, group = self._routing_loss_weights(), self._data_parallel_group()
+        step = self._step(batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
             total, terms = consistent_objective(
-                step, self._step(batch, dense), weights, self.consistency_weight, group
+                step, self._step(batch, dense, group), weights, self.consistency_weight, group
             )
         else:
             total, terms = objective(step, weights, group)
@@ -238,8 +246,13 @@ class DSMoELanguageModel(CheckpointedModel):
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
 
-    def _step(self, batch: dict[str, Tensor], plan: SelectionPlan) -> Step:
-        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan)
+    def _step(
+        self,
+        batch: dict[str, Tensor],
+        plan: SelectionPlan,
+        group: dist.ProcessGroup | None = None,
+    ) -> Step:
+        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
 
     def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
         step = self._step(batch, self.plan)
@@ -256,12 +269,15 @@ class DSMoELanguageModel(CheckpointedModel):
     def _log_epoch(self, metric: MeanMetric, split: str) -> None:
         loss = metric.compute()
         bits = loss / math.log(2)
-        self.log(f"{split}/loss", loss, prog_bar=True)
-        self.log(f"{split}/perplexity", loss.exp())
+        # Alike on all ranks already; Lightning warns where it is not told to average them.
+        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
         data = self._data()
         if hasattr(data, "bytes_per_token"):
-            self.log(f"{split}/bits_per_byte", bits / data.bytes_per_token(split))
-            self.log(f"{split}/bits_per_char", bits / data.chars_per_token(split))
+            per_byte = bits / data.bytes_per_token(split)
+            self.log(f"{split}/bits_per_byte", per_byte, sync_dist=True)
+            per_char = bits / data.chars_per_token(split)
+            self.log(f"{split}/bits_per_char", per_char, sync_dist=True)
 
     def _routing_loss_weights(self) -> RoutingLossWeights:
         return RoutingLossWeights(

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from typing import Any, NamedTuple, Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
 from lightning_dsmoe.losses import consistency_loss
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.losses.ranks import sum_over_ranks
 from lightning_dsmoe.routing import Routing, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights, routing_losses
 
@@ -20,7 +22,8 @@ class Step(NamedTuple):
     """A batch that ran under a plan.
 
     Args:
-        loss: cross entropy, mean over the tokens that count; 0 if none counts.
+        loss: cross entropy, mean over the tokens that count, of all ranks if they share it; 0 if
+            none counts.
         logits_BTV: what was predicted.
         routings: the routing of every layer.
         mask_BT: tokens that count.
@@ -34,11 +37,26 @@ class Step(NamedTuple):
     plan: SelectionPlan
 
     @classmethod
-    def of(cls, output: DecoderOutput, labels_BT: Tensor, plan: SelectionPlan) -> Self:
-        """The step that led to an output."""
+    def of(
+        cls,
+        output: DecoderOutput,
+        labels_BT: Tensor,
+        plan: SelectionPlan,
+        group: dist.ProcessGroup | None = None,
+    ) -> Self:
+        """The step that led to an output.
+
+        Args:
+            output: logits and routings of this rank's tokens.
+            labels_BT: their next tokens.
+            plan: the experts that ran.
+            group: process group over whose tokens the mean is, as in `mutual_information_loss`.
+        """
         mask_BT = labels_BT != IGNORED
         nll = summed_cross_entropy(output.logits, labels_BT)
-        loss = nll / mask_BT.sum().clamp_min(1)
+        totals = torch.stack([nll, mask_BT.sum().to(nll)])
+        total, count = sum_over_ranks(totals, group).unbind()
+        loss = total / count.clamp_min(1)
         return cls(loss, output.logits, output.routings, mask_BT, plan)
 
     def results(self) -> dict[str, Any]:
@@ -65,7 +83,7 @@ def objective(
     Args:
         step: a batch under the plan that is trained.
         weights: of the losses of each router.
-        group: process group whose ranks share p(e), as in `mutual_information_loss`.
+        group: process group over whose tokens all means are, as in `mutual_information_loss`.
     """
     losses = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
     return Objective(step.loss + losses.total, losses.terms)
@@ -91,6 +109,6 @@ def consistent_objective(
     """
     total, terms = objective(sparse, weights, group)
     dense_total, _ = objective(dense, weights, group)
-    apart = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT)
+    apart = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
     more = {"all_experts/loss": dense.loss.detach(), "consistency": apart.detach()}
     return Objective((total + dense_total) / 2 + consistency_weight * apart, terms | more)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Routings
-from lightning_dsmoe.losses import load_balancing_loss, router_z_loss, routing_entropies
+from lightning_dsmoe.losses import load_balancing_losses, router_z_loss, routing_entropies
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -58,7 +58,7 @@ def routing_losses(
         plan: the experts that ran.
         weights: alpha, beta and gamma.
         mask: tokens that count, `[B, T]`.
-        group: process group whose ranks share p(e), as in `mutual_information_loss`.
+        group: process group over whose tokens all means are, as in `mutual_information_loss`.
 
     Raises:
         ValueError: if plan and routings have different numbers of layers.
@@ -81,8 +81,12 @@ def routing_losses(
         terms[f"{kind}/entropy"] = entropies.conditional.mean()
         terms[f"{kind}/balance_entropy"] = entropies.marginal.mean()
         if weights.load_balancing:
-            balance = sum(load_balancing_loss(r.probs, s.mask(r.probs), mask) for r, s in routed)
-            total = total + weights.load_balancing * balance
+            active_RBTE = torch.stack([s.mask(r.probs) for r, s in routed])
+            balance_R = load_balancing_losses(probs_RBTE, active_RBTE, mask, group=group)
+            total = total + weights.load_balancing * balance_R.sum()
         if weights.router_z:
-            total = total + weights.router_z * sum(router_z_loss(r.logits, mask) for r, _ in routed)
+            logits_RBTE = torch.stack([r.logits for r, _ in routed])
+            masks_RBT = mask.expand(logits_RBTE.shape[:-1])
+            z_mean = router_z_loss(logits_RBTE, masks_RBT, group=group)
+            total = total + weights.router_z * len(routed) * z_mean
     return RoutingLosses(total, {name: value.detach() for name, value in terms.items()})

@@ -4,17 +4,25 @@ Shapes: V vocabulary; leading dimensions (tokens) are free; X tokens in one dime
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.losses.ranks import sum_over_ranks
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 
 TOKENS_AT_ONCE = 1024
 """Tokens whose predictions are compared at a time."""
 
 
-def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
+def consistency_loss(
+    logits: Tensor,
+    others: Tensor,
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Symmetric divergence: mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q predictions.
 
     Tokens are compared some at a time and once more in the backward pass, for which only the logits
@@ -26,6 +34,7 @@ def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None)
         logits: logits of the one, `[..., V]`.
         others: logits of the other, `[..., V]`.
         mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
+        group: process group over whose tokens the mean is, as in `mutual_information_loss`.
 
     Returns:
         A scalar of at least float32, in nats.
@@ -43,7 +52,9 @@ def consistency_loss(logits: Tensor, others: Tensor, mask: Tensor | None = None)
             checkpoint(_summed, *part, use_reentrant=False, preserve_rng_state=False)
             for part in parts
         ]
-        return torch.stack(summed).sum() / weight_X.sum().clamp_min(1)
+        totals = torch.stack([torch.stack(summed).sum(), weight_X.sum()])
+        total, count = sum_over_ranks(totals, group).unbind()
+        return total / count.clamp_min(1)
 
 
 def _summed(logits_XV: Tensor, others_XV: Tensor, weight_X: Tensor) -> Tensor:

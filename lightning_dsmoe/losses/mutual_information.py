@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dsmoe.losses.entropy import entropy
 from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.losses.ranks import sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
 
 
@@ -76,15 +77,7 @@ def routing_entropies(
     entropy_XR = entropy(probs_XJ.unflatten(-1, (n_routers, n_experts)))
     with without_autocast(probs.device.type):
         totals = torch.cat([weight_X @ probs_XJ, weight_X @ entropy_XR, weight_X.sum()[None]])
-    if group is not None:
-        totals = _sum_over_ranks(totals, group)
+    totals = sum_over_ranks(totals, group)
     means = totals[:-1] / totals[-1].clamp_min(1)
     share_RN, conditional_R = means.split([n_routers * n_experts, n_routers])
     return RoutingEntropies(conditional_R, entropy(share_RN.view(n_routers, n_experts)))
-
-
-def _sum_over_ranks(totals: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over ranks whose gradients, averaged over the ranks, are those of the sum."""
-    over_ranks = totals.detach().clone()
-    dist.all_reduce(over_ranks, group=group)
-    return over_ranks + dist.get_world_size(group) * (totals - totals.detach())

@@ -134,3 +134,31 @@ def test_a_step_that_was_interrupted_is_taken_again(
     resumed = run(2, path)
     for name, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_checkpoint_with_the_states_of_torch_alone_goes_on_alike(
+    make_one_model: MakeModel,
+    make_trainer: Callable[..., Trainer],
+    data: TextDataModule,
+    tmp_path: Path,
+) -> None:
+    """As earlier versions wrote them, of one process; and damaged ones are refused."""
+
+    def run(seed: int, ckpt_path: Path | None = None, **more: Any) -> Any:
+        model = make_one_model(vocab_size=256, dropout=0.2)
+        torch.manual_seed(seed)
+        trainer = make_trainer(max_steps=2, limit_val_batches=0, **more)
+        trainer.fit(model, make_data(tmp_path), ckpt_path=ckpt_path, weights_only=True)
+        return model
+
+    path = tmp_path / "middle.ckpt"
+    straight = run(1, callbacks=[SaveAt("on_train_batch_end", 1, path)])
+    saved = torch.load(path)
+    [state] = saved["random_state"]
+    torch.save({**saved, "random_state": {"cpu": state["cpu"], "cuda": []}}, path)
+    resumed = run(2, path)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    torch.save({**saved, "random_state": [{"cpu": 1}]}, path)
+    with pytest.raises(ValueError, match="random_state is not one"):
+        run(2, path)
