@@ -21,6 +21,7 @@ from lightning_dsmoe.inference.checkpoint import (
     FORMAT_VERSION,
     check_embeddings,
     check_format,
+    check_sharing,
     check_state,
     read_checkpoint,
 )
@@ -75,6 +76,7 @@ class CheckpointedModel(LightningModule):
             **kwargs,
         )
         if safe and not kwargs and hparams_file is None:
+            check_sharing(checkpoint["state_dict"])
             # All checks, before sizes in a file take memory; parts from elsewhere may need some.
             with torch.device("meta"), suppress(RuntimeError):
                 load(map_location="meta")
