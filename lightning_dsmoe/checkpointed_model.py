@@ -27,6 +27,7 @@ from lightning_dsmoe.inference.checkpoint import (
 )
 from lightning_dsmoe.inference.class_paths import check_hyperparameters
 from lightning_dsmoe.random_state import random_state, restore_random_state
+from lightning_dsmoe.restored_paths import drop_foreign_paths
 
 
 class CheckpointedModel(LightningModule):
@@ -97,8 +98,10 @@ class CheckpointedModel(LightningModule):
         checkpoint["random_state"] = self._random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another format, another architecture or other weights, listing all differences."""
+        """Refuse another format, architecture or other weights, and drop paths of other runs."""
         check_format(checkpoint)
+        if self._trainer is not None:
+            drop_foreign_paths(checkpoint, self._trainer)
         before, now = checkpoint.get("architecture"), self._architecture()
         if before is not None and now is not None and (changes := differences(before, now)):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
