@@ -12,8 +12,10 @@ from typing import IO, Any, Self
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 
+from lightning_dsmoe.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
@@ -84,6 +86,12 @@ class CheckpointedModel(LightningModule):
             if not isinstance(checkpoint_path, str | Path):
                 checkpoint_path.seek(0)
         return load(map_location=map_location)
+
+    def setup(self, stage: str) -> None:
+        """Let the Trainer write and load checkpoints safely, unless it was given another way."""
+        trainer = self._trainer
+        if trainer is not None and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the decoder and to read its tokens without this class."""
