@@ -14,9 +14,11 @@ from typing import IO, Any, Self
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_dsmoe.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
@@ -24,6 +26,7 @@ from lightning_dsmoe.inference.checkpoint import (
     FORMAT_VERSION,
     check_embeddings,
     check_format,
+    check_sharing,
     check_state,
     read_checkpoint,
 )
@@ -33,6 +36,7 @@ from lightning_dsmoe.random_state import (
     random_state,
     restore_random_state,
 )
+from lightning_dsmoe.restored_paths import drop_foreign_paths
 
 
 class CheckpointedModel(LightningModule):
@@ -82,12 +86,19 @@ class CheckpointedModel(LightningModule):
             **kwargs,
         )
         if safe and not kwargs and hparams_file is None:
+            check_sharing(checkpoint["state_dict"])
             # All checks, before sizes in a file take memory; parts from elsewhere may need some.
             with torch.device("meta"), suppress(RuntimeError):
                 load(map_location="meta")
             if not isinstance(checkpoint_path, str | Path):
                 checkpoint_path.seek(0)
         return load(map_location=map_location)
+
+    def setup(self, stage: str) -> None:
+        """Let the Trainer write and load checkpoints safely, unless it was given another way."""
+        trainer = self._trainer
+        if trainer is not None and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to rebuild the decoder and to read its tokens without this class."""
@@ -102,8 +113,10 @@ class CheckpointedModel(LightningModule):
         checkpoint["random_state"] = self._random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another format, another architecture or other weights, listing all differences."""
+        """Refuse another format, architecture or other weights, and drop paths of other runs."""
         check_format(checkpoint)
+        if self._trainer is not None:
+            drop_foreign_paths(checkpoint, self._trainer)
         before, now = checkpoint.get("architecture"), self._architecture()
         if before is not None and now is not None and (changes := differences(before, now)):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")

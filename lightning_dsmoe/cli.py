@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 from lightning import LightningDataModule
@@ -23,6 +23,7 @@ from lightning_dsmoe.commands import calibrate, certify, configs, generate, prun
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.last_checkpoint import find_last_checkpoint
 
 TOOLS: dict[str, Callable[..., None]] = {
     "generate": generate,
@@ -66,7 +67,15 @@ class DSMoECLI(LightningCLI):
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
         if options.ckpt_path and Path(options.ckpt_path).is_file():
-            read_checkpoint(options.ckpt_path, weights_only=options.weights_only)
+            # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
+            read_checkpoint(options.ckpt_path, weights_only=options.weights_only, checksums=False)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Find what `--ckpt_path last` stands for, which Lightning does in a new folder only."""
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if options.get("ckpt_path") == "last":
+            options["ckpt_path"] = find_last_checkpoint(self.trainer)
+        return options
 
 
 def _vocab_size(data: LightningDataModule) -> int:

@@ -1,6 +1,6 @@
 """Decoders from training checkpoints, without running anything that the file names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
+from lightning_dsmoe.inference.archive import check_archive
 
 FORMAT_VERSION = 1
 _PREFIX = "decoder."
@@ -49,6 +50,7 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
         if name.startswith(_PREFIX)
     }
     check_state(decoder.state_dict(), state)
+    check_sharing(state)
     fill(decoder, state)
     tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
     check_text_options(tokenizer, context)
@@ -71,25 +73,36 @@ def _fractions(checkpoint: Mapping[str, Any]) -> tuple[float, float] | tuple[Non
     return (val, test) if numbers and 0 < val < 1 and 0 <= test < 1 - val else (None, None)
 
 
-def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) -> dict[str, Any]:
-    """Read a checkpoint of `DSMoELanguageModel`, on the CPU; tensors stay in the file until used.
+def read_checkpoint(
+    path: str | Path | IO[Any],
+    *,
+    weights_only: bool = True,
+    checksums: bool = True,
+    map_location: Any = "cpu",
+    mmap: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint of `DSMoELanguageModel`, by default onto the CPU.
 
     Args:
         path: the file, or one that is open, which is then rewound.
         weights_only: refuse a file that holds more than data; off, it can run any code.
+        checksums: whether to read the whole file first, to find damaged values.
+        map_location: device for the tensors, or what else `torch.load` takes.
+        mmap: leave the tensors of a named file in there until they are used.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, holds more than data, or is something else.
+        ValueError: if the file is damaged, compressed, holds more than data, or is something else.
     """
     if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        check_archive(path, checksums=checksums)
         loaded = torch.load(
             path,
-            map_location="cpu",
+            map_location=map_location,
             weights_only=weights_only,
-            mmap=isinstance(path, str | Path),
+            mmap=mmap and isinstance(path, str | Path),
         )
     except Exception as error:
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
@@ -104,6 +117,8 @@ def read_checkpoint(path: str | Path | IO[Any], *, weights_only: bool = True) ->
     for name, tensor in state.items():
         if not _is_whole(tensor):
             raise ValueError(f"{path}: {name!r:.200} is not a plain tensor with all of its values")
+    if not all(_is_whole(tensor) for tensor in _tensors(loaded.get("optimizer_states"))):
+        raise ValueError(f"{path}: the optimizer's state needs plain tensors with all their values")
     checkpoint: dict[str, Any] = loaded
     check_format(checkpoint)
     return checkpoint
@@ -114,6 +129,33 @@ def _is_whole(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.is_meta:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in containers, each once; a pickle may nest these deeply or in a circle."""
+    seen: dict[int, object] = {}
+    found = [value]
+    while found:
+        value = found.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            found.extend(value.values())
+        elif isinstance(value, list | tuple):
+            found.extend(value)
+
+
+def check_sharing(state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if tensors that share their values would take far more memory copied."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()
+    }
+    # Tied embeddings are the only weights of a described model that are in its state twice.
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * sum(storages.values()):
+        raise ValueError("the weights share their values, so that copies are more than the file")
 
 
 def check_format(checkpoint: Mapping[str, Any]) -> None:

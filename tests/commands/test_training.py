@@ -122,6 +122,7 @@ def test_command_line_beats_the_checkpoint(cli: Any, trained: Any, tmp_path: Pat
     assert torch.load(path)["hyper_parameters"]["expert_mi_weight"] == 0.25
 
 
+@pytest.mark.filterwarnings("ignore:paths in the checkpoint that are no checkpoints of this run")
 def test_code_in_a_checkpoint_runs_only_if_trusted(cli: Any, trained: Any, tmp_path: Path) -> None:
     path = tmp_path / "code.ckpt"
     torch.save({**torch.load(trained.checkpoint), "code": Path}, path)
@@ -130,3 +131,27 @@ def test_code_in_a_checkpoint_runs_only_if_trusted(cli: Any, trained: Any, tmp_p
     assert cli(*words, "--weights_only=true").code == 1
     trusting = cli(*words, "--weights_only=false")
     assert trusting.code == 0, trusting.err
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.")  # raised again by `warns`
+def test_last_is_the_newest_whole_checkpoint(
+    cli: Any, trained: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [*trained.words, f"--trainer.logger.init_args.save_dir={tmp_path}", "--ckpt_path=last"]
+    outcome = cli("fit", *words)
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert f"no complete checkpoint for ckpt_path=last in {tmp_path}/quickstart/version_0" in error
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+    folder = tmp_path / "quickstart"
+    (folder / "version_1" / "checkpoints").mkdir(parents=True)
+    (folder / "version_0").symlink_to(trained.folder)
+    damaged = folder / "version_1" / "checkpoints" / "last.ckpt"
+    damaged.write_bytes(Path(trained.checkpoint).read_bytes()[:-1])
+    with pytest.warns(
+        UserWarning, match=r"version_1/checkpoints/last\.ckpt is damaged and skipped"
+    ):
+        outcome = cli("test", *words)
+    assert outcome.code == 0, outcome.err
+    assert f"from the checkpoint at {folder}/version_0/checkpoints/last.ckpt" in caplog.text

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dsmoe.inference.architecture import describe_decoder
-from lightning_dsmoe.inference.checkpoint import check_state, load_decoder, read_checkpoint
+from lightning_dsmoe.inference.checkpoint import (
+    check_sharing,
+    check_state,
+    load_decoder,
+    read_checkpoint,
+)
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import LinearRouter
 
@@ -202,6 +208,55 @@ def test_tensors_that_are_not_whole(tensor: Tensor, forge: Forge, trained: Train
         load_decoder(forge(state_dict=state))
     with pytest.raises(ValueError, match="has no state_dict of tensors"):
         load_decoder(forge(state_dict={0: tensor}))
+
+
+def repacked(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path)["state_dict"]["decoder.embedding.weight"]
+    content[content.index(weight.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(repacked, "is compressed"), (flipped, "does not match its checksum")],
+)
+def test_files_that_were_changed(
+    change: Callable[[Path], None], message: str, forge: Forge, trained: Trained
+) -> None:
+    path = forge()
+    change(path)
+    message = rf"forged\.ckpt is not a complete, data-only checkpoint: .*{message}"
+    for load in (load_decoder, read_checkpoint, DSMoELanguageModel.load_from_checkpoint):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    with path.open("rb") as opened, pytest.raises(ValueError, match=message.partition(": ")[2]):
+        DSMoELanguageModel.load_from_checkpoint(opened)
+
+
+def test_optimizer_states_that_are_larger_than_the_file(forge: Forge) -> None:
+    repeated = torch.zeros(1).expand(2**40)
+    circle: list[object] = [{"state": {0: {"exp_avg": repeated}}}]
+    circle.append(circle)
+    with pytest.raises(ValueError, match="optimizer's state needs plain tensors"):
+        read_checkpoint(forge(optimizer_states=circle))
+
+
+def test_weights_that_share_their_values() -> None:
+    tied, other = torch.zeros(6, 3), torch.zeros(2)
+    check_sharing({"embedding": tied, "head": tied, "norm": other})
+    with pytest.raises(ValueError, match="the weights share their values"):
+        check_sharing({str(layer): tied for layer in range(3)})
+    with pytest.raises(ValueError, match="the weights share their values"):
+        check_sharing({str(row): tied.flatten()[row:][:9] for row in range(6)})
 
 
 def test_a_file_of_no_dictionary(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""The zip archive of a checkpoint, looked through before anything in it is read."""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+_AT_ONCE = 2**20
+_ENCRYPTED = 1
+_FOLDER = 0x10  # of such a record, PyTorch 2.13 returns memory that was never written
+_END = struct.Struct("<4s4H2LH")  # of the archive
+_END_64 = struct.Struct("<4sQ2H2L4Q")  # the same with 64 bits
+_LOCATOR_64 = struct.Struct("<4sLQL")  # where that one is
+_IN_64_BITS = 2**32 - 1
+
+
+def check_archive(path: str | Path | IO[Any], *, checksums: bool = True) -> None:
+    """Refuse a file that `torch.load` would read wrongly, or into more memory than the file takes.
+
+    `torch.load` inflates compressed records without a limit, or maps them into memory as if they
+    were not compressed, and it never compares a record with the checksum that `torch.save` wrote.
+
+    Args:
+        path: the file, or one that is open, which is rewound.
+        checksums: read the whole file, about a second per GB, to compare every checksum.
+
+    Raises:
+        ValueError: if the file is no zip archive, is incomplete or damaged, or holds records that
+            are compressed, encrypted, folders, of one name, or in sum larger than the file.
+    """
+    try:
+        with _opened(path) as file, ZipFile(file) as archive:
+            _check_end(file, archive.start_dir)
+            _check_records(archive, file.seek(0, 2))
+            damaged = _damaged_record(archive) if checksums else None
+    except (BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+        raise ValueError(f"it is not a whole archive of torch.save ({error})") from None
+    if damaged is not None:
+        raise ValueError(f"{damaged!r:.200} does not match its checksum")
+
+
+@contextmanager
+def _opened(path: str | Path | IO[Any]) -> Iterator[IO[bytes]]:
+    if isinstance(path, str | Path):
+        with Path(path).open("rb") as file:
+            yield file
+    else:
+        yield path
+        path.seek(0)
+
+
+def _check_records(archive: ZipFile, file_bytes: int) -> None:
+    records = archive.infolist()
+    for record in records:
+        if record.compress_type != ZIP_STORED or record.compress_size != record.file_size:
+            raise ValueError(
+                f"{record.filename!r:.200} is compressed, which torch.save never does; a file that "
+                "was packed again has to be written with torch.save"
+            )
+        if record.flag_bits & _ENCRYPTED or record.external_attr & _FOLDER or record.is_dir():
+            raise ValueError(f"{record.filename!r:.200} is encrypted or a folder")
+    if sum(record.file_size for record in records) > file_bytes:
+        raise ValueError(f"its records are larger than the {file_bytes} bytes of the file")
+    if len({record.filename for record in records}) < len(records):
+        raise ValueError("two of its records have the same name")
+
+
+def _check_end(file: IO[bytes], directory: int) -> None:
+    """Raise a ValueError if readers may differ on where an archive's list of records begins.
+
+    Python looks for it before the end of the archive, PyTorch where the end says that it is: a
+    file with two lists would be checked by the one and read by the other.
+    """
+    file_bytes = file.seek(0, 2)
+    end = _END.unpack(_read(file, file_bytes - _END.size, _END.size))
+    places = {end[-2]}
+    before = file_bytes - _END.size - _LOCATOR_64.size
+    locator = _read(file, before, _LOCATOR_64.size) if before >= 0 else b""
+    if locator.startswith(b"PK\6\7"):
+        end_64 = before - _END_64.size
+        places = (places - {_IN_64_BITS}) | {_END_64.unpack(_read(file, end_64, _END_64.size))[-1]}
+        if _LOCATOR_64.unpack(locator)[2] != end_64:
+            places = set()
+    if end[0] != b"PK\5\6" or places != {directory}:
+        raise ValueError("it does not end as an archive of torch.save does")
+
+
+def _read(file: IO[bytes], place: int, size: int) -> bytes:
+    file.seek(max(0, place))
+    return file.read(size)
+
+
+def _damaged_record(archive: ZipFile) -> str | None:
+    """Name of the first record that is not what was written."""
+    for record in archive.infolist():
+        try:
+            with archive.open(record) as stream:
+                while stream.read(_AT_ONCE):
+                    pass
+        except BadZipFile:
+            return record.filename
+    return None
