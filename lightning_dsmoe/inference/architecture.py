@@ -5,6 +5,7 @@ read off the parts themselves, each of which keeps its constructor's options as 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -150,6 +151,8 @@ def _factory(description: object, part: str) -> Callable[..., nn.Module]:
 def _option(name: str, value: object) -> object:
     if name in _GIVEN_BY_OWNER:
         return _factory(value, name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"option {name!r} must be finite, got {value}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")
