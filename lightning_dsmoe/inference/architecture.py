@@ -40,8 +40,8 @@ def describe_decoder(decoder: Decoder) -> Description:
     """Describe a decoder whose blocks are all made alike, but for experts that were removed.
 
     Raises:
-        ValueError: if blocks differ, or a part does not keep its options as attributes or is of a
-            class that its name does not lead to.
+        ValueError: if blocks differ, or a part does not keep its options as attributes, is of a
+            class that its name does not lead to or is larger than a description may ask for.
     """
     parts = [
         {
@@ -54,11 +54,10 @@ def describe_decoder(decoder: Decoder) -> Description:
     if any(part != parts[0] for part in parts):
         raise ValueError("the blocks of this decoder differ, which a description cannot hold")
     remaining = remaining_experts(decoder)
+    sizes = {name: getattr(decoder, name) for name in (*_SIZES, "max_positions")}
+    check_sizes(sizes)
     return {
-        "vocab_size": decoder.vocab_size,
-        "d_model": decoder.d_model,
-        "n_layers": decoder.n_layers,
-        "max_positions": decoder.max_positions,
+        **sizes,
         "tie_embeddings": decoder.tie_embeddings,
         **parts[0],
         **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
@@ -124,6 +123,7 @@ def _describe(module: nn.Module, part: str) -> Description:
                 "which saving its architecture needs"
             )
         options[parameter.name] = _value(getattr(module, parameter.name), parameter)
+    check_sizes(options)
     return {"class_path": path, "init_args": options}
 
 

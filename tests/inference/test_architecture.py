@@ -249,6 +249,24 @@ def test_other_descriptions_are_refused(path: str, value: object, message: str) 
         build_decoder(changed(describe_decoder(rotary_glu()), path, value))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_experts": 4097}, "n_experts=4097 is out of range, 0 to 4096 is allowed"),
+        ({"d_shared": 2**24 + 1}, "d_shared=16777217 is out of range"),
+    ],
+)
+def test_what_could_not_be_built_again_is_not_described(
+    options: dict[str, int], message: str
+) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(
+            29, 16, 1, attention=ATTENTION, feed_forward=partial(FEED_FORWARD, **options)
+        )
+    with pytest.raises(ValueError, match=message):
+        describe_decoder(decoder)
+
+
 def test_a_description_without_end_is_refused() -> None:
     description = describe_decoder(rotary_glu())
     router = description["feed_forward"]["init_args"]["router"]
