@@ -5,6 +5,7 @@ can be made of one without the class that trained it.
 """
 
 import warnings
+from argparse import ArgumentError
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -85,14 +86,21 @@ class CheckpointedModel(LightningModule):
             weights_only=safe,
             **kwargs,
         )
-        if safe and not kwargs and hparams_file is None:
-            check_sharing(checkpoint["state_dict"])
-            # All checks, before sizes in a file take memory; parts from elsewhere may need some.
-            with torch.device("meta"), suppress(RuntimeError):
-                load(map_location="meta")
-            if not isinstance(checkpoint_path, str | Path):
-                checkpoint_path.seek(0)
-        return load(map_location=map_location)
+        try:
+            if safe and not kwargs and hparams_file is None:
+                check_sharing(checkpoint["state_dict"])
+                # All checks, before sizes in a file take memory; parts from elsewhere may need
+                # some.
+                with torch.device("meta"), suppress(RuntimeError):
+                    load(map_location="meta")
+                if not isinstance(checkpoint_path, str | Path):
+                    checkpoint_path.seek(0)
+            return load(map_location=map_location)
+        except ArgumentError as error:  # of jsonargparse, which builds models of the command line
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"hyper-parameters that fit no {cls.__name__}: {reason:.500}"
+            ) from None
 
     def setup(self, stage: str) -> None:
         """Let the Trainer write and load checkpoints safely, unless it was given another way."""

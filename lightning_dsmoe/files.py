@@ -46,12 +46,17 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: if it is not JSON or too large.
     """
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
+    check_json_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def check_json_size(path: Path) -> None:
+    """Raise a ValueError if a JSON file is too large to be read."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
 
 
 def sha256(path: Path) -> str:

@@ -27,12 +27,8 @@ from lightning_dsmoe.commands.trained import (
     tokens_at_once,
 )
 from lightning_dsmoe.files import sha256
-from lightning_dsmoe.inference import load_decoder, load_sparse
-from lightning_dsmoe.inference.artifact_certificate import (
-    check_certified,
-    load_certificate,
-    save_certificate,
-)
+from lightning_dsmoe.inference import SparseModel, load_decoder
+from lightning_dsmoe.inference.artifact_certificate import load_certificate, save_certificate
 from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 
 _NAMED = 3
@@ -79,11 +75,9 @@ def certify(
             value differs, or the text is not fit for it or not that of the certificate.
     """
     path = Path(artifact)
-    model = load_sparse(path)
+    model = SparseModel.load(path, certified=not renew)
     name = f"{path / 'certificate.json'}"
     recorded = None if renew else read_certificate(name, load_certificate(path))
-    if recorded is not None:
-        check_certified(path, recorded["sha256"])
     loaded = checkpoint = None
     if ckpt_path is not None:
         loaded = load_decoder(ckpt_path)

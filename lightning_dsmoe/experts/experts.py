@@ -16,6 +16,30 @@ from lightning_dsmoe.stacked import (
     worth_sorting,
 )
 
+ACTIVATIONS = (
+    "celu",
+    "elu",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "leaky_relu",
+    "logsigmoid",
+    "mish",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "tanh",
+    "tanhshrink",
+)
+"""Functions of `torch.nn.functional` that take one number to one number, none of them by chance."""
+
 _KERNELS = 10
 """About how many kernels one expert starts in `sparse_forward`."""
 
@@ -32,11 +56,11 @@ class Experts(nn.Module, ABC):
         d_model: width D of the tokens.
         n_experts: number of experts E.
         d_expert: hidden units F of one expert.
-        activation: name of a function in `torch.nn.functional`, such as gelu, silu or relu.
+        activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
 
     Raises:
-        ValueError: if a size is below 1 or the activation does not exist.
+        ValueError: if a size is below 1 or the activation is not one of `ACTIVATIONS`.
     """
 
     projections_per_unit = 1
@@ -56,10 +80,9 @@ class Experts(nn.Module, ABC):
                 "experts need d_model, n_experts and d_expert of at least 1, "
                 f"got {d_model}, {n_experts} and {d_expert}"
             )
-        if not callable(getattr(F, activation, None)):
+        if activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation {activation!r} is not a function of torch.nn.functional, "
-                "such as gelu, silu or relu"
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r:.200}"
             )
         self.d_model = d_model
         self.n_experts = n_experts
@@ -143,7 +166,7 @@ class MLPExperts(Experts):
         d_model: width D of the tokens.
         n_experts: number of experts E.
         d_expert: hidden units F of one expert.
-        activation: name of a function in `torch.nn.functional`, such as gelu, silu or relu.
+        activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
     """
 

@@ -5,6 +5,7 @@ read off the parts themselves, each of which keeps its constructor's options as 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -39,8 +40,8 @@ def describe_decoder(decoder: Decoder) -> Description:
     """Describe a decoder whose blocks are all made alike, but for experts that were removed.
 
     Raises:
-        ValueError: if blocks differ, or a part does not keep its options as attributes or is of a
-            class that its name does not lead to.
+        ValueError: if blocks differ, or a part does not keep its options as attributes, is of a
+            class that its name does not lead to or is larger than a description may ask for.
     """
     parts = [
         {
@@ -53,11 +54,10 @@ def describe_decoder(decoder: Decoder) -> Description:
     if any(part != parts[0] for part in parts):
         raise ValueError("the blocks of this decoder differ, which a description cannot hold")
     remaining = remaining_experts(decoder)
+    sizes = {name: getattr(decoder, name) for name in (*_SIZES, "max_positions")}
+    check_sizes(sizes)
     return {
-        "vocab_size": decoder.vocab_size,
-        "d_model": decoder.d_model,
-        "n_layers": decoder.n_layers,
-        "max_positions": decoder.max_positions,
+        **sizes,
         "tie_embeddings": decoder.tie_embeddings,
         **parts[0],
         **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
@@ -123,6 +123,7 @@ def _describe(module: nn.Module, part: str) -> Description:
                 "which saving its architecture needs"
             )
         options[parameter.name] = _value(getattr(module, parameter.name), parameter)
+    check_sizes(options)
     return {"class_path": path, "init_args": options}
 
 
@@ -150,6 +151,8 @@ def _factory(description: object, part: str) -> Callable[..., nn.Module]:
 def _option(name: str, value: object) -> object:
     if name in _GIVEN_BY_OWNER:
         return _factory(value, name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"option {name!r} must be finite, got {value}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")

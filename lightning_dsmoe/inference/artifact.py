@@ -5,7 +5,6 @@
 `sha256sum -c` understands.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,17 +18,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import hidden_beside, read_json, sha256
+from lightning_dsmoe.files import check_json_size, hidden_beside, read_json
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
+from lightning_dsmoe.inference.artifact_hashes import (
+    CARD,
+    CERTIFICATE,
+    CONFIG,
+    PLAN,
+    SUMS,
+    WEIGHTS,
+    certified_hashes,
+    check_certificate,
+    check_sums,
+    summed,
+    sums,
+)
 from lightning_dsmoe.inference.checkpoint import check_state, fill
 from lightning_dsmoe.inference.engine.packing import expect_packed
+from lightning_dsmoe.inference.finite import check_finite
 from lightning_dsmoe.routing import SelectionPlan
 
-CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
-CERTIFICATE, CARD = "certificate.json", "README.md"
 _NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
 _TIED_HEAD = "head.weight"
+_MAX_HEADER_BYTES = 100_000_000 + 8  # of safetensors
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,7 +80,7 @@ def write_artifact(
 
     Raises:
         FileExistsError: if something else than an artifact is in the way.
-        ValueError: if the certificate has other hashes.
+        ValueError: if the certificate has other hashes, or the artifact could not be read again.
     """
     check_free(path)
     path = path.resolve()
@@ -81,9 +93,12 @@ def write_artifact(
             for name, tensor in decoder.state_dict().items()
             if not (decoder.tie_embeddings and name == _TIED_HEAD)
         }
-        save_file(state, folder / WEIGHTS)
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
+        described = _described(folder)
+        check_finite(state)
+        save_file(state, folder / WEIGHTS)
+        _check_header(described, folder / WEIGHTS)
         finish(folder, path, card=card, certificate=certificate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,25 +110,29 @@ def check_free(path: Path) -> None:
         raise FileExistsError(f"{path} exists and is not a sparse model; choose another place")
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Load an artifact directory after checking all of it.
+def read_artifact(path: Path, *, certified: bool = True) -> Artifact:
+    """Load an artifact directory after checking all of it, what is cheap to check first.
+
+    Args:
+        path: the directory.
+        certified: refuse a certificate of other files; off, it is left aside.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file was changed or is not what it should be.
     """
     check_files(path)
-    _check_sums(path)
-    config = read_json(path / CONFIG)
-    check_config(path / CONFIG, config)
-    decoder = build_decoder(config["architecture"])
-    plan = SelectionPlan.from_dict(read_json(path / PLAN))
-    plan.check(*decoder.plan_sizes)
-    try:
-        _load_weights(decoder, path / WEIGHTS, config)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS} is not a complete safetensors file: {error}") from None
-    return Artifact(decoder, plan, config)
+    small = [name for name in summed(path) if name != WEIGHTS]
+    for name in small:
+        check_json_size(path / name)
+    check_sums(path, small)
+    artifact = _described(path)
+    _check_header(artifact, path / WEIGHTS)
+    weights = check_sums(path, [WEIGHTS])
+    if certified and CERTIFICATE in small:
+        check_certificate(path, weights[WEIGHTS])
+    _load_weights(artifact.decoder, path / WEIGHTS)
+    return artifact
 
 
 def check_files(path: Path) -> None:
@@ -146,19 +165,8 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
             raise ValueError("this certificate is of another model: its SHA-256 are others")
         _write_json(folder / CERTIFICATE, {**certificate, "sha256": hashes})
     (folder / CARD).write_text(card, encoding="utf-8")
-    (folder / SUMS).write_text("".join(_sums(folder)), encoding="utf-8")
+    (folder / SUMS).write_text("".join(sums(folder)), encoding="utf-8")
     _move(folder, path)
-
-
-def certified_hashes(path: Path) -> dict[str, str]:
-    """What ties a certificate to its model: the SHA-256 of the plan, the weights and the rest.
-
-    The configuration counts without the switch points, which are those of a machine.
-    """
-    config = read_json(path / CONFIG)
-    del config["switch_points"]
-    rest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return {CONFIG: rest, **{name: sha256(path / name) for name in (PLAN, WEIGHTS)}}
 
 
 def _keep_others(path: Path, folder: Path) -> None:
@@ -192,23 +200,50 @@ def _move(folder: Path, path: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _load_weights(decoder: Decoder, path: Path, config: dict[str, Any]) -> None:
-    with safe_open(path, framework="pt") as file:
-        headers = {name: _empty(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        embedding = headers.get("embedding.weight")
-        expect_packed(
-            decoder,
-            dtype=torch.float32 if embedding is None else embedding.dtype,
-            quantization=config["quantization"],
-            quantize_head=config["quantize_head"],
+def _described(path: Path) -> Artifact:
+    """Plan and configuration of an artifact, and the decoder that they tell of, without weights."""
+    config = read_json(path / CONFIG)
+    check_config(path / CONFIG, config)
+    decoder = build_decoder(config["architecture"])
+    plan = SelectionPlan.from_dict(read_json(path / PLAN))
+    plan.check(*decoder.plan_sizes)
+    return Artifact(decoder, plan, config)
+
+
+def _check_header(artifact: Artifact, path: Path) -> None:
+    """Pack a decoder on the meta device, and compare that with what a file says that it holds."""
+    decoder, _, config = artifact
+    n_weights = sum(tensor.numel() for tensor in decoder.state_dict().values())
+    if path.stat().st_size > _MAX_HEADER_BYTES + 8 * n_weights:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, which is too much for {n_weights} weights"
         )
-        expected = {
-            name: tensor
-            for name, tensor in decoder.state_dict().items()
-            if not (decoder.tie_embeddings and name == _TIED_HEAD)
-        }
-        check_state(expected, headers)
-        fill(decoder, {name: file.get_tensor(name) for name in headers})
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            headers = {name: _empty(name, file.get_slice(name)) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    embedding = headers.get("embedding.weight")
+    expect_packed(
+        decoder,
+        dtype=torch.float32 if embedding is None else embedding.dtype,
+        quantization=config["quantization"],
+        quantize_head=config["quantize_head"],
+    )
+    expected = {
+        name: tensor
+        for name, tensor in decoder.state_dict().items()
+        if not (decoder.tie_embeddings and name == _TIED_HEAD)
+    }
+    check_state(expected, headers)
+
+
+def _load_weights(decoder: Decoder, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_finite(state)
+        fill(decoder, state)
     decoder.requires_grad_(False)
 
 
@@ -220,25 +255,6 @@ def _empty(name: str, header: Any) -> Tensor:
     return torch.empty(header.get_shape(), dtype=_DTYPES[dtype], device="meta")
 
 
-def _check_sums(path: Path) -> None:
-    sums = _sums(path)
-    found = b""
-    if (path / SUMS).stat().st_size == len("".join(sums)):
-        found = (path / SUMS).read_bytes()
-    if found == "".join(sums).encode():
-        return
-    lines = found.decode("ascii", "replace").splitlines(keepends=True)
-    changed = [line.split()[1] for line in sums if line not in lines]
-    raise ValueError(
-        f"{path} was changed: {SUMS} does not tell the SHA-256 of {', '.join(changed) or 'it'}"
-    )
-
-
-def _sums(path: Path) -> list[str]:
-    """The lines of SHA256SUMS: every file but the model card, which people may edit."""
-    names = sorted(name for name in (CERTIFICATE, CONFIG, PLAN, WEIGHTS) if (path / name).is_file())
-    return [f"{sha256(path / name)}  {name}\n" for name in names]
-
-
 def _write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    check_json_size(path)

@@ -1,20 +1,12 @@
 """The certificate in an artifact: plain data that tells which model it is of."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_dsmoe.files import hidden_beside, read_json
-from lightning_dsmoe.inference.artifact import (
-    CARD,
-    CERTIFICATE,
-    SUMS,
-    certified_hashes,
-    check_files,
-    copy_linked,
-    finish,
-)
+from lightning_dsmoe.inference.artifact import check_files, copy_linked, finish
+from lightning_dsmoe.inference.artifact_hashes import CARD, CERTIFICATE, SUMS
 from lightning_dsmoe.inference.model_card import model_card, with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
 
@@ -26,21 +18,6 @@ def load_certificate(path: Path) -> Any:
         ValueError: if the file is not JSON or too large.
     """
     return read_json(path / CERTIFICATE) if (path / CERTIFICATE).is_file() else None
-
-
-def check_certified(path: Path, hashes: Mapping[str, str]) -> None:
-    """Raise a ValueError if an artifact's certificate is of another model.
-
-    Args:
-        path: the artifact.
-        hashes: `sha256` of the certificate.
-    """
-    for name, found in certified_hashes(path).items():
-        if hashes.get(name) != found:
-            raise ValueError(
-                f"{path / CERTIFICATE} is of another model: the SHA-256 of {name} is {found}, the "
-                f"certificate tells {hashes.get(name)!r:.70}"
-            )
 
 
 def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.archive import check_archive
+from lightning_dsmoe.inference.finite import check_finite
 
 FORMAT_VERSION = 1
 _PREFIX = "decoder."
@@ -35,7 +36,8 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, holds more than data, or is another model's.
+        ValueError: if the file is truncated, holds more than data, is another model's, or a weight
+            is not finite.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.get("architecture") is None:
@@ -51,6 +53,7 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     }
     check_state(decoder.state_dict(), state)
     check_sharing(state)
+    check_finite(state)
     fill(decoder, state)
     tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
     check_text_options(tokenizer, context)

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens of the prompt, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -56,6 +57,7 @@ def generate(
 
     Raises:
         ValueError: if the prompt is empty or longer than the context, or an option is out of range.
+        FloatingPointError: if the logits are not finite.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
     context = decoder.max_positions if context is None else context
@@ -109,9 +111,18 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`."""
+    """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`.
+
+    A logit of minus infinity rules a token out.
+
+    Raises:
+        FloatingPointError: if logits are NaN or infinite, or rule out all tokens.
+    """
     if temperature == 0:
-        return logits_BV.argmax(-1)
+        most_B, chosen_B = logits_BV.max(-1)
+        if not all(map(math.isfinite, most_B.tolist())):  # a NaN is the largest of any numbers
+            raise _not_finite()
+        return chosen_B
     logits = logits_BV.float()
     order = None
     if top_k is not None and top_k < logits.shape[-1]:
@@ -123,14 +134,25 @@ def sample(
         dropped = probs.cumsum(-1) - probs >= top_p
         dropped[:, 0] = False
         probs = probs.masked_fill(dropped, 0.0)
-    drawn = torch.multinomial(probs, 1, generator=generator)
+    try:
+        drawn = torch.multinomial(probs, 1, generator=generator)
+    except RuntimeError:  # it looks for NaN itself, so looking here would only cost time
+        if probs.isfinite().all():
+            raise
+        raise _not_finite() from None
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+
+
+def _not_finite() -> FloatingPointError:
+    return FloatingPointError(
+        "the logits are not finite: weights hold NaN or infinity, or products of them overflow"
+    )
 
 
 def _largest(logits_BV: Tensor, k: int) -> Tensor:
     """The k largest of each row; of equal ones those of lower number."""
     least_B1 = logits_BV.topk(k, dim=-1).values[:, -1:]
-    above_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+    above_BV, equal_BV = ~(logits_BV <= least_B1), logits_BV == least_B1  # a NaN stays to be seen
     return above_BV | (equal_BV & (equal_BV.cumsum(-1) <= k - above_BV.sum(-1, keepdim=True)))
 
 

@@ -79,14 +79,18 @@ class SparseModel(nn.Module):
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, certified: bool = True) -> Self:
         """Read an artifact directory.
+
+        Args:
+            path: the directory.
+            certified: refuse a certificate of other files; off, it is left aside.
 
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file was changed or is not what it should be.
         """
-        decoder, plan, config = read_artifact(Path(path))
+        decoder, plan, config = read_artifact(Path(path), certified=certified)
         options = {key: config[key] for key in _CONFIG_OPTIONS}
         return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
 
@@ -169,6 +173,8 @@ class SparseModel(nn.Module):
 
         Raises:
             FileExistsError: if something else than an artifact is in the way.
+            ValueError: if the artifact could not be loaded again, or the certificate is of another
+                model.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
         config["switch_points"] = self.engine.given_points._asdict()

@@ -16,7 +16,8 @@ from lightning_dsmoe.analysis.certificate_judgement import judge
 from lightning_dsmoe.analysis.certificate_reading import read_certificate
 from lightning_dsmoe.callbacks import LayerSelections, SparseCompile, SparseEvaluation
 from lightning_dsmoe.inference import load_sparse
-from lightning_dsmoe.inference.artifact_certificate import check_certified, load_certificate
+from lightning_dsmoe.inference.artifact_certificate import load_certificate
+from lightning_dsmoe.inference.artifact_hashes import certified_hashes
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
@@ -59,7 +60,7 @@ def test_certificate_is_a_full_one(
     trainer.fit(model, make_loader(2), make_loader(3, seed=1))
     measured = read_certificate("it", load_certificate(tmp_path / "here"))
     assert measured is not None
-    check_certified(tmp_path / "here", measured["sha256"])
+    assert measured["sha256"] == certified_hashes(tmp_path / "here")
     batches = [(b["input_ids"], b["labels"]) for b in make_loader(3, seed=1)][:2]
     assert measured["data"] == {
         "source": "other",

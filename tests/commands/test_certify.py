@@ -178,7 +178,7 @@ def test_changed_weights_whose_sums_were_forged(
     other_weights(artifact)
     before = content(tmp_path)
     error = fails(certify(), tmp_path, before)
-    assert "certificate.json is of another model: the SHA-256 of model.safetensors is" in error
+    assert "sparse is certified for other weights: the SHA-256 of model.safetensors is" in error
     forge(artifact, sha256=hashes(artifact))
     before = content(tmp_path)
     assert "certificate.json does not hold: " in fails(certify(), tmp_path, before)
@@ -195,7 +195,7 @@ def test_another_plan(certify: Certify, artifact: Path, tmp_path: Path) -> None:
     plan.save(artifact / "plan.json")
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
-    assert "is of another model: the SHA-256 of plan.json is" in error
+    assert "is certified for another plan: the SHA-256 of plan.json is" in error
 
 
 def test_another_tokenizer(certify: Certify, artifact: Path, trained: Run, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_another_tokenizer(certify: Certify, artifact: Path, trained: Run, tmp_p
     sign(artifact)
     before = content(tmp_path)
     error = fails(certify(), tmp_path, before)
-    assert "is of another model: the SHA-256 of config.json is" in error
+    assert "is certified for another configuration: the SHA-256 of config.json is" in error
     words = ["--renew=true", f"--ckpt_path={trained.checkpoint}"]
     error = fails(certify(*words), tmp_path, before)
     assert error.endswith("the artifact was not made of this checkpoint: its tokenizer is another")
@@ -226,7 +226,7 @@ def test_a_certificate_of_another_artifact(
     assert "was changed: SHA256SUMS does not tell the SHA-256 of certificate.json" in error
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
-    assert "certificate.json is of another model: the SHA-256 of model.safetensors is" in error
+    assert "sparse is certified for other weights: the SHA-256 of model.safetensors is" in error
 
 
 def test_forged_values(certify: Certify, artifact: Path, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_an_interruption_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     before = content(tmp_path)
-    monkeypatch.setattr("lightning_dsmoe.inference.artifact._sums", failing)
+    monkeypatch.setattr("lightning_dsmoe.inference.artifact.sums", failing)
     error = fails(certify("--batch_tokens=64"), tmp_path, before)
     assert "No space left on device" in error
 

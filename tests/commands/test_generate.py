@@ -49,6 +49,19 @@ def test_narrow_sampling_is_greedy(cli: Any, trained: Any) -> None:
     assert cli(*words, "--temperature=3", "--top_p=1e-6").out == greedy
 
 
+@pytest.mark.parametrize("option", ["--temperature=0", "--temperature=1", "--top_k=2"])
+def test_logits_that_are_not_finite(option: str, cli: Any, trained: Any, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    checkpoint["state_dict"]["decoder.embedding.weight"] *= 1e4
+    checkpoint["state_dict"]["decoder.norm.weight"] *= 1e38  # finite, unlike its products
+    torch.save(checkpoint, tmp_path / "large.ckpt")
+    outcome = cli("generate", f"--ckpt={tmp_path / 'large.ckpt'}", PROMPT, option)
+    assert outcome.code == 1
+    assert "the logits are not finite" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.out == ""
+
+
 def test_nothing_new(cli: Any, trained: Any) -> None:
     words = [f"--artifact={trained.artifact}", "--prompt=é", "--max_new_tokens=0"]
     assert cli("generate", *words).out == "é\n"

@@ -1,5 +1,7 @@
 """Dense and sparse experts against a loop that applies one expert after another."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
+from lightning_dsmoe.experts.experts import ACTIVATIONS
 
 KINDS = st.sampled_from([MLPExperts, GLUExperts])
 SIZES = st.integers(1, 5)
@@ -124,7 +127,21 @@ def test_sizes_below_one_are_refused(sizes: tuple[int, int, int]) -> None:
         MLPExperts(*sizes)
 
 
-@pytest.mark.parametrize("activation", ["nothing", "", "math"])
-def test_unknown_activations_are_refused(activation: str) -> None:
-    with pytest.raises(ValueError, match=f"activation '{activation}' is not"):
-        GLUExperts(2, 2, 2, activation=activation)
+@pytest.mark.parametrize(
+    "activation",
+    ["nothing", "", "math", "dropout", "one_hot", "softmax", "rrelu", 3, ["relu"], None],
+)
+def test_unknown_activations_are_refused(activation: object) -> None:
+    message = rf"^activation must be one of celu, elu, gelu, .*, got {re.escape(repr(activation))}$"
+    with pytest.raises(ValueError, match=message):
+        GLUExperts(2, 2, 2, activation=activation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_work_on_each_number_by_itself(activation: str) -> None:
+    experts = MLPExperts(2, 2, 2, activation=activation)
+    x = torch.linspace(-7, 7, 12).view(3, 4)
+    found = experts.activate(x)
+    alone = [experts.activate(each) for each in x.flatten()]
+    torch.testing.assert_close(found, torch.stack(alone).view(3, 4))
+    assert torch.equal(found, experts.activate(x))

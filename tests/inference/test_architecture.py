@@ -235,7 +235,10 @@ def changed(description: dict[str, Any], path: str, value: object) -> dict[str, 
         ("feed_forward.init_args.router", "MLPRouter", "router needs a class_path and init_args"),
         ("feed_forward.init_args.router.extra", 1, "router needs a class_path and init_args"),
         ("feed_forward.init_args.router.init_args.width", 1, "unexpected keyword .*'width'"),
-        ("feed_forward.init_args.experts.init_args.activation", "no_such", "'no_such' is not a"),
+        ("feed_forward.init_args.experts.init_args.activation", "no_such", "got 'no_such'$"),
+        ("feed_forward.init_args.experts.init_args.activation", "dropout", "got 'dropout'$"),
+        ("attention.init_args.rope_theta", float("nan"), "'rope_theta' must be finite, got nan"),
+        ("norm.init_args.eps", float("inf"), "'eps' must be finite, got inf"),
         ("norm.class_path", "torch.nn.Linear", "'torch.nn.Linear' is not a known Module"),
         ("norm.init_args.device", "cuda", "init_args of norm must be its options"),
         ("norm.init_args.dtype", None, "init_args of norm must be its options"),
@@ -244,6 +247,24 @@ def changed(description: dict[str, Any], path: str, value: object) -> dict[str, 
 def test_other_descriptions_are_refused(path: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_decoder(changed(describe_decoder(rotary_glu()), path, value))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_experts": 4097}, "n_experts=4097 is out of range, 0 to 4096 is allowed"),
+        ({"d_shared": 2**24 + 1}, "d_shared=16777217 is out of range"),
+    ],
+)
+def test_what_could_not_be_built_again_is_not_described(
+    options: dict[str, int], message: str
+) -> None:
+    with torch.device("meta"):
+        decoder = Decoder(
+            29, 16, 1, attention=ATTENTION, feed_forward=partial(FEED_FORWARD, **options)
+        )
+    with pytest.raises(ValueError, match=message):
+        describe_decoder(decoder)
 
 
 def test_a_description_without_end_is_refused() -> None:

@@ -70,7 +70,10 @@ def test_a_flipped_bit_anywhere(name: str, artifact: Path) -> None:
         flipped = bytearray(whole)
         flipped[at] ^= 1
         (artifact / name).write_bytes(flipped)
-        with pytest.raises(ValueError, match=f"artifact was changed: .* SHA-256 of {name}$"):
+        message = f"artifact was changed: .* SHA-256 of {name}$"
+        if name == "model.safetensors" and at < 8:  # its header is read before it is hashed
+            message = f"{name} is not a complete safetensors file"
+        with pytest.raises(ValueError, match=message):
             read_artifact(artifact)
     (artifact / name).write_bytes(whole)
     read_artifact(artifact)
@@ -96,7 +99,9 @@ def test_truncated_files(name: str, artifact: Path) -> None:
     whole = (artifact / name).read_bytes()
     for length in (0, 1, 8, len(whole) // 2, len(whole) - 1):
         (artifact / name).write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"was changed: .* {name}$"):
+        is_weights = name == "model.safetensors"
+        message = f"{name} is not a complete" if is_weights else f"was changed: .* {name}$"
+        with pytest.raises(ValueError, match=message):
             read_artifact(artifact)
         if length == len(whole) - 1 and name != "model.safetensors":
             continue  # only the last line end is gone

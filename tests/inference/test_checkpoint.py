@@ -281,6 +281,13 @@ def test_weights_of_another_model_are_listed_in_one_error(trained: Trained, forg
         load_decoder(path)
 
 
+def test_weights_that_are_not_finite(trained: Trained, forge: Forge) -> None:
+    state = {**trained.model.state_dict(), "decoder.norm.weight": torch.full((16,), torch.nan)}
+    path = forge(state_dict=state)
+    with pytest.raises(ValueError, match=r"not finite: norm\.weight holds NaN or infinity$"):
+        load_decoder(path)
+
+
 def test_states_that_fit() -> None:
     state = rotary_glu().state_dict()
     check_state(state, state)

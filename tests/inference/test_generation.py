@@ -1,6 +1,7 @@
 """Continuing prompts: caches, padding, forgetting, stopping and sampling."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.compilation import compile_sparse
 from lightning_dsmoe.inference.generation import generate, left_pad, sample
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
-from .conftest import learned_positions_mlp, without_routers
+from .conftest import UNCOMPILED, learned_positions_mlp, without_routers
 
 PLANS = [
     SelectionPlan.uniform(2),
@@ -291,3 +293,50 @@ def test_large_and_forbidden_logits() -> None:
             assert sample(half, **options).unique().tolist() == [0]
     forbidden = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).repeat(500, 1)
     assert sorted(sample(forbidden, temperature=9.0).unique().tolist()) == [0, 2]
+
+
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {},
+    {"top_k": 2},
+    {"top_p": 0.5},
+    {"top_k": 3, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_that_are_not_finite(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    forbidden = torch.full((6,), -torch.inf)
+    for value, row in (
+        (torch.nan, LOGITS),
+        (torch.inf, LOGITS),
+        (torch.nan, forbidden),
+        (-torch.inf, forbidden),
+    ):
+        logits = LOGITS.repeat(3, 1).to(dtype)
+        logits[1] = row.to(dtype)
+        logits[1, 4] = value
+        with pytest.raises(FloatingPointError, match="the logits are not finite: weights hold NaN"):
+            sample(logits, **options)
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_the_engine_says_that_logits_are_not_finite(
+    options: dict[str, Any], one_decoder: Decoder, tokens: Tensor
+) -> None:
+    model = compile_sparse(one_decoder, PLANS[1], switch_points=UNCOMPILED)
+    columns: list[Tensor] = []
+    for weight in (one_decoder.embedding.weight, model.decoder.embedding.weight):
+        with torch.no_grad():
+            weight[28] = torch.nan
+    for write in (partial(generate, one_decoder), model.generate):
+        with pytest.raises(FloatingPointError, match="the logits are not finite"):
+            write(tokens, 3, on_tokens=columns.append, **options)
+    assert not columns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_equal_logits_the_first_is_taken(dtype: torch.dtype) -> None:
+    logits = torch.randint(0, 5, (9, 997)).to(dtype)
+    assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))

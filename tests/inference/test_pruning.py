@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .conftest import (
     assert_near,
     learned_positions_mlp,
     rotary_glu,
+    sign,
     without_routers,
 )
 
@@ -269,10 +271,15 @@ def test_an_artifact_of_more_experts_than_its_weights(
     one_decoder: Decoder, plan: SelectionPlan, tmp_path: Path
 ) -> None:
     model = compile_sparse(prune(one_decoder, REMAINING), plan)
-    model.architecture = describe_decoder(one_decoder)
     model.save(tmp_path / "model")
+    compile_sparse(one_decoder, plan).save(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "model")
+    sign(tmp_path / "model")
     with pytest.raises(ValueError, match=r"weights are another model's: .* is .*, not"):
         load_sparse(tmp_path / "model")
+    model.architecture = describe_decoder(one_decoder)
+    with pytest.raises(ValueError, match=r"weights are another model's: .* is .*, not"):
+        model.save(tmp_path / "model")
 
 
 def test_generation_without_an_engine(

@@ -170,6 +170,23 @@ def test_parts_that_are_given_stay_whole(make_one_model: MakeModel, save: Save) 
     assert not shared.weight.is_meta
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout": "much"}, "float.* Got value: much"),
+        ({"feed_forward": {**LARGE, "init_args": {"width": 3}}}, "Option 'width' is not accepted"),
+        ({"norm": {"class_path": "torch.nn.RMSNorm", "init_args": {"eps": "x"}}}, "eps.*value: x"),
+    ],
+)
+def test_values_that_fit_no_model(changes: dict[str, Any], message: str, save: Save) -> None:
+    path = save(hyper_parameters={**FROM_COMMAND_LINE, **changes})
+    with pytest.raises(
+        ValueError, match=f"^hyper-parameters that fit no DSMoE.*: .*{message}"
+    ) as e:
+        load(path)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("key", ["hyper_parameters", "hparams", "module_arguments"])
 @pytest.mark.parametrize(
     ("changes", "message"),

@@ -22,8 +22,10 @@ from lightning_dsmoe.inference.engine.kernels import (
     Part,
     compile_kernel,
     export_part,
+    kernel_folder,
     kernel_path,
     load_kernel,
+    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
@@ -129,6 +131,7 @@ def _kernels(
     parts: dict[object, Part], n_sequences: int, device: torch.device
 ) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
+    own_folder(kernel_folder())
     programs = {name: export_part(part) for name, part in parts.items()}
     paths = {name: kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
@@ -143,12 +146,10 @@ def _kernels(
 
 
 def _loaded(path: Path, device: torch.device) -> Kernel | None:
-    """A kernel that is on disk; None if there is none, or none that can be read."""
+    """A kernel that is on disk; None if there is none, or none that is whole and ours."""
     if not path.is_file():
         return None
     try:
         return load_kernel(path, device)
-    except PermissionError:
-        raise
     except Exception:  # whatever is wrong with the file, a new one takes its place
         return None

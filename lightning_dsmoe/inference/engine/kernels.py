@@ -4,17 +4,20 @@ A module's weights are inputs of its kernel, so that layers alike share one and 
 """
 
 import hashlib
+import io
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
+
+from lightning_dsmoe.files import atomic_path
 
 Kernel = Callable[[list[Tensor]], list[Tensor]]
 """Takes the inputs, then the weights; empties the list that it is given, and checks nothing."""
@@ -51,10 +54,7 @@ def export_part(part: Part) -> ExportedProgram:
 
 
 def kernel_path(program: ExportedProgram) -> Path:
-    """Where the kernel of a graph is kept: by the graph, the machine and the version of PyTorch.
-
-    The folder is `~/.cache/lightning_dsmoe/kernels`, in XDG_CACHE_HOME if that is set.
-    """
+    """Where the kernel of a graph is kept: by the graph, the machine and the version of PyTorch."""
     inputs = [
         (tuple(map(str, value.shape)), value.stride(), str(value.dtype), str(value.device))
         for value in (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder")
@@ -72,33 +72,81 @@ def kernel_path(program: ExportedProgram) -> Path:
         sorted({torch.cuda.get_device_name(value[3]) for value in inputs if "cuda" in value[3]}),
     )
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return kernel_folder() / f"{digest[:40]}.pt2"
+
+
+def kernel_folder() -> Path:
+    """`~/.cache/lightning_dsmoe/kernels`, in XDG_CACHE_HOME if that is set."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lightning_dsmoe" / "kernels" / f"{digest[:40]}.pt2"
+    return Path(base) / "lightning_dsmoe" / "kernels"
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder for kernels, which are code that runs, if it is not there.
+
+    Raises:
+        PermissionError: if others can write to it, or it cannot be made.
+    """
+    try:
+        # By itself, mkdir(parents=True) leaves the mode of all but the last to the umask.
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        folder.mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise PermissionError(
+            f"kernels cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to another "
+            "folder"
+        ) from None
+    if not _is_ours_alone(folder.stat()):
+        raise PermissionError(
+            f"{folder} is not yours alone to write to, so nothing in it is run: chmod go-w it, or "
+            "set XDG_CACHE_HOME to a folder of your own"
+        )
 
 
 def compile_kernel(program: ExportedProgram, path: Path) -> None:
-    """Compile a graph into a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / path.name), inductor_configs=dict(OPTIONS)
+    """Compile a graph into a file that no one else can write to, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; told before it is compiled unless the disk is full.
+    """
+    with atomic_path(path) as temporary:
+        temporary.touch(mode=0o644)
+        # Not into the file: where the disk is full, the destructor of PyTorch's writer tries again
+        # and ends the process (torch 2.13).
+        package = io.BytesIO()
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=package, inductor_configs=dict(OPTIONS)
         )
-        Path(made).replace(path)
+        try:
+            temporary.write_bytes(package.getbuffer())
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(path.parent)) from None
 
 
 def load_kernel(path: Path, device: torch.device) -> Kernel:
     """Load a kernel that was compiled on this machine.
 
     Raises:
-        PermissionError: if others can write to its folder, for it is code that runs.
+        PermissionError: if others can write to the file, for it is code that runs.
+        ValueError: if the file is damaged.
     """
-    folder = path.parent.stat()
-    if folder.st_uid != os.getuid() or folder.st_mode & 0o022:
-        raise PermissionError(f"{path.parent} is not yours alone to write to, so nothing is run")
+    with path.open("rb") as file:
+        if not _is_ours_alone(os.fstat(file.fileno())):
+            raise PermissionError(f"{path} is not yours alone to write to")
+        # PyTorch does not look at the check sums, and damaged code may crash when it is run.
+        if ZipFile(file).testzip() is not None:
+            raise ValueError(f"{path} is damaged")
     index = -1 if device.index is None else device.index
     package = torch._inductor.aoti_load_package(str(path), device_index=index)
     kernel: Kernel = package.loader.boxed_run
     return kernel
+
+
+def _is_ours_alone(status: os.stat_result) -> bool:
+    """Whether nobody else can write to a file; Windows does not tell."""
+    if not hasattr(os, "getuid"):
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _processor() -> str:

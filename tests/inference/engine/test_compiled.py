@@ -222,6 +222,19 @@ def test_without_a_compiler_it_says_so_once_and_gives_the_same(
         assert torch.equal(found, drawn(decoder, prompts, plan=TOP_K))
 
 
+def test_a_folder_that_others_can_write_to_is_not_used(
+    no_compiler: None, no_kernels: None, long_tokens: Tensor
+) -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dsmoe" / "kernels"
+    folder.mkdir(parents=True)
+    message = f"uncompiled, more slowly: {folder} is not yours alone to write to"
+    folder.chmod(0o777)
+    model = compile_sparse(rotary_mlp(), TOP_K)
+    with pytest.warns(UserWarning, match=message):
+        found = drawn(model, long_tokens[:1, :6])
+    assert torch.equal(found, drawn(rotary_mlp(), long_tokens[:1, :6], plan=TOP_K))
+
+
 class Doubling(FeedForwardLayer):
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
         return MixtureOutput(2 * x, None)

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from lightning_dsmoe.inference.engine.kernels import (
     export_part,
     kernel_path,
     load_kernel,
+    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
@@ -49,6 +52,31 @@ inputs = (torch.zeros(2, 8), cache, cache.clone(), torch.ones(64, 2).bool(), tor
 part = Part(BlockStep(decoder.blocks[0], TopK(2), TopK(1)), inputs, frozenset({1, 2, 3}))
 print(kernel_path(export_part(part)))
 """
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from torch.export.pt2_archive._package import PT2ArchiveWriter
+from lightning_dsmoe.inference.engine.kernels import compile_kernel
+
+def compiler(program, *, package_path, **options):
+    with PT2ArchiveWriter(package_path) as writer:
+        writer.write_bytes("code", bytes(1_000_000))
+
+torch._inductor.aoti_compile_and_package = compiler
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    compile_kernel("a graph", Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+LOADED = SimpleNamespace(loader=SimpleNamespace(boxed_run=print))
+
+
+def package(path: Path) -> None:
+    with ZipFile(path, "w") as archive:
+        archive.writestr("kernel.so", b"machine code")
 
 
 def inputs_of(decoder: Decoder, n_sequences: int) -> tuple[Tensor, ...]:
@@ -162,27 +190,85 @@ def test_the_folder(
 def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "down" / "kernel.pt2"
 
-    def compiler(program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> str:
+    def compiler(program: Any, *, package_path: Any, inductor_configs: dict[str, Any]) -> None:
         assert program == "a graph"
         assert inductor_configs == kernels_module.OPTIONS
         assert not path.exists()
-        Path(package_path).write_text("machine code")
-        return package_path
+        package_path.write(b"machine code")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
-    compile_kernel("a graph", path)  # type: ignore[arg-type]
+    before = os.umask(0o002)
+    try:
+        own_folder(path.parent)
+        compile_kernel("a graph", path)  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
     assert path.read_text() == "machine code"
     assert list(path.parent.iterdir()) == [path]
-    assert path.parent.stat().st_mode & 0o077 == 0
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.parent.parent.stat().st_mode & 0o777 == 0o755
 
 
-def test_code_that_others_may_have_written_is_not_run(tmp_path: Path) -> None:
-    path = tmp_path / "kernels" / "kernel.pt2"
-    path.parent.mkdir()
-    path.write_text("machine code")
+def test_folders_that_others_can_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    own_folder(folder)
     for mode in (0o770, 0o707):
-        path.parent.chmod(mode)
-        with pytest.raises(PermissionError, match="kernels is not yours alone to write to"):
+        folder.chmod(mode)
+        with pytest.raises(PermissionError, match=r"kernels is not yours alone .* chmod go-w it"):
+            own_folder(folder)
+    folder.chmod(0o700)
+    (tmp_path / "link").symlink_to(folder)
+    own_folder(tmp_path / "link")
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    for place in (folder, tmp_path / "link"):
+        with pytest.raises(PermissionError, match=r"not yours alone .* set XDG_CACHE_HOME to"):
+            own_folder(place)
+    monkeypatch.delattr(os, "getuid")  # as on Windows
+    own_folder(folder)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "kernels"):
+        with pytest.raises(PermissionError, match=r"cannot be kept in .*: set XDG_CACHE_HOME to"):
+            own_folder(folder)
+
+
+def test_code_that_others_may_have_written_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kernel.pt2"
+    package(path)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *args, **options: LOADED)
+    cpu = torch.device("cpu")
+    for mode in (0o664, 0o646):
+        path.chmod(mode)
+        with pytest.raises(PermissionError, match=r"kernel\.pt2 is not yours alone to write to"):
+            load_kernel(path, cpu)
+    path.chmod(0o644)
+    assert load_kernel(path, cpu) == LOADED.loader.boxed_run
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match=r"kernel\.pt2 is not yours alone to write to"):
+        load_kernel(path, cpu)
+
+
+def test_damaged_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kernel.pt2"
+    package(path)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *args, **options: LOADED)
+    whole = path.read_bytes()
+    at = whole.index(b"machine code")
+    for damaged in (
+        b"",
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:at] + bytes(12) + whole[at + 12 :],
+        bytes(len(whole)),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises((ValueError, BadZipFile)):
             load_kernel(path, torch.device("cpu"))
 
 
@@ -196,8 +282,8 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
         path.parent.mkdir()
         path.write_text("from another process")
 
-    def compiler(program: Any, *, package_path: str, **options: Any) -> str:
-        Path(package_path).write_text("half of the machine co")
+    def compiler(program: Any, *, package_path: Any, **options: Any) -> None:
+        package_path.write(b"half of the machine co")
         raise error("no more")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
@@ -205,3 +291,11 @@ def test_a_compiler_that_fails_leaves_nothing_behind(
         compile_kernel("a graph", path)  # type: ignore[arg-type]
     assert list(path.parent.iterdir()) == ([path] if earlier else [])
     assert not earlier or path.read_text() == "from another process"
+
+
+def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "kernel.pt2")]
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert other.stdout == f"[Errno 27] File too large: '{tmp_path}'\n", other.stderr
+    assert other.returncode == 0
+    assert list(tmp_path.iterdir()) == []
