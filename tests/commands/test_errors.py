@@ -206,7 +206,7 @@ def test_artifact_with_a_flipped_byte(cli: Any, trained: Any, tmp_path: Path) ->
         (["--ckpt={checkpoint}", "--temperature=warm"], ["temperature", "float", "warm"]),
         (["--ckpt={checkpoint}", "--top_k=0"], ["top_k must be at least 1", "0"]),
         (["--ckpt={checkpoint}", "--top_p=2"], ["top_p must be", "2.0"]),
-        (["--ckpt={checkpoint}", "--stop=ab"], ["one token", "'ab' is 2"]),
+        (["--ckpt={checkpoint}", "--stop="], ["stop must be", "''"]),
         (["--nope=1"], ["--nope=1"]),
     ],
 )
