@@ -140,7 +140,8 @@ def _selection_from_dict(data: Any) -> Selection:
     name = data.get("selection") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}"
+            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; one of "
+            "your own is after import of its module, or --import MODULE on the command line"
         )
     options = {key: value for key, value in data.items() if key != "selection"}
     try:
