@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -38,6 +39,7 @@ _DEBUG = "JSONARGPARSE_DEBUG"
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # so that processes that training starts import them too
 _IMPORT_HELP = "--import MODULE first imports a module with parts of your own (can be repeated)"
 _SIGTERM_EXIT_CODE = 143
+_PROCESSES_PER_CORE = 4
 
 
 class OneLineErrors(jsonargparse.ArgumentParser):
@@ -68,8 +70,22 @@ class DSMoECLI(LightningCLI):
         """Take a checkpoint as data only, and look into it before anything is built."""
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
+        _check_processes(options.trainer)
         if options.ckpt_path and Path(options.ckpt_path).is_file():
             read_checkpoint(options.ckpt_path, weights_only=options.weights_only)
+
+
+def _check_processes(trainer: Any) -> None:
+    """Raise a ValueError if far more processes are asked for than a CPU can run side by side."""
+    devices, cores = str(trainer.devices), os.cpu_count() or 1
+    on_cpu = trainer.accelerator == "cpu" or (
+        trainer.accelerator == "auto" and not torch.accelerator.is_available()
+    )
+    if on_cpu and devices.isdecimal() and int(devices) > _PROCESSES_PER_CORE * cores:
+        raise ValueError(
+            f"trainer.devices={devices} starts {devices} processes on {cores} CPU cores; up to "
+            f"{_PROCESSES_PER_CORE * cores} are allowed here, and more than {cores} are no faster"
+        )
 
 
 def _vocab_size(data: LightningDataModule) -> int:

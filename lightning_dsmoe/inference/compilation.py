@@ -14,6 +14,7 @@ from lightning_dsmoe.inference.engine.rows import Rows
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 
@@ -47,12 +48,14 @@ def compile_sparse(
         FileNotFoundError: if there is nothing at a path.
         ValueError: if the plan does not fit the model, its weights are in 8 bits already, an option
             is unknown, or a file is not what it should be.
+        TypeError: if the plan is none.
         ImportError: if int8 is wanted and bitsandbytes is not installed.
     """
     source = _source(model)
     decoder = source.decoder
     if quantization not in (None, "int8"):
         raise ValueError(f"quantization must be None or 'int8', got {quantization!r}")
+    check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
     architecture = describe_decoder(decoder)
     decoder = copy.deepcopy(decoder).eval().requires_grad_(False)

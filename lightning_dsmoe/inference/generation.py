@@ -16,6 +16,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.context import Context, DecoderContext
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
 
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
 """Prompts of whole numbers: several of one length `[B, T]`, or one `[T]`."""
@@ -114,6 +115,7 @@ def new_tokens(
     _check_prompts(decoder, tokens, mask, context, stop)
     _check_options(max_new_tokens, temperature, top_k, top_p)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
+    check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     return _columns(model, tokens, max_new_tokens, plan, mask, context, stop, draw)

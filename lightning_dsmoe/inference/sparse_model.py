@@ -23,6 +23,7 @@ from lightning_dsmoe.inference.model_card import model_card
 from lightning_dsmoe.inference.option_names import check_names
 from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
@@ -263,6 +264,7 @@ class SparseModel(nn.Module):
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
         if plan is not None:
+            check_plan(plan, self.decoder.n_layers)
             plan.check(*self.decoder.plan_sizes)
         return self.plan if plan is None else plan
 

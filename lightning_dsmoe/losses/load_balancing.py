@@ -22,7 +22,12 @@ def load_balancing_loss(probs: Tensor, active: Tensor, mask: Tensor | None = Non
 
     Returns:
         A scalar of at least float32.
+
+    Raises:
+        ValueError: if the shapes differ or the mask does not cover the tokens.
     """
+    if active.shape != probs.shape:
+        raise ValueError(f"active of {tuple(active.shape)} for probs of {tuple(probs.shape)}")
     probs, weight = flatten_tokens(probs, mask)
     with without_autocast(probs.device.type):
         assignments = weight @ active.reshape(probs.shape).to(probs)

@@ -74,6 +74,12 @@ MISTAKES = {
     ),
     "option": (["--nope=3"], ["--nope=3"]),
     "number": (["--trainer.max_steps=abc"], ["trainer.max_steps", "int", "abc"]),
+    "union": (
+        ["--trainer.precision=bf17"],
+        ["trainer.precision: expected 64, 32, 16, ", "'bf16-mixed'", " or 'bf16', got bf17"],
+    ),
+    "numbers": (["--trainer.limit_val_batches=viel"], ["expected int or float, got viel"]),
+    "processes": (["--trainer.devices=999", "--trainer.accelerator=cpu"], ["999 processes on"]),
     "choice": ([f"{FEED_FORWARD}gate_scale=big"], ["'mean_one', 'sum_to_one'", "big"]),
     "quantization": (
         [*COMPILE, "--trainer.callbacks.plan.experts.k=1", "--trainer.callbacks.quantization=int4"],
