@@ -61,8 +61,8 @@ class Selection(ABC):
 
 
 def check_selection(selection: object) -> None:
-    """Raise a TypeError that names what was meant, unless it is a selection."""
-    if isinstance(selection, Selection):
+    """Raise a TypeError that names what was meant, unless it can be called as a selection is."""
+    if callable(selection) and not isinstance(selection, type):
         return
     if isinstance(selection, type):
         meant = f"{selection.__name__}(...) rather than the class"
