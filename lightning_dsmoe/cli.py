@@ -4,10 +4,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -35,7 +37,10 @@ TOOLS: dict[str, Callable[..., None]] = {
     "configs": configs,
 }
 _DEBUG = "JSONARGPARSE_DEBUG"
+_IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # so that processes that training starts import them too
+_IMPORT_HELP = "--import MODULE first imports a module with parts of your own (can be repeated)"
 _SIGTERM_EXIT_CODE = 143
+_PROCESSES_PER_CORE = 4
 
 
 class OneLineErrors(jsonargparse.ArgumentParser):
@@ -66,6 +71,7 @@ class DSMoECLI(LightningCLI):
         """Take a checkpoint as data only, and look into it before anything is built."""
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
+        _check_processes(options.trainer)
         if options.ckpt_path and Path(options.ckpt_path).is_file():
             # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
             read_checkpoint(options.ckpt_path, weights_only=options.weights_only, checksums=False)
@@ -76,6 +82,19 @@ class DSMoECLI(LightningCLI):
         if options.get("ckpt_path") == "last":
             options["ckpt_path"] = find_last_checkpoint(self.trainer)
         return options
+
+
+def _check_processes(trainer: Any) -> None:
+    """Raise a ValueError if far more processes are asked for than a CPU can run side by side."""
+    devices, cores = str(trainer.devices), os.cpu_count() or 1
+    on_cpu = trainer.accelerator == "cpu" or (
+        trainer.accelerator == "auto" and not torch.accelerator.is_available()
+    )
+    if on_cpu and devices.isdecimal() and int(devices) > _PROCESSES_PER_CORE * cores:
+        raise ValueError(
+            f"trainer.devices={devices} starts {devices} processes on {cores} CPU cores; up to "
+            f"{_PROCESSES_PER_CORE * cores} are allowed here, and more than {cores} are no faster"
+        )
 
 
 def _vocab_size(data: LightningDataModule) -> int:
@@ -104,7 +123,9 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
                 "Train DS-MoE language models: every expert learns from every token, and only "
                 "those that matter run afterwards."
             ),
-            "epilog": f"Tools beside these: {', '.join(TOOLS)}; --debug shows tracebacks.",
+            "epilog": (
+                f"Tools beside these: {', '.join(TOOLS)}; --debug shows tracebacks; {_IMPORT_HELP}."
+            ),
         },
         args=args,
     )
@@ -114,11 +135,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `lightning-dsmoe`; a mistake ends it with one line and exit code 1 or 2."""
     if args is not None:
         sys.argv[1:] = args
+    elif "" not in sys.path:
+        sys.path.append("")  # modules in the current folder are found, as by `python -m`
     if "--debug" in sys.argv:
         os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     try:
+        _import_modules(words)
+        sys.argv[1:] = words
         if words and not words[0].startswith("-") and words[0] not in commands:
             known = ", ".join(commands)
             sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
@@ -129,6 +154,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 args=[_underscored(word) for word in words],
                 as_positional=False,
                 prog=f"lightning-dsmoe {tool}",
+                epilog=f"{_IMPORT_HELP}; --debug shows tracebacks.",
                 parser_class=OneLineErrors,
             )
         else:
@@ -139,6 +165,33 @@ def main(args: Sequence[str] | None = None) -> None:
         if _DEBUG in os.environ:
             raise
         sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+
+
+def _import_modules(words: list[str]) -> None:
+    """Take every `--import MODULE` out of the words, and import the modules."""
+    names = [name for name in os.environ.get(_IMPORTS, "").split(",") if name]
+    rest, each = [], iter(words)
+    for word in each:
+        option, is_given, name = word.partition("=")
+        if option == "--import":
+            names.append(name if is_given else next(each, ""))
+        else:
+            rest.append(word)
+    words[:] = rest
+    for name in names:
+        if not all(map(str.isidentifier, name.split("."))) or name.endswith(".py"):
+            raise ValueError(f"--import takes the name of a module, like my_parts, got {name!r}")
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise ValueError(
+                f"--import {name}: there is no module {error.name!r} in this folder or where "
+                "Python looks for modules"
+            ) from None
+    if names:
+        os.environ[_IMPORTS] = ",".join(dict.fromkeys(names))
 
 
 def _underscored(word: str) -> str:

@@ -14,6 +14,7 @@ from lightning_dsmoe.attention import Attention, KVCache
 from lightning_dsmoe.attention.attention import causal_scope
 from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
 
 
 class Routings(NamedTuple):
@@ -226,7 +227,8 @@ class Decoder(nn.Module):
         """
         if plan is None:
             plan = SelectionPlan.uniform(self.n_layers)
-        elif plan.n_layers != self.n_layers:
+        check_plan(plan, self.n_layers)
+        if plan.n_layers != self.n_layers:
             raise ValueError(f"a plan of {plan.n_layers} layers, a model of {self.n_layers}")
         x = self.dropout(self.embed(tokens, mask=mask, caches=caches))
         experts, attention = [], []
@@ -257,9 +259,18 @@ class Decoder(nn.Module):
             caches: one KV cache per layer.
 
         Raises:
-            ValueError: if there are more tokens than learned positions.
+            ValueError: if there are more tokens than learned positions, or the tokens are not
+                whole numbers `[B, T]` below V.
         """
-        x: Tensor = self.embedding(tokens)
+        try:
+            x: Tensor = self.embedding(tokens)
+        except (IndexError, RuntimeError):
+            self._check_tokens(tokens)
+            raise
+        if tokens.ndim != 2:
+            raise ValueError(
+                f"tokens must be [B, T], got {tuple(tokens.shape)}; tokens[None] is a batch of one"
+            )
         if self.positions is None:
             return x
         seen = x.shape[1] + (caches[0].length if caches else 0)
@@ -271,6 +282,15 @@ class Decoder(nn.Module):
             causal_scope(x, mask, caches[0] if caches else None).positions_BT
         )
         return placed
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Say what is wrong with tokens that have no embeddings; only a CPU tells that they do."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        if tokens.device.type == "cpu":
+            for token in (int(tokens.min()), int(tokens.max())):
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"token {token} is not in 0 to {self.vocab_size - 1}")
 
     def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""

@@ -21,7 +21,7 @@ def test_help() -> None:
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     tools = ("generate", "sweep", "calibrate", "prune", "certify", "report", "configs")
-    for command in ("fit", "validate", "test", "predict", *tools, "--debug"):
+    for command in ("fit", "validate", "test", "predict", *tools, "--debug", "--import"):
         assert command in done.stdout
 
 

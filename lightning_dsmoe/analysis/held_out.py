@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.data import TextDataModule
-from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.tokenizers import Tokenizer
 
 
 class HeldOut(NamedTuple):

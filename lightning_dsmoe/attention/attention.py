@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
+from lightning_dsmoe.token_shapes import check_sequences
 
 
 class Attention(nn.Module, ABC):
@@ -57,7 +58,11 @@ def causal_scope(x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Scope
     """Positions and visibility of new tokens `[B, T, D]` after those in the cache.
 
     Padding sees itself alone, so that its rows stay finite.
+
+    Raises:
+        ValueError: if the tokens are not sequences, or the mask is not theirs.
     """
+    check_sequences(x, mask)
     batch, length, _ = x.shape
     steps = torch.arange(length, device=x.device)
     if mask is None and (cache is None or cache.length == 0):

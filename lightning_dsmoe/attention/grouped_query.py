@@ -6,6 +6,7 @@ from lightning_dsmoe.attention.attention import Attention, causal_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
+from lightning_dsmoe.token_shapes import check_width
 
 
 class GroupedQueryAttention(Attention):
@@ -68,6 +69,7 @@ class GroupedQueryAttention(Attention):
         cache: KVCache | None = None,
     ) -> MixtureOutput:
         """Attend over tokens `[B, T, D]`; there is nothing to select (see `Attention.forward`)."""
+        check_width(x, self.d_model)
         scope = causal_scope(x, mask, cache)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)
         return MixtureOutput(self.heads(x, scope, keys, values), None)

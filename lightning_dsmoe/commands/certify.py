@@ -83,7 +83,7 @@ def certify(
         loaded = load_decoder(ckpt_path)
         checkpoint = sha256(Path(ckpt_path))
         check_weights(model, loaded.decoder)
-        if loaded.tokenizer != model.tokenizer:
+        if loaded.tokenizer != model.tokenizer_description:
             raise ValueError(
                 "the artifact was not made of this checkpoint: its tokenizer is another"
             )
@@ -95,7 +95,7 @@ def certify(
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
     }
-    trained_on = loaded or LoadedDecoder(model.decoder, model.tokenizer, model.context)
+    trained_on = loaded or LoadedDecoder(model.decoder, model.tokenizer_description, model.context)
     text, source = _text(trained_on, files, given, recorded)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -64,11 +64,25 @@ def one_line(message: str) -> str:
         return " ".join(message.split())
     best = max(attempts, key=lambda attempt: len(attempt.keys) + len(attempt.classes))
     reason = re.sub(r"\.? Got value: (Namespace|NestedArg)\(.*", "", best.reason)
+    if choices := _choices(message):
+        reason = f"expected {choices}. Got value: {best.value}"
     if reason.startswith(("Expected a <", "Expected a typing")) and "Got value" not in reason:
         reason += f". Got value: {best.value}"
     for pattern, plain in _PLAINER:
         reason = re.sub(pattern, plain, reason)
     return ": ".join(filter(None, [".".join(best.keys), reason])) + _allowed(best)
+
+
+def _choices(message: str) -> str:
+    """All that a union of plain types and literals allows; nothing for a message of other kinds."""
+    unions = re.findall(r"^\s*Subtypes: \[(.*)\]$", message, re.MULTILINE)
+    subtypes = re.split(r", (?=typing\.|<)", unions[0]) if len(unions) == 1 else []
+    plain = [re.fullmatch(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", each) for each in subtypes]
+    found = [(each[1] or each[2]).split(", ") for each in plain if each]
+    if not found or not all(plain):
+        return ""
+    *names, last = [name for names in found for name in names if name != "NoneType"]
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def _attempts(message: str, left_out: tuple[str, ...]) -> list[_Attempt]:

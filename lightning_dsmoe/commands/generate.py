@@ -1,10 +1,10 @@
 """Text from a checkpoint or a sparse model."""
 
+from itertools import chain
+
 import torch
-from torch import Tensor
 
 from lightning_dsmoe.commands.trained import read_plan
-from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.inference import (
     SparseModel,
     SwitchPoints,
@@ -38,7 +38,7 @@ def generate(
         top_k: sample from the k most probable tokens only.
         top_p: sample from the fewest most probable tokens with this much probability only.
         seed: seed of the sampling.
-        stop: a text of one token that ends the output.
+        stop: a text that ends the output.
         plan: JSON file of a selection plan, in place of the model's own.
 
     Raises:
@@ -47,42 +47,19 @@ def generate(
     if (ckpt is None) == (artifact is None):
         raise ValueError("generate needs either --ckpt or --artifact")
     model = _model_of_checkpoint(ckpt) if ckpt is not None else load_sparse(str(artifact))
-    if model.tokenizer is None:
-        raise ValueError("this model was saved without a tokenizer, so it has no text")
-    tokenizer = Tokenizer.from_dict(model.tokenizer)
-    tokens = torch.as_tensor(tokenizer.encode(prompt)).long()[None]
-    printer = _Printer(tokenizer, tokens)
-    model.generate(
-        tokens,
+    pieces = model.stream(
+        prompt,
         max_new_tokens,
         plan=None if plan is None else read_plan(plan, model.decoder),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=[] if stop is None else _single_token(tokenizer, stop),
+        stop=[] if stop is None else [stop],
         generator=torch.Generator().manual_seed(seed),
-        on_tokens=printer.add,
     )
-    printer.print()
+    for piece in chain([model.generate(prompt, 0)], pieces):
+        print(piece, end="", flush=True)
     print()
-
-
-class _Printer:
-    """Prints a text as its tokens arrive, holding back characters that are not complete yet."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_BT: Tensor) -> None:
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = prompt_BT[0].tolist()
-        self.printed = 0
-
-    def add(self, new_B: Tensor) -> None:
-        self.tokens.append(int(new_B[0]))
-        self.print()
-
-    def print(self) -> None:
-        text = self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
-        print(text[self.printed :], end="", flush=True)
-        self.printed = max(self.printed, len(text))
 
 
 def _model_of_checkpoint(path: str) -> SparseModel:
@@ -94,10 +71,3 @@ def _model_of_checkpoint(path: str) -> SparseModel:
         tokenizer=loaded.tokenizer,
         context=loaded.context,
     )
-
-
-def _single_token(tokenizer: Tokenizer, text: str) -> list[int]:
-    tokens = [int(token) for token in tokenizer.encode(text)]
-    if len(tokens) != 1:
-        raise ValueError(f"stop must be one token, {text!r} is {len(tokens)}")
-    return tokens

@@ -26,12 +26,12 @@ from lightning_dsmoe.commands.trained import (
     read_plan,
     tokenizer_of,
 )
-from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.architecture import differences
 from lightning_dsmoe.routing import SelectionPlan, Threshold
+from lightning_dsmoe.tokenizers import Tokenizer
 
 _EPS = 0.1
 _SAMPLE_TOKENS = 600

@@ -5,12 +5,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from lightning_dsmoe.analysis import HeldOut, held_out
-from lightning_dsmoe.data.tokenizers import Tokenizer
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
 from lightning_dsmoe.inference.checkpoint import LoadedDecoder
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.tokenizers import Tokenizer
 
 Given = TypeVar("Given")
 

@@ -7,13 +7,13 @@ from torch.utils.data import DataLoader
 from lightning_dsmoe.data.corpus import find_corpus
 from lightning_dsmoe.data.loader import Batch, ResumableLoader, unfinished_batches
 from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile, open_token_file
-from lightning_dsmoe.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from lightning_dsmoe.data.windows import (
     EvaluationSampler,
     EvaluationWindows,
     TrainingSampler,
     TrainingWindows,
 )
+from lightning_dsmoe.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 class TextDataModule(LightningDataModule):

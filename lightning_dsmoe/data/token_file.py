@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_dsmoe.data.corpus import Corpus
-from lightning_dsmoe.data.tokenizers import CharTokenizer, Tokenizer
 from lightning_dsmoe.files import atomic_path, write_text
+from lightning_dsmoe.tokenizers import CharTokenizer, Tokenizer
 
 FORMAT_VERSION = 1
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_dsmoe.experts.experts import Experts, MLPExperts
 from lightning_dsmoe.experts.layer import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
+from lightning_dsmoe.token_shapes import check_width
 
 
 class ExpertsFactory(Protocol):
@@ -35,5 +36,6 @@ class FeedForward(FeedForwardLayer):
         self.experts = experts(d_model, 1, d_hidden)
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
-        """Transform tokens `[B, T, D]`; there is nothing to select."""
-        return MixtureOutput(self.experts(x.flatten(0, -2)).view_as(x), None)
+        """Transform tokens `[..., D]`; there is nothing to select."""
+        check_width(x, self.d_model)
+        return MixtureOutput(self.experts(x.reshape(-1, self.d_model)).view_as(x), None)

@@ -62,14 +62,17 @@ class MixtureOfExperts(FeedForwardLayer):
         self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
-        """Transform tokens `[B, T, D]` under the gates of the experts that `selection` picks."""
+        """Transform tokens `[..., D]` under the gates of the experts that `selection` picks."""
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
-        x_XD, gates_XE = x.flatten(0, -2), (self.gate_factor * gates).flatten(0, -2)
+        x_XD = x.reshape(-1, self.d_model)
+        gates_XE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
         if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_XD):
             y = self.experts(x_XD, gates_XE).view_as(x)
         else:
-            y = self.experts.sparse_forward(x_XD, gates_XE, active.flatten(0, -2)).view_as(x)
+            y = self.experts.sparse_forward(x_XD, gates_XE, active.reshape(gates_XE.shape)).view_as(
+                x
+            )
         if self.shared is not None:
             y = y + self.shared(x).output
         return MixtureOutput(y, routing)

@@ -48,11 +48,23 @@ def known_class(path: object, part: str) -> type:
     bases = PART_BASES.get(part) or tuple(base for some in PART_BASES.values() for base in some)
     found = named_object(path)
     if not (isinstance(found, type) and issubclass(found, bases)) or _is_other_torch_module(found):
-        raise ValueError(
-            f"{path!r:.200} is not a known {' or '.join(base.__name__ for base in bases)}; "
-            "import the module that defines it first"
-        )
+        raise _unknown(path, *bases)
     return found
+
+
+def _unknown(path: object, *bases: type) -> ValueError:
+    """What to say of a class that is not known, and how it could be."""
+    module, _, _ = str(path).rpartition(".")
+    how = ""
+    if module == "__main__" or "<locals>" in module:
+        how = "; define it at the top of a module that can be imported"
+    elif module not in sys.modules and all(map(str.isidentifier, module.split("."))):
+        how = (
+            f"; import the module that defines it first: import {module} in Python, "
+            f"--import {module} on the command line"
+        )
+    names = " or ".join(base.__name__ for base in bases)
+    return ValueError(f"{path!r:.200} is not a known {names}{how:.200}")
 
 
 def named_object(path: object) -> object:
@@ -99,7 +111,7 @@ def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
     if model_path is not None:
         model = named_object(model_path)
         if not (isinstance(model, type) and issubclass(model, base)):
-            raise ValueError(f"{model_path!r:.200} is not a known {base.__name__}")
+            raise _unknown(model_path, base)
     check_sizes(options)
     _check_options(options)
 

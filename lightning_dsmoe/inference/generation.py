@@ -1,18 +1,26 @@
-"""Sampling text from a model, token by token, with a KV cache.
+"""Sampling tokens from a model, one after another, with a KV cache.
 
 Shapes: B batch, T tokens of the prompt, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.context import Context, DecoderContext
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
+
+Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
+"""Prompts of whole numbers: several of one length `[B, T]`, or one `[T]`."""
 
 _COLDEST, _HOTTEST = 1e-6, 1e6  # beyond which probabilities are no numbers in float32
 
@@ -20,7 +28,7 @@ _COLDEST, _HOTTEST = 1e-6, 1e6  # beyond which probabilities are no numbers in f
 @torch.inference_mode()
 def generate(
     model: Decoder | Engine,
-    tokens: Tensor,
+    tokens: Tokens,
     max_new_tokens: int,
     *,
     plan: SelectionPlan | None = None,
@@ -40,7 +48,8 @@ def generate(
 
     Args:
         model: the model, in evaluation mode.
-        tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths.
+        tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths; or
+            one prompt `[T]`. Arrays and lists will do.
         max_new_tokens: tokens to add at the most.
         plan: the experts that run; None runs all.
         mask: bool `[B, T]`, false for padding; None for no padding.
@@ -53,18 +62,78 @@ def generate(
         on_tokens: called with each new column of tokens `[B]`.
 
     Returns:
-        Prompts and continuations, `[B, T + new tokens]`.
+        Prompts and continuations, `[B, T + new tokens]`, or `[T + new tokens]` for one prompt.
 
     Raises:
-        ValueError: if the prompt is empty or longer than the context, or an option is out of range.
+        ValueError: if the prompt is empty, longer than the context or not of whole numbers, or an
+            option is out of range.
         FloatingPointError: if the logits are not finite.
+    """
+    prompts = as_tokens(model, tokens)
+    mask = None if mask is None else torch.as_tensor(mask, device=prompts.device)
+    if is_one := prompts.ndim == 1:
+        prompts, mask = prompts[None], None if mask is None else mask[None]
+    columns = [prompts]
+    for chosen_B in new_tokens(
+        model,
+        prompts,
+        max_new_tokens,
+        plan=plan,
+        mask=mask,
+        context=context,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        generator=generator,
+    ):
+        columns.append(chosen_B[:, None])
+        if on_tokens is not None:
+            on_tokens(chosen_B)
+    texts = torch.cat(columns, dim=1)
+    return texts[0] if is_one else texts
+
+
+def new_tokens(
+    model: Decoder | Engine,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    plan: SelectionPlan | None = None,
+    mask: Tensor | None = None,
+    context: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Each new column of tokens `[B]` of prompts `[B, T]`, under the options of `generate`.
+
+    Options are checked at once, and a token is computed when it is asked for.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
     context = decoder.max_positions if context is None else context
     _check_prompts(decoder, tokens, mask, context, stop)
     _check_options(max_new_tokens, temperature, top_k, top_p)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
+    check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _columns(model, tokens, max_new_tokens, plan, mask, context, stop, draw)
+
+
+@torch.inference_mode()
+def _columns(
+    model: Decoder | Engine,
+    tokens: Tensor,
+    max_new_tokens: int,
+    plan: SelectionPlan,
+    mask: Tensor | None,
+    context: int | None,
+    stop: Collection[int],
+    draw: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
     batch, length = tokens.shape
     capacity = min(length + max_new_tokens, context or length + max_new_tokens)
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
@@ -82,19 +151,39 @@ def generate(
             start = end - max(1, capacity // 2)
         padding = None if mask is None or start >= length else unpadded[:, start:end]
         logits_BV = reader.read(text[:, start:end], padding)
-        chosen_B = sample(
-            logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        chosen_B = draw(logits_BV)
         if len(stops):
             chosen_B = torch.where(ended, text[:, end - 1], chosen_B)
             ended |= torch.isin(chosen_B, stops)
         text[:, end] = chosen_B
         start = end
-        if on_tokens is not None:
-            on_tokens(chosen_B)
+        yield chosen_B
         if len(stops) and bool(ended.all()):
-            return text[:, : end + 1]
-    return text
+            return
+
+
+def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:
+    """Prompts `[B, T]` or `[T]` in int64, where the model is.
+
+    Raises:
+        ValueError: if they are empty, not of one length or not whole numbers.
+    """
+    decoder = model if isinstance(model, Decoder) else model.decoder
+    if not isinstance(tokens, Tensor):
+        try:
+            tokens = torch.as_tensor(np.asarray(tokens))
+        except (TypeError, ValueError):
+            raise ValueError(
+                "prompts must be whole numbers, of one length (left_pad pads them and gives the "
+                f"mask), got {tokens!r:.80}"
+            ) from None
+    if tokens.ndim not in (1, 2) or not tokens.numel():
+        raise ValueError(
+            f"prompts must be [B, T] or [T] with a token or more, got {tuple(tokens.shape)}"
+        )
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+        raise ValueError(f"prompts must be whole numbers, got {tokens.dtype}")
+    return tokens.to(decoder.embedding.weight.device, torch.long)
 
 
 def _open(model: Decoder | Engine, batch: int, capacity: int, plan: SelectionPlan) -> Context:
@@ -179,8 +268,8 @@ def _check_prompts(
     context: int | None,
     stop: Collection[int],
 ) -> None:
-    if tokens.ndim != 2 or not tokens.shape[0] or not tokens.shape[1]:
-        raise ValueError(f"prompts must be [B, T] with a token or more, got {tuple(tokens.shape)}")
+    if not all(isinstance(token, int | np.integer) for token in stop):
+        raise ValueError(f"stop must be tokens for prompts of tokens, got {stop!r:.80}")
     vocabulary = range(decoder.vocab_size)
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
     if outside:

@@ -1,5 +1,6 @@
 """A sparse model described for people."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,8 @@ def model_card(
     n_bytes: int,
     quantized: dict[str, int],
     certificate: dict[str, Any],
+    *,
+    prompt: str | None = None,
 ) -> str:
     """Markdown: what the model is, which experts run, what was measured, how to use it.
 
@@ -27,6 +30,7 @@ def model_card(
         n_bytes: bytes of all weights.
         quantized: bytes of each quantised weight, by its name.
         certificate: what was measured, by its name.
+        prompt: a text that the model's tokenizer can read; None for a model of tokens only.
     """
     all_remain = (None,) * decoder.n_layers
     remaining = remaining_experts(decoder) or Remaining(all_remain, all_remain)
@@ -44,17 +48,7 @@ def model_card(
         f"- in 8 bits: {_quantized(quantized)}",
         "",
         *_measured(certificate),
-        "## Use",
-        "",
-        "```python",
-        "from lightning_dsmoe import load_sparse",
-        "",
-        'model = load_sparse(".")',
-        "tokens = model.generate(prompt, max_new_tokens=100)",
-        "```",
-        "",
-        'or `lightning-dsmoe generate --artifact . --prompt "Once"`.',
-        "",
+        *_use(prompt),
     ]
     return "\n".join(lines)
 
@@ -85,6 +79,29 @@ def _measured(certificate: dict[str, Any]) -> list[str]:
     ]
     tables = [line for kind in _MIXTURES for line in _table(kind, certificate)]
     return [_MEASURED, "", *(facts or ["Nothing yet."]), "", *tables]
+
+
+def _use(prompt: str | None) -> list[str]:
+    call = "tokens = model.generate([0, 1], max_new_tokens=100)"
+    command = []
+    if prompt is not None:
+        call = f"print(model.generate({prompt!r}, max_new_tokens=100))"
+        command = [
+            f"or `lightning-dsmoe generate --artifact . --prompt {shlex.quote(prompt)}`.",
+            "",
+        ]
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from lightning_dsmoe import load_sparse",
+        "",
+        'model = load_sparse(".")',
+        call,
+        "```",
+        "",
+        *command,
+    ]
 
 
 def _flat(certificate: dict[str, Any]) -> Iterator[tuple[str, Any]]:

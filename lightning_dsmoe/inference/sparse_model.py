@@ -3,9 +3,10 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,15 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.engine.portable import export_step
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
-from lightning_dsmoe.inference.generation import generate
+from lightning_dsmoe.inference.generation import Tokens, generate
 from lightning_dsmoe.inference.model_card import model_card
+from lightning_dsmoe.inference.option_names import check_names
+from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import check_plan
+from lightning_dsmoe.tokenizers import Tokenizer
+
+DEFAULT_NEW_TOKENS = 200
 
 
 class WeightReport(NamedTuple):
@@ -43,11 +50,15 @@ class SparseModel(nn.Module):
         quantize_head: whether the last projection is.
         switch_points: where one way of running the experts gives way to the next.
         context: tokens the model can look back on; None takes `decoder.max_positions`.
-        tokenizer: description of the tokenizer, kept with the model.
+        tokenizer: the tokenizer or its description, kept with the model.
 
     Raises:
         ValueError: if the plan or the context does not fit the decoder.
     """
+
+    _tokenizer: Tokenizer | None
+    tokenizer_description: dict[str, Any] | None
+    """What files hold of the tokenizer."""
 
     def __init__(
         self,
@@ -59,7 +70,7 @@ class SparseModel(nn.Module):
         quantize_head: bool = False,
         switch_points: SwitchPoints = SwitchPoints(),
         context: int | None = None,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: Tokenizer | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         plan.check(*decoder.plan_sizes)
@@ -78,6 +89,26 @@ class SparseModel(nn.Module):
         self.context = context
         self.tokenizer = tokenizer
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, None for a model of tokens only; it can be set by its description too.
+
+        Raises:
+            ValueError: if its description in a file is not that of a tokenizer.
+            ImportError: if it needs a package that is not installed.
+        """
+        # Made when it is asked for, so that a model of tokens never needs the package.
+        if self._tokenizer is None and self.tokenizer_description is not None:
+            self._tokenizer = Tokenizer.from_dict(self.tokenizer_description)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | dict[str, Any] | None) -> None:
+        if isinstance(tokenizer, Tokenizer):
+            self._tokenizer, self.tokenizer_description = tokenizer, dict(tokenizer.to_dict())
+        else:
+            self._tokenizer, self.tokenizer_description = None, tokenizer
+
     @classmethod
     def load(cls, path: str | Path, *, certified: bool = True) -> Self:
         """Read an artifact directory.
@@ -91,7 +122,7 @@ class SparseModel(nn.Module):
             ValueError: if a file was changed or is not what it should be.
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
-        options = {key: config[key] for key in _CONFIG_OPTIONS}
+        options = {key: config[key] for key in (*_CONFIG_OPTIONS, "tokenizer")}
         return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
 
     @property
@@ -131,23 +162,104 @@ class SparseModel(nn.Module):
         """Logits `[B, T, V]` of the token after each of `[B, T]`; see `forward`."""
         return self.forward(tokens, plan, mask=mask).logits
 
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str] | tuple[str, ...], max_new_tokens: int = ..., **options: Any
+    ) -> list[str]: ...
+
+    @overload
+    def generate(self, prompts: Tokens, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
+
     def generate(
         self,
-        tokens: Tensor,
-        max_new_tokens: int,
+        prompts: str | Sequence[str] | Tokens | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
         plan: SelectionPlan | None = None,
         **options: Any,
-    ) -> Tensor:
-        """Continue prompts `[B, T]`; for the options see `lightning_dsmoe.inference.generate`.
+    ) -> str | list[str] | Tensor:
+        """Continue prompts: text gives text, and tokens give tokens.
 
         Up to `switch_points.gather_up_to` prompts at once use the compiled decode step, which
         takes some seconds to compile when a machine first meets a model, a plan and a number of
         prompts. `ThresholdTopK` counts over what runs at once: up to 16 prompts in the compiled
         step, up to 2,048 tokens of prompts.
+
+        Args:
+            prompts: a text, or texts of any lengths; or tokens `[T]` or `[B, T]`.
+            max_new_tokens: tokens to add at the most.
+            plan: the experts that run; None takes the model's plan.
+            options: those of `lightning_dsmoe.inference.generate`. With texts, `stop` is one text
+                or several, and padding and its mask are added here.
+
+        Returns:
+            Prompts and continuations, in the form of the prompts. A continuation ends with the stop
+            text that it met.
+
+        Raises:
+            ValueError: if a prompt is empty or longer than the context, an option is out of range,
+                or there is a text but no tokenizer.
+            TypeError: if there is no such option.
         """
-        options.setdefault("context", self.context)
+        if isinstance(prompts, str):
+            return self.generate([prompts], max_new_tokens, plan=plan, **options)[0]
+        if _are_texts(prompts):
+            options = self._checked("generate", options, without=("mask", "on_tokens"))
+            tokenizer, plan = self._text_tokenizer(), self._plan(plan)
+            return continue_texts(
+                self.engine, tokenizer, prompts, max_new_tokens, plan=plan, **options
+            )
+        options = self._checked("generate", options)
+        if prompts is None:
+            raise TypeError("generate needs prompts: a text, texts or tokens")
+        tokens = cast(Tokens, prompts)
         return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        plan: SelectionPlan | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """What `generate` adds to a text, in pieces as it comes.
+
+        Args:
+            prompt: a text.
+            max_new_tokens: tokens to add at the most.
+            plan: the experts that run; None takes the model's plan.
+            options: those of `generate`, such as `stop`.
+
+        Raises:
+            ValueError: as `generate` does.
+            TypeError: if there is no such option, or the prompt is not one text.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(
+                "stream needs one text; for tokens, generate calls on_tokens with each new one"
+            )
+        options = self._checked("stream", options, without=("mask", "on_tokens"))
+        tokenizer, plan = self._text_tokenizer(), self._plan(plan)
+        return stream_text(self.engine, tokenizer, prompt, max_new_tokens, plan=plan, **options)
+
+    def _checked(
+        self, call: str, options: dict[str, Any], *, without: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Options of `generate`, with the context of this model unless there is one."""
+        check_names(call, options, _GENERATE_OPTIONS - {*without})
+        return {"context": self.context, **options}
+
+    def _text_tokenizer(self) -> Tokenizer:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "this model was saved without a tokenizer, so it continues tokens and not text"
+            )
+        return tokenizer
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -156,6 +268,7 @@ class SparseModel(nn.Module):
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
         if plan is not None:
+            check_plan(plan, self.decoder.n_layers)
             plan.check(*self.decoder.plan_sizes)
         return self.plan if plan is None else plan
 
@@ -177,8 +290,15 @@ class SparseModel(nn.Module):
                 model.
         """
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
+        config["tokenizer"] = self.tokenizer_description
         config["switch_points"] = self.engine.given_points._asdict()
-        card = model_card(self.decoder, self.plan, *self.report(), certificate or {})
+        card = model_card(
+            self.decoder,
+            self.plan,
+            *self.report(),
+            certificate or {},
+            prompt=example_prompt(self.tokenizer_description),
+        )
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
         )
@@ -207,7 +327,14 @@ class SparseModel(nn.Module):
         export_step(layout, self._plan(plan), Path(path), n_sequences)
 
 
-_CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context", "tokenizer")
+_CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context")
+_GENERATE_OPTIONS = {*inspect.signature(generate).parameters} - {"model", "tokens"}
+
+
+def _are_texts(prompts: object) -> TypeGuard[Sequence[str]]:
+    if not isinstance(prompts, list | tuple) or not prompts:
+        return False
+    return all(isinstance(prompt, str) for prompt in prompts)
 
 
 def _forget_compiled(model: SparseModel, keys: object) -> None:

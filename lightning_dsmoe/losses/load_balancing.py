@@ -32,7 +32,12 @@ def load_balancing_loss(
 
     Returns:
         A scalar of at least float32.
+
+    Raises:
+        ValueError: if the shapes differ or the mask does not cover the tokens.
     """
+    if active.shape != probs.shape:
+        raise ValueError(f"active of {tuple(active.shape)} for probs of {tuple(probs.shape)}")
     return load_balancing_losses(probs[None], active[None], mask, group=group).squeeze(0)
 
 

@@ -8,7 +8,7 @@ from reprlib import repr as short_repr
 from typing import Any, Self
 
 from lightning_dsmoe.files import read_json, write_text
-from lightning_dsmoe.routing.selection import AllExperts, Selection
+from lightning_dsmoe.routing.selection import AllExperts, Selection, check_selection
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version", "experts", "attention"}
@@ -24,6 +24,7 @@ class SelectionPlan:
 
     Raises:
         ValueError: if the two do not cover the same number of layers.
+        TypeError: if one of them is no selection.
     """
 
     experts: tuple[Selection, ...]
@@ -35,6 +36,8 @@ class SelectionPlan:
                 "a plan needs one selection per layer for experts and for attention, "
                 f"got {len(self.experts)} and {len(self.attention)}"
             )
+        for selection in (*self.experts, *self.attention):
+            check_selection(selection)
 
     @classmethod
     def uniform(
@@ -123,6 +126,15 @@ class SelectionPlan:
             raise ValueError(f"{path}: {error}") from None
 
 
+def check_plan(plan: object, n_layers: int) -> None:
+    """Raise a TypeError that names what was meant, unless it is a plan."""
+    if not isinstance(plan, SelectionPlan):
+        raise TypeError(
+            f"a plan holds a selection for each layer, such as SelectionPlan.uniform({n_layers}, "
+            f"experts=TopK(2)); got {plan!r:.80}"
+        )
+
+
 def _known_selections(base: type[Selection] = Selection) -> dict[str, type[Selection]]:
     found = {}
     for subclass in base.__subclasses__():
@@ -140,7 +152,8 @@ def _selection_from_dict(data: Any) -> Selection:
     name = data.get("selection") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}"
+            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; one of "
+            "your own is after import of its module, or --import MODULE on the command line"
         )
     options = {key: value for key, value in data.items() if key != "selection"}
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.routing.routing import Routing
-from lightning_dsmoe.routing.selection import Gates, Selection
+from lightning_dsmoe.routing.selection import Gates, Selection, check_selection
 
 _ALMOST_NOTHING = 1e-30
 
@@ -23,7 +23,11 @@ def select(selection: Selection, routing: Routing, remaining: Tensor | None) -> 
         selection: the selection.
         routing: what the router says of all N experts.
         remaining: numbers of the experts that remain, ascending; None for all.
+
+    Raises:
+        TypeError: if the selection is none.
     """
+    check_selection(selection)
     if remaining is None:
         return selection(routing.probs)
     active = remaining_mask(selection, routing, remaining)

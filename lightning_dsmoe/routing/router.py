@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 from lightning_dsmoe.routing.routing import Routing
+from lightning_dsmoe.token_shapes import check_width
 
 
 class Router(nn.Module, ABC):
@@ -43,6 +44,7 @@ class Router(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Routing:
         """Score tokens `[..., D]` in float32, or in float64 if that is their type."""
+        check_width(x, self.d_model)
         with without_autocast(x.device.type):
             logits = self.score(at_least_float32(x))
             return Routing(logits, logits.softmax(-1))

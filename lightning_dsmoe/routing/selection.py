@@ -60,6 +60,17 @@ class Selection(ABC):
         return weight / weight.sum(-1, keepdim=True) if self.renormalize else weight
 
 
+def check_selection(selection: object) -> None:
+    """Raise a TypeError that names what was meant, unless it can be called as a selection is."""
+    if callable(selection) and not isinstance(selection, type):
+        return
+    if isinstance(selection, type):
+        meant = f"{selection.__name__}(...) rather than the class"
+    else:
+        meant = f"TopK({selection})" if isinstance(selection, int) else "TopK(2) or Threshold(0.5)"
+    raise TypeError(f"a selection chooses experts, such as {meant}; got {selection!r:.80}")
+
+
 @dataclass(frozen=True)
 class AllExperts(Selection):
     """Runs every expert: the dense model (arXiv 2404.05567, eq. 3)."""

@@ -18,7 +18,8 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     That is faster where the work of one expert on all tokens takes longer than starting the
     kernels that it needs for itself. What share of the tokens is its own does not count, as a GPU
     would have to be waited for to know it. Otherwise all experts run, under gates of zero, which
-    do not hide an infinite output.
+    do not hide an infinite output. Under `torch.func` all of them always do, since `vmap` knows no
+    sizes that depend on the data.
 
     Args:
         n_tokens: tokens X.
@@ -28,7 +29,16 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     """
     other = MULTIPLICATIONS_PER_KERNEL["other"]
     per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, other)
+    if in_function_transform():
+        return False
     return n_weights * max(n_tokens, FEWEST_TOKENS) > n_kernels * per_kernel
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func`, such as `grad` or `vmap`, is at work."""
+    # As `torch.autograd.Function.apply` asks in torch 2.13; there is no public name for it.
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
 
 
 def tokens_of_each_expert(active_XE: Tensor) -> tuple[list[int], list[Tensor]]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dsmoe.attention import (
@@ -123,6 +124,25 @@ def test_chunks_through_a_cache_equal_one_pass(
     torch.testing.assert_close(
         torch.cat(parts, 1)[LEFT_PADDED], whole[LEFT_PADDED], rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's attention
+@pytest.mark.parametrize("selection", [[], [TopK(2)]], ids=str)
+def test_gradients_of_single_samples_add_up_to_those_of_autograd(
+    selection: list[Selection],
+) -> None:
+    layer, x = mixture(qk_norm=True, bias=True), torch.randn(3, 5, 8)
+    layer(x, *selection, mask=LEFT_PADDED).output.square().sum().backward()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+        arguments = (x[None], *selection)
+        output = functional_call(layer, parameters, arguments, {"mask": mask[None]}).output
+        return output.square().sum()
+
+    each = vmap(grad(loss), (None, 0, 0))(parameters, x, LEFT_PADDED)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
 def test_cache_does_not_depend_on_the_experts_that_run() -> None:

@@ -74,6 +74,12 @@ MISTAKES = {
     ),
     "option": (["--nope=3"], ["--nope=3"]),
     "number": (["--trainer.max_steps=abc"], ["trainer.max_steps", "int", "abc"]),
+    "union": (
+        ["--trainer.precision=bf17"],
+        ["trainer.precision: expected 64, 32, 16, ", "'bf16-mixed'", " or 'bf16', got bf17"],
+    ),
+    "numbers": (["--trainer.limit_val_batches=viel"], ["expected int or float, got viel"]),
+    "processes": (["--trainer.devices=999", "--trainer.accelerator=cpu"], ["999 processes on"]),
     "choice": ([f"{FEED_FORWARD}gate_scale=big"], ["'mean_one', 'sum_to_one'", "big"]),
     "quantization": (
         [*COMPILE, "--trainer.callbacks.plan.experts.k=1", "--trainer.callbacks.quantization=int4"],
@@ -206,7 +212,7 @@ def test_artifact_with_a_flipped_byte(cli: Any, trained: Any, tmp_path: Path) ->
         (["--ckpt={checkpoint}", "--temperature=warm"], ["temperature", "float", "warm"]),
         (["--ckpt={checkpoint}", "--top_k=0"], ["top_k must be at least 1", "0"]),
         (["--ckpt={checkpoint}", "--top_p=2"], ["top_p must be", "2.0"]),
-        (["--ckpt={checkpoint}", "--stop=ab"], ["one token", "'ab' is 2"]),
+        (["--ckpt={checkpoint}", "--stop="], ["stop must be", "''"]),
         (["--nope=1"], ["--nope=1"]),
     ],
 )

@@ -1,6 +1,5 @@
 """Text from a model, on the terminal."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from lightning_dsmoe.data.tokenizers import ByteTokenizer
-from lightning_dsmoe.inference import load_sparse
+from lightning_dsmoe.inference import compile_sparse, load_sparse
 from lightning_dsmoe.routing import SelectionPlan
 
 PROMPT = "--prompt=def f"
@@ -32,6 +31,15 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
     assert cli("generate", artifact, *GREEDY, f"--plan={everything}").out == text
     own = cli("generate", artifact, *GREEDY).out
     assert cli("generate", checkpoint, *GREEDY, f"--plan={sparse}").out == own
+
+
+def test_a_checkpoint_is_compiled_by_its_path(cli: Any, trained: Any) -> None:
+    model = compile_sparse(trained.checkpoint, SelectionPlan.uniform(2))
+    assert model.context == 16
+    text = model.generate("def f", 30, temperature=0)
+    assert cli("generate", f"--ckpt={trained.checkpoint}", *GREEDY).out == text + "\n"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at absent"):
+        compile_sparse("absent", SelectionPlan.uniform(2))
 
 
 def test_seed_repeats(cli: Any, trained: Any) -> None:
@@ -67,46 +75,11 @@ def test_nothing_new(cli: Any, trained: Any) -> None:
     assert cli("generate", *words).out == "é\n"
 
 
-class Recited:
-    """Stands in for a model: it continues every prompt with the same bytes."""
-
-    def __init__(self, new: bytes) -> None:
-        self.new = new
-        self.tokenizer = ByteTokenizer().to_dict()
-
-    def generate(self, tokens: torch.Tensor, max_new_tokens: int, **options: Any) -> None:
-        for byte in self.new:
-            options["on_tokens"](torch.tensor([byte]))
-            if byte in options["stop"]:
-                break
-
-
-@pytest.mark.parametrize(
-    ("new", "stop", "text"),
-    [
-        ("naïve €uro 🙂!".encode(), None, "naïve €uro 🙂!"),
-        (b"one. two", ".", "one."),
-        (b"cut \xf0\x9f\x99", None, "cut "),
-        (b"bad \xff byte", None, "bad \N{REPLACEMENT CHARACTER} byte"),
-    ],
-)
-def test_characters_are_printed_once_and_whole(
-    new: bytes,
-    stop: str | None,
-    text: str,
-    cli: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = sys.modules["lightning_dsmoe.commands.generate"]
-    monkeypatch.setattr(module, "load_sparse", lambda path: Recited(new))
-    words = ["--artifact=any", "--prompt=> "]
-    outcome = cli("generate", *words, *([] if stop is None else [f"--stop={stop}"]))
-    assert outcome.out == f"> {text}\n"
-
-
 def test_stop_ends_the_text(cli: Any, trained: Any) -> None:
     words = ["generate", f"--artifact={trained.artifact}", "--prompt=a", "--temperature=9"]
     text = cli(*words, "--max_new_tokens=60").out
     stop = next(letter for letter in text[1:] if letter.isalpha() and letter.isascii())
     end = text.index(stop, 1) + 1
     assert cli(*words, "--max_new_tokens=60", f"--stop={stop}").out == text[:end] + "\n"
+    longer = text[end - 1 : end + 2]
+    assert cli(*words, "--max_new_tokens=60", f"--stop={longer}").out == text[: end + 2] + "\n"

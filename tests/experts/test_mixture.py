@@ -1,11 +1,12 @@
 import copy
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
@@ -41,6 +42,38 @@ def expert_outputs(layer: MixtureOfExperts, x: Tensor) -> Tensor:
         gates[:, e] = 1
         each.append(layer.experts(x.flatten(0, 1), gates).view_as(x))
     return torch.stack(each, dim=2)
+
+
+def squares(
+    layer: MixtureOfExperts, parameters: dict[str, Tensor], x: Tensor, *args: Any
+) -> Tensor:
+    return functional_call(layer, parameters, (x, *args)).output.square().sum()
+
+
+@pytest.mark.parametrize("selection", [[], [TopK(2)], [Threshold(0.9)]], ids=str)
+def test_function_transforms_give_the_gradients_of_autograd(selection: list[Selection]) -> None:
+    layer, x = mixture(experts=GLUExperts, d_shared=2).double(), torch.randn(3, 4, 8).double()
+    parameters = dict(layer.named_parameters())
+    layer(x, *selection).output.square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in parameters.items()}
+    gradient = grad(partial(squares, layer))
+    torch.testing.assert_close(gradient(parameters, x, *selection), expected)
+    each = vmap(lambda row: gradient(parameters, row, *selection))(x)
+    torch.testing.assert_close({name: g.sum(0) for name, g in each.items()}, expected)
+
+
+def test_several_mixtures_run_at_once_and_have_second_derivatives() -> None:
+    layers, x = [mixture(), mixture()], torch.randn(3, 8)
+    stacked, _ = stack_module_state(layers)
+    outputs = vmap(lambda parameters: functional_call(layers[0], parameters, (x,)).output)(stacked)
+    torch.testing.assert_close(outputs, torch.stack([layer(x).output for layer in layers]))
+
+    def slope(x: Tensor) -> Tensor:
+        return grad(lambda x: layers[0](x).output.square().sum())(x).square().sum()
+
+    step = 1e-3 * torch.randn(3, 8)
+    change = slope(x + step) - slope(x - step)
+    torch.testing.assert_close(2 * (grad(slope)(x) * step).sum(), change, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("gate_scale", get_args(GateScale))

@@ -114,6 +114,18 @@ def test_a_context_of_one_token(one_decoder: Decoder, tokens: Tensor) -> None:
         assert torch.equal(logits.argmax(-1), continued[:, at + 1])
 
 
+def test_prompts_of_any_form(one_decoder: Decoder, tokens: Tensor) -> None:
+    expected = greedy(one_decoder, tokens, 3)
+    forms: list[Any] = [tokens.tolist(), tokens.numpy(), tokens.to(torch.uint8), tokens.int()]
+    for form in [*forms, tokens.numpy().astype("uint16")]:
+        assert torch.equal(greedy(one_decoder, form, 3), expected)
+        assert torch.equal(greedy(one_decoder, form[0], 3), expected[0])
+    mask = torch.arange(16) > 4
+    padded = greedy(one_decoder, tokens[0], 3, mask=mask)
+    assert torch.equal(padded[-3:], greedy(one_decoder, tokens[0, 5:], 3)[-3:])
+    assert torch.equal(padded, greedy(one_decoder, tokens[:1], 3, mask=[mask.tolist()])[0])
+
+
 def test_nothing_new(decoder: Decoder, tokens: Tensor) -> None:
     assert torch.equal(generate(decoder, tokens, 0), tokens)
 
@@ -152,10 +164,16 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
     [
         ({"tokens": torch.zeros(1, 0, dtype=torch.long)}, r"a token or more, got \(1, 0\)"),
         ({"tokens": torch.zeros(0, 3, dtype=torch.long)}, r"a token or more, got \(0, 3\)"),
-        ({"tokens": torch.zeros(3, dtype=torch.long)}, r"a token or more, got \(3,\)"),
+        ({"tokens": torch.zeros(1, 1, 3, dtype=torch.long)}, r"a token or more, got \(1, 1, 3\)"),
+        ({"tokens": []}, r"a token or more, got \(0,\)"),
+        ({"tokens": [[1], [2, 3]]}, r"of one length \(left_pad .*, got \[\[1\], \[2, 3\]\]"),
+        ({"tokens": ["a", 3]}, r"must be whole numbers, .* got \['a', 3\]"),
+        ({"tokens": torch.ones(1, 3)}, r"must be whole numbers, got torch\.float32"),
+        ({"tokens": [True, False]}, r"must be whole numbers, got torch\.bool"),
         ({"tokens": torch.tensor([[3, 29]])}, "token 29 is not in 0 to 28"),
         ({"tokens": torch.tensor([[3, -1]])}, "token -1 is not in 0 to 28"),
         ({"stop": [29]}, "token 29 is not in 0 to 28"),
+        ({"stop": "."}, "stop must be tokens for prompts of tokens, got '.'"),
         ({"context": 15}, "the prompt has 16 tokens, the context holds 15"),
         ({"context": 0}, "the prompt has 16 tokens, the context holds 0"),
         ({"mask": torch.ones(3, 15)}, r"a mask of \(3, 15\) for prompts of \(3, 16\)"),

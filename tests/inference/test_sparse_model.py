@@ -13,6 +13,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.compilation import compile_sparse, load_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference.pruning import Remaining, prune
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, TopK
 
@@ -154,6 +155,7 @@ def test_saved_and_loaded_it_is_the_same(
     model.save(tmp_path / "model")
     loaded = load_sparse(tmp_path / "model")
     assert loaded.plan == plan
+    options["tokenizer_description"] = options.pop("tokenizer")
     for name, option in options.items():
         assert getattr(loaded, name) == option
     assert loaded.architecture == describe_decoder(decoder)
@@ -254,16 +256,26 @@ def test_a_router_that_forgets_its_options_cannot_be_saved() -> None:
         compile_sparse(decoder, SelectionPlan.uniform(2))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"quantization": "int8"}, {"quantize_head": True}], ids=str
-)
-def test_a_compiled_model_is_not_compiled_again(
-    options: dict[str, Any], one_decoder: Decoder, plan: SelectionPlan
+@pytest.mark.parametrize("as_path", [False, True])
+def test_a_sparse_model_is_compiled_again_from_whole_weights(
+    as_path: bool, decoder: Decoder, plan: SelectionPlan, tmp_path: Path
 ) -> None:
-    model = compile_sparse(one_decoder, plan, **options)
-    for compiled in (model, model.decoder):
-        with pytest.raises(ValueError, match="this model is compiled already"):
-            compile_sparse(compiled, plan, quantization="int8")
+    pruned = prune(decoder, Remaining(((0, 2, 3), None), (None, (1,))))
+    first = compile_sparse(pruned, SelectionPlan.uniform(2), context=9, tokenizer=TOKENIZER)
+    first.save(tmp_path / "model")
+    source = tmp_path / "model" if as_path else first
+    again = compile_sparse(source, plan, quantization="int8", quantize_head=True)
+    expected = compile_sparse(pruned, plan, quantization="int8", quantize_head=True)
+    assert (again.plan, again.context, again.tokenizer_description) == (plan, 9, TOKENIZER)
+    assert again.architecture == expected.architecture
+    assert again.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    for quantized in (again, compile_sparse(first, plan, quantize_head=True)):
+        with pytest.raises(ValueError, match="of this sparse model are in 8 bits already"):
+            compile_sparse(quantized, plan)
+    with pytest.raises(ValueError, match="is that of a sparse model: give the sparse model itself"):
+        compile_sparse(first.decoder, plan)
 
 
 def test_impossible_options(one_decoder: Decoder, plan: SelectionPlan) -> None:

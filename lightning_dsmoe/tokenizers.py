@@ -1,0 +1,234 @@
+"""Tokenizers: text to numbers and back, stored as plain JSON."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from reprlib import repr as short_repr
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_JSON_CHARACTERS = 256 * 1024**2
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(ABC):
+    """Turns text into token numbers and back."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest token number."""
+
+    @abstractmethod
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the token numbers [T] of a text."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token numbers.
+
+        Those past the vocabulary are replacement signs, or left out by Hugging Face.
+        """
+
+    def piece(self, token: int) -> str:
+        """Return what a token adds to a text, with a blank at its start if it has one."""
+        alone, twice = self.decode([token]), self.decode([token, token])
+        return twice.removeprefix(alone) if twice.startswith(alone) else alone
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, str]:
+        """Return a JSON-able description that `from_dict` reads."""
+
+    @staticmethod
+    def from_dict(state: Mapping[str, object]) -> "Tokenizer":
+        """Build the tokenizer that `to_dict` described.
+
+        Args:
+            state: What `to_dict` returned; it may come from an untrusted file.
+
+        Raises:
+            ValueError: On an unknown kind, unknown or missing keys, or wrong values.
+        """
+        kind = state.get("kind")
+        if kind == "byte":
+            _check_keys(state, {"kind"})
+            return ByteTokenizer()
+        if kind == "char":
+            _check_keys(state, {"kind", "alphabet"})
+            return CharTokenizer(_text(state, "alphabet"))
+        if kind == "huggingface":
+            _check_keys(state, {"kind", "json"})
+            text = _text(state, "json")
+            if not _is_object(text):  # which would be taken for a path
+                raise ValueError(f"tokenizer json must be a JSON object, got {short_repr(text)}")
+            return HuggingFaceTokenizer(text)
+        raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
+
+    def fingerprint(self) -> str:
+        """Return a hash that two tokenizers share only if they agree on every token."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8: nothing to learn and nothing unknown."""
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        known = (int(token) if token < 256 else 0xFF for token in tokens)  # 0xFF is in no text
+        return bytes(known).decode("utf-8", errors="replace")
+
+    def to_dict(self) -> dict[str, str]:
+        return {"kind": "byte"}
+
+
+class CharTokenizer(Tokenizer):
+    """One token for each distinct character, in code point order.
+
+    Args:
+        alphabet: The characters; order and repetition do not matter.
+
+    Raises:
+        ValueError: If `alphabet` is empty.
+    """
+
+    def __init__(self, alphabet: str) -> None:
+        if not alphabet:
+            raise ValueError("alphabet must hold at least one character, got ''")
+        self.alphabet = "".join(sorted(set(alphabet)))
+        self._codes = _code_points(self.alphabet)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        codes = _code_points(text)
+        tokens = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
+        unknown = self._codes[tokens] != codes
+        if unknown.any():
+            position = int(unknown.argmax())
+            raise ValueError(
+                f"unknown character {text[position]!r} at position {position}: "
+                f"not one of the {self.vocab_size} characters of the alphabet"
+            )
+        return tokens.astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        known = len(self.alphabet)
+        return "".join(self.alphabet[t] if t < known else _REPLACEMENT for t in tokens)
+
+    def to_dict(self) -> dict[str, str]:
+        return {"kind": "char", "alphabet": self.alphabet}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the Hugging Face `tokenizers` package (the `hf` extra).
+
+    No special tokens are added, and truncation and padding settings are ignored.
+
+    Args:
+        source: Path of a tokenizer JSON file, or its text.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: If `source` is not a readable tokenizer JSON.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError(
+                "a Hugging Face tokenizer needs: pip install 'lightning-dsmoe[hf]'"
+            ) from error
+        text = str(source)
+        if not _is_object(text):
+            text = _read_json(Path(text))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"not a tokenizers JSON: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not numbers:
+            raise ValueError("the tokenizer JSON has an empty vocabulary")
+        self._vocab_size = max(numbers) + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        numbers = [int(token) for token in tokens]
+        return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
+
+    def to_dict(self) -> dict[str, str]:
+        return {"kind": "huggingface", "json": self._tokenizer.to_str()}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer from a Hugging Face tokenizer JSON, or from one that `to_dict` wrote.
+
+    Args:
+        path: The JSON file; `~` is expanded.
+
+    Raises:
+        ValueError: If the file is missing or not such a JSON.
+    """
+    text = _read_json(Path(path).expanduser())
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(state).__name__}")
+    return Tokenizer.from_dict(state) if "kind" in state else HuggingFaceTokenizer(text)
+
+
+def _read_json(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f'tokenizer must be "byte", "char" or the path of a tokenizer JSON, got {str(path)!r}: '
+            f"{getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _is_object(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+def _check_keys(state: Mapping[str, object], allowed: set[str]) -> None:
+    if set(state) != allowed:
+        raise ValueError(
+            f"a {state['kind']} tokenizer has the keys {sorted(allowed)}, got {sorted(state)}"
+        )
+
+
+def _text(state: Mapping[str, object], key: str) -> str:
+    value = state[key]
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_JSON_CHARACTERS:
+        size = f" of {len(value)} characters" if isinstance(value, str) else ""
+        raise ValueError(
+            f"tokenizer {key} must be a text of 1 to {MAX_JSON_CHARACTERS} characters, "
+            f"got {type(value).__name__}{size}"
+        )
+    return value

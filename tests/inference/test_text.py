@@ -1,0 +1,133 @@
+"""Text in and text out."""
+
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.inference import SparseModel, compile_sparse, load_sparse, text
+from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+
+from .conftest import UNCOMPILED, rotary_glu
+
+LETTERS = CharTokenizer(string.ascii_lowercase + " .\n")
+PROMPTS = ["a", "in the end ", "two. "]
+
+
+@pytest.fixture
+def model() -> SparseModel:
+    plan = SelectionPlan.uniform(2)
+    return compile_sparse(rotary_glu(), plan, switch_points=UNCOMPILED, tokenizer=LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("new", "stop", "expected"),
+    [
+        ("naïve €uro 🙂!".encode(), [], "naïve €uro 🙂!"),
+        (b"one. two", ".", "one."),
+        (b"one>\n\ntwo\n\n", "\n\n", "one>\n\n"),
+        (b"one two", ["wo", "e t", "one two."], "one t"),
+        ("no € more".encode(), ["€"], "no €"),
+        (b"cut \xf0\x9f\x99", [], "cut "),
+        (b"bad \xff byte", [], "bad \N{REPLACEMENT CHARACTER} byte"),
+    ],
+)
+def test_characters_come_once_and_whole_up_to_a_stop_text(
+    new: bytes, stop: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recited(model: object, tokens: Tensor, most: int, **options: Any) -> Iterator[Tensor]:
+        return (torch.full((len(tokens),), byte) for byte in new)
+
+    monkeypatch.setattr(text, "new_tokens", recited)
+    given = (rotary_glu(), ByteTokenizer())
+    pieces = list(text.stream_text(*given, "> .", 9, stop=stop))
+    assert "".join(pieces) == expected
+    assert all(pieces)
+    assert len(pieces) > 2
+    both = text.continue_texts(*given, ["> .", "\n\n"], 9, stop=stop)
+    assert both == [f"> .{expected}", f"\n\n{expected}"]
+
+
+def test_texts_continue_as_their_tokens_do(model: SparseModel) -> None:
+    assert isinstance(model.tokenizer, Tokenizer)
+    together = model.generate(PROMPTS, 12, temperature=0)
+    for prompt, continued in zip(PROMPTS, together, strict=True):
+        tokens = model.generate(model.tokenizer.encode(prompt), 12, temperature=0)
+        assert model.tokenizer.decode(tokens.tolist()) == continued
+        assert model.generate(prompt, 12, temperature=0) == continued
+        pieces = model.stream(prompt, 12, temperature=0)
+        assert prompt + "".join(pieces) == continued
+    stop = together[0][3:5]
+    stopped = model.generate(PROMPTS, 12, temperature=0, stop=stop)
+    for prompt, whole, part in zip(PROMPTS, together, stopped, strict=True):
+        at = whole.find(stop, len(prompt))
+        assert part == (whole if at < 0 else whole[: at + 2])
+    assert len(stopped[0]) < len(together[0])
+    seeded = [model.generate("a", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    assert len(seeded[0]) == 201
+
+
+@pytest.mark.parametrize("tokenizer", [LETTERS, CharTokenizer(string.printable[:29]), None])
+def test_the_lines_of_the_card_run(
+    tokenizer: Tokenizer | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    plan = SelectionPlan.uniform(2)
+    model = compile_sparse(rotary_glu(), plan, switch_points=UNCOMPILED, tokenizer=tokenizer)
+    model.save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    card = Path("README.md").read_text(encoding="utf-8")
+    [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    if tokenizer is None:
+        assert names["tokens"].shape == (102,)
+    else:
+        assert len(capsys.readouterr().out) == 102
+    assert ("lightning-dsmoe generate --artifact . --prompt" in card) == (tokenizer is not None)
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda m: m.generate("a", max_length=9), "'max_length'; max_new_tokens"),
+        (lambda m: m.generate("a", do_sample=False), "'do_sample'; temperature=0"),
+        (lambda m: m.generate([1], eos_token_id=2), "'eos_token_id'; stop="),
+        (lambda m: m.generate(input_ids=torch.ones(1, 2)), "'input_ids'; .* first argument"),
+        (lambda m: m.generate([1], attention_mask=None), "'attention_mask'; mask="),
+        (lambda m: m.stream("a", num_return_sequences=2), "stream has no 'num_return_sequences'"),
+        (lambda m: m.generate("a", mask=torch.ones(1, 1)), "'mask'; texts are padded"),
+        (lambda m: m.generate([1], beams=2), "'beams'; its options are context, .*top_k, top_p"),
+        (lambda m: m.generate(), "needs prompts"),
+        (lambda m: m.stream([1, 2]), "one text"),
+    ],
+)
+def test_names_from_elsewhere_get_a_hint(call: Any, hint: str, model: SparseModel) -> None:
+    with pytest.raises(TypeError, match=hint):
+        call(model)
+
+
+def test_what_is_no_text(model: SparseModel, tmp_path: Path) -> None:
+    for prompts in ("", ["a", ""]):
+        with pytest.raises(ValueError, match="a prompt must have a token or more, got ''"):
+            model.generate(prompts)
+    for stop in ([3], "", ["a", ""]):
+        with pytest.raises(ValueError, match="stop must be"):
+            model.generate("a", stop=[stop] if stop == "" else stop)
+    with pytest.raises(ValueError, match="temperature must be"):  # before the first piece
+        model.stream("a", temperature=-1)
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        model.generate("a")
+    model.tokenizer = {"kind": "unheard of"}
+    model.save(tmp_path / "model")
+    loaded = load_sparse(tmp_path / "model")
+    assert loaded.generate([1, 2], 3).shape == (5,)
+    with pytest.raises(ValueError, match="tokenizer kind must be byte, char or huggingface"):
+        loaded.generate("a")
