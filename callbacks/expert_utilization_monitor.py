@@ -2,12 +2,12 @@
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
+from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
@@ -22,8 +22,8 @@ class ExpertUtilizationMonitor(Callback):
     For each router it logs the number of effective experts, both entropies, the largest gate share
     and the number of dead experts, under names such as `train/experts/layer_03/effective` and
     `val/attention/layer_00/entropy`. Each validation draws the gate shares of all layers, to
-    `utilization/` in the log directory and to loggers that take images; without validation,
-    training draws its last report at its end.
+    `utilization/` in the folder of the run, which is the log directory, and to loggers that take
+    images; without validation, training draws its last report at its end.
 
     `results` holds the last report of "train" and of "val": for "experts" and for "attention" one
     `Utilization` per layer, None for a layer without a router.
@@ -34,7 +34,8 @@ class ExpertUtilizationMonitor(Callback):
         dead_share: an expert is dead if its gate share is at most this fraction of an even share.
 
     Raises:
-        ValueError: if not 1 <= window <= every_n_steps or `dead_share` not in [0, 1).
+        ValueError: if not 1 <= window <= every_n_steps or `dead_share` not in [0, 1), and before
+            the first batch if there is another ExpertUtilizationMonitor with other settings.
     """
 
     def __init__(
@@ -52,6 +53,20 @@ class ExpertUtilizationMonitor(Callback):
         self.dead_share = dead_share
         self.results: dict[str, Utilizations] = {}
         self._meters: dict[str, Meters] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
+        settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
+        if len(settings) > 1:
+            found = "; ".join(
+                "every_n_steps={}, window={}, dead_share={}".format(*each)
+                for each in sorted(settings)
+            )
+            raise ValueError(
+                "ExpertUtilizationMonitors with different settings log under the same names, so "
+                f"there can be only one, got {found}"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.results = {}
@@ -117,13 +132,14 @@ class ExpertUtilizationMonitor(Callback):
         log_scalars(trainer, _scalars(results, prefix=stage))
 
     def _draw(self, stage: str, trainer: Trainer) -> None:
-        log_dir = trainer.log_dir
         utilizations = self.results[stage]
-        drawable = any(any(layers) for layers in utilizations.values())
-        if log_dir is None or not drawable or not trainer.is_global_zero:
+        if not any(any(layers) for layers in utilizations.values()):
+            return
+        run = run_folder(trainer)  # on all ranks
+        if run is None or not trainer.is_global_zero:
             return
         step = trainer.global_step
-        folder = Path(log_dir) / "utilization"
+        folder = run / "utilization"
         path = folder / f"{stage}_step_{step:08d}.png"
         figure = utilization_figure(utilizations, title=f"gate shares, {stage}, step {step}")
         log_figure(trainer, f"utilization/{stage}", figure, path)

@@ -1,19 +1,26 @@
 """Writes the sparse model when training is done."""
 
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.certificate import Source, TextSource, certificate
 from lightning_dsmoe.analysis.certificate_judgement import judge
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.callbacks.naming import check_name
+from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
+from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.data import TextDataModule
-from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.data.windows import IGNORED, EvaluationSampler
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.architecture import describe_decoder
@@ -27,7 +34,7 @@ class SparseCompile(Callback):
     The measurement runs the compiled model and the trained one on the same validation batches and
     tells what `Judgement` holds. It goes into the artifact's `certificate.json`, which
     `lightning-dsmoe certify` checks, and into its model card. With `fast_dev_run` nothing is
-    written.
+    written. `artifact` is then the directory of the artifact.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
@@ -35,15 +42,17 @@ class SparseCompile(Callback):
         quantize_head: put the last projection into 8 bits too.
         calibrate: measure on this machine which way of running experts is the fastest for how many
             tokens, which takes about a minute, and keep that in the artifact.
-        path: directory of the artifact; by default `sparse` in the run's log directory. An earlier
-            artifact there is replaced.
+        name: name of the artifact in the folder of the run, which is the log directory; several
+            of these callbacks need different ones.
+        path: directory of the artifact instead. An earlier artifact there is replaced.
         max_batches: validation batches to measure on; 0 measures nothing.
 
     Raises:
         ValueError: if a file is not a plan or an option is out of range, and before training if
-            the plan does not fit the model, the model cannot be described or the strategy shards
-            it.
-        FileExistsError: before training, if something else than an artifact is at `path`.
+            the plan does not fit the model, the model cannot be described, the strategy shards it
+            or another SparseCompile writes to the same place.
+        FileExistsError: before training, if something else than an artifact is at `path`, or
+            anything in the place of the artifact in the folder of the run.
     """
 
     def __init__(
@@ -53,15 +62,18 @@ class SparseCompile(Callback):
         quantization: Quantization | None = None,
         quantize_head: bool = False,
         calibrate: bool = False,
+        name: str = "sparse",
         path: str | None = None,
         max_batches: int = 50,
     ) -> None:
+        check_name("the name of an artifact", name)
         if max_batches < 0:
             raise ValueError(f"max_batches must be 0 or more, got {max_batches}")
         self.plan = load_plan("SparseCompile", plan)
         self.quantization = quantization
         self.quantize_head = quantize_head
         self.calibrate = calibrate
+        self.name = name
         self.path = path
         self.max_batches = max_batches
         self.artifact: Path | None = None
@@ -70,8 +82,7 @@ class SparseCompile(Callback):
         decoder = _decoder(pl_module)
         plan_for("SparseCompile", self.plan, decoder)
         describe_decoder(decoder)
-        if (folder := self._folder(trainer)) is not None:
-            check_free(folder)
+        self._check_place(trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 "SparseCompile needs whole weights, but the strategy shards them; consolidate the "
@@ -80,42 +91,61 @@ class SparseCompile(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self._folder(trainer)
-        if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder is None:
             return
-        if trainer.is_global_zero:
-            decoder = _decoder(pl_module)
-            data = getattr(trainer, "datamodule", None)
-            tokenizer = getattr(data, "tokenizer", None)
-            model = compile_sparse(
-                decoder,
-                plan_for("SparseCompile", self.plan, decoder),
-                quantization=self.quantization,
-                quantize_head=self.quantize_head,
-                context=getattr(data, "context", None),
-                tokenizer=None if tokenizer is None else tokenizer.to_dict(),
-            )
-            if self.calibrate:
-                rank_zero_info(f"Measured for the sparse model: {model.calibrate()}")
-            model.save(folder, certificate=self._measure(trainer, decoder, model))
-            rank_zero_info(f"The sparse model is in {folder}")
-        trainer.strategy.barrier()
+        on_rank_zero(trainer, lambda: self._write(trainer, _decoder(pl_module), folder))
         self.artifact = folder
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        if self.path is not None:
+        """Where the artifact goes; None if none is written."""
+        if self.path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             return Path(self.path)
-        return None if trainer.log_dir is None else Path(trainer.log_dir) / "sparse"
+        run = run_folder(trainer)
+        return None if run is None else run / self.name
+
+    def _check_place(self, trainer: Trainer) -> None:
+        folder = self._folder(trainer)
+        if folder is None:
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, SparseCompile) and c is not self]
+        places = [place.resolve() for c in others if (place := c._folder(trainer)) is not None]
+        if folder.resolve() in places:
+            raise ValueError(
+                f"more than one SparseCompile writes to {folder}: give each another name or path"
+            )
+        check_free(folder)
+        if self.path is None and folder != self.artifact and folder.exists():
+            raise FileExistsError(
+                f"{folder} is the sparse model of an earlier run with the same log directory: give "
+                "SparseCompile another name or a path, or the logger another version"
+            )
+
+    def _write(self, trainer: Trainer, decoder: Decoder, folder: Path) -> None:
+        data = getattr(trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
+        model = compile_sparse(
+            decoder,
+            plan_for("SparseCompile", self.plan, decoder),
+            quantization=self.quantization,
+            quantize_head=self.quantize_head,
+            context=getattr(data, "context", None),
+            tokenizer=None if tokenizer is None else tokenizer.to_dict(),
+        )
+        if self.calibrate:
+            rank_zero_info(f"Measured for the sparse model: {model.calibrate()}")
+        model.save(folder, certificate=self._measure(trainer, decoder, model))
+        rank_zero_info(f"The sparse model is in {folder}")
 
     def _measure(
         self, trainer: Trainer, decoder: Decoder, model: SparseModel
     ) -> dict[str, Any] | None:
         """Judge the compiled model against the trained one on validation batches."""
-        loader = trainer.val_dataloaders
-        if loader is None or not self.max_batches:
+        if trainer.val_dataloaders is None or not self.max_batches:
             return None
         batches = [
             (batch["input_ids"].cpu(), batch["labels"].cpu())
-            for batch in islice(loader, self.max_batches)
+            for batch in islice(_validation_batches(trainer), self.max_batches)
         ]
         text = HeldOut(batches, sum(int((labels != IGNORED).sum()) for _, labels in batches))
         if not text.n_tokens:
@@ -133,9 +163,24 @@ class SparseCompile(Callback):
         return certificate(judgement, text, _source(trainer))
 
 
+def _validation_batches(trainer: Trainer) -> Iterable[dict[str, Tensor]]:
+    """Those of one process, also where each of several ranks has a part of them."""
+    loader: Iterable[dict[str, Tensor]] = CombinedLoader(trainer.val_dataloaders).flattened[0]
+    # Only of these samplers is it known that all of them together read the dataset in order.
+    samplers = DistributedSampler, EvaluationSampler
+    if not isinstance(loader, DataLoader) or type(loader.sampler) not in samplers:
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # a loader draws a seed, else one of the training's numbers
+    )
+
+
 def _source(trainer: Trainer) -> TextSource:
     data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, TextDataModule) or trainer.world_size > 1:  # a part of the windows
+    if not isinstance(data, TextDataModule):
         return TextSource("other", "val")
     source: Source = "standard library" if data.files is None else "files"
     return TextSource(source, "val", data.val_fraction, data.test_fraction)

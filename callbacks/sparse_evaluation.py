@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
+from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
@@ -44,19 +45,33 @@ class SparseEvaluation(Callback):
 
     Args:
         plans: by name, either selections for all layers, a plan, or the path of a saved plan.
+            Names are made of letters, digits, `_`, `.`, `+` and `-`.
 
     Raises:
-        ValueError: if there is no plan or a file is not a plan, and before the first batch if a
-            plan does not fit the model or the strategy is FSDP.
+        ValueError: if there is no plan, a name is no name or a file is not a plan, and before the
+            first batch if another SparseEvaluation has a plan of the same name, a plan does not fit
+            the model or the strategy is FSDP.
     """
 
     def __init__(self, plans: Mapping[str, PlanSpec]) -> None:
         if not plans:
             raise ValueError("SparseEvaluation needs at least one plan")
+        for name in plans:
+            check_name("the name of a plan", name)
         self.plans = {name: load_plan(_owner(name), plan) for name, plan in plans.items()}
         self.results: dict[str, SparseResult] = {}
         self._dense_loss = _mean()
         self._meters: dict[str, _Meter] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        names = [n for each in callbacks if isinstance(each, SparseEvaluation) for n in each.plans]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"more than one SparseEvaluation has a plan named {', '.join(twice)}, and their "
+                "results would be logged under the same names: rename one"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)

@@ -10,8 +10,13 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
-from lightning import LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # Every part that a configuration may name by its class name alone has to be imported here.
@@ -21,6 +26,7 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
+from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
@@ -54,6 +60,25 @@ class OneLineErrors(jsonargparse.ArgumentParser):
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """Parser of the training commands."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps the configuration in the folder of the run, where no other run replaces it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        run_folder(trainer)  # on all ranks
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (folder := run_folder(trainer)) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(
+                self.config,
+                folder / self.config_filename,
+                skip_unset=False,
+                overwrite=self.overwrite,
+                multifile=self.multifile,
+            )
 
 
 class DSMoECLI(LightningCLI):
@@ -115,7 +140,8 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=1234,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         auto_configure_optimizers=False,
         parser_kwargs={
             "prog": "lightning-dsmoe",

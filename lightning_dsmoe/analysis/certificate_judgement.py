@@ -88,7 +88,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
     everyone = SelectionPlan.uniform(model.decoder.n_layers)
     device = model.decoder.embedding.weight.device
     counts = count_parameters(build_decoder(model.architecture))
-    active = ActiveParameters(counts).to(device)
+    active = ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
     mixtures: _Mixtures = {}
     trained = None if decoder is None else _Trained(decoder, model)
     windows: list[WindowSums] = []

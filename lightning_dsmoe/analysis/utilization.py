@@ -107,7 +107,7 @@ def utilization(
         [None if n is None else _Meter(n, len(frequent.numbers_K), text.device) for n in kind]
         for kind in sizes
     ]
-    active = ActiveParameters(counts).to(text.device)
+    active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
     losses = [0.0, 0.0]
     for inputs_BT, labels_BT in text.batches:
         mask_BT = labels_BT != IGNORED
@@ -157,7 +157,7 @@ class _Meter:
     """Sums over the tokens of one router."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
-        self.gates = ExpertUtilization(n_experts).to(device)
+        self.gates = ExpertUtilization(n_experts, sync_on_compute=False).to(device)
         together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
         token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
         self.together_NN, self.token_gates_KN = together_NN.to(device), token_gates_KN.to(device)

@@ -4,7 +4,7 @@ Shapes: X tokens, N experts; leading dimensions (tokens) are free.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,8 @@ class ActiveParameters(Metric):
 
     Args:
         counts: parameters of the decoder, from `count_parameters`.
+        **options: those of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
+            metric that only one rank computes.
     """
 
     is_differentiable = False
@@ -100,8 +102,8 @@ class ActiveParameters(Metric):
     active: Tensor
     histogram: Tensor
 
-    def __init__(self, counts: ParameterCounts) -> None:
-        super().__init__()
+    def __init__(self, counts: ParameterCounts, **options: Any) -> None:
+        super().__init__(**options)
         self.counts = counts
         self.add_state("active", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("histogram", torch.zeros(BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")

@@ -3,7 +3,7 @@
 Shapes: X tokens, N experts; leading dimensions (tokens) are free.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class ExpertUtilization(Metric):
     Args:
         n_experts: number of experts N.
         dead_share: an expert is dead if its share is at most this fraction of 1/N.
+        **options: those of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
+            metric that only one rank computes.
 
     Raises:
         ValueError: if `n_experts` is below 1 or `dead_share` not in [0, 1).
@@ -82,8 +84,8 @@ class ExpertUtilization(Metric):
     conditional_entropies: Tensor
     tokens: Tensor
 
-    def __init__(self, n_experts: int, *, dead_share: float = DEAD_SHARE) -> None:
-        super().__init__()
+    def __init__(self, n_experts: int, *, dead_share: float = DEAD_SHARE, **options: Any) -> None:
+        super().__init__(**options)
         if n_experts < 1 or not 0 <= dead_share < 1:
             raise ValueError(
                 "n_experts must be at least 1 and dead_share in [0, 1), "

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,6 +19,35 @@ V = 11
 T = 6
 
 Loader = DataLoader[dict[str, Tensor]]
+
+
+class Remote(Logger):
+    """A logger that keeps its records elsewhere, as those of services do."""
+
+    def __init__(self, save_dir: Path | None, *, version: int | str | None = None) -> None:
+        super().__init__()
+        self._save_dir, self._version = save_dir, version
+
+    @property
+    def save_dir(self) -> str | None:
+        return None if self._save_dir is None else str(self._save_dir)
+
+    @property
+    def name(self) -> str:
+        return "project"
+
+    @property
+    def version(self) -> int | str | None:
+        return self._version
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.fixture
+def make_remote() -> type[Remote]:
+    return Remote
 
 
 @pytest.fixture

@@ -60,22 +60,34 @@ def check(results: Any, outputs: list[Any]) -> None:
             torch.testing.assert_close(results[kind][layer], expected)
 
 
+@pytest.mark.parametrize(("every_n_steps", "window", "first"), [(4, 3, 5), (8, 1, 7)])
 def test_reports_are_those_of_the_last_batches_and_of_the_validation(
+    every_n_steps: int,
+    window: int,
+    first: int,
     model: DSMoELanguageModel,
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
     """Validation in the middle of a window leaves the training report as it is."""
     recorder = Recorder()
-    often = ExpertUtilizationMonitor(every_n_steps=4, window=3)
-    last = ExpertUtilizationMonitor(every_n_steps=8, window=1)
-    trainer = make_trainer(max_steps=9, val_check_interval=7, callbacks=[recorder, often, last])
+    monitor = ExpertUtilizationMonitor(every_n_steps=every_n_steps, window=window)
+    trainer = make_trainer(max_steps=9, val_check_interval=7, callbacks=[recorder, monitor])
     trainer.fit(model, make_loader(9), make_loader(3, seed=1))
 
-    check(often.results["train"], recorder.train[5:8])
-    check(last.results["train"], recorder.train[7:8])
-    check(often.results["val"], recorder.val)
-    check(last.results["val"], recorder.val)
+    check(monitor.results["train"], recorder.train[first:8])
+    check(monitor.results["val"], recorder.val)
+
+
+def test_two_that_would_log_different_numbers_are_refused(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    monitors = [ExpertUtilizationMonitor(), ExpertUtilizationMonitor(every_n_steps=20)]
+    with pytest.raises(ValueError, match=r"only one, got every_n_steps=20, .*; every_n_steps=100,"):
+        make_trainer(callbacks=monitors).validate(model, make_loader(1), verbose=False)
+    make_trainer(callbacks=monitors[:1] * 2).validate(model, make_loader(1), verbose=False)
 
 
 def test_logs_scalars_of_every_router(

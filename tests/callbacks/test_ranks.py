@@ -1,6 +1,8 @@
 """Callbacks over two processes with batches of different sizes."""
 
 import csv
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lightning_dsmoe.callbacks import (
     SparseFinishing,
     SparsityTarget,
 )
+from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import LinearRouter, Threshold, TopK
@@ -74,9 +77,9 @@ def make_trainer(folder: Path, devices: int, **options: Any) -> Trainer:
     )
 
 
-def validate(folder: Path, devices: int) -> dict[str, Tensor]:
+def validate(folder: Path, devices: int, *more: Callback) -> dict[str, Tensor]:
     half = LayerSelections(experts=Threshold(0.5), attention=Threshold(0.5))
-    callbacks = [ExpertUtilizationMonitor(), SparseEvaluation({"half": half})]
+    callbacks = [ExpertUtilizationMonitor(), SparseEvaluation({"half": half}), *more]
     trainer = make_trainer(folder, devices, callbacks=callbacks)
     trainer.validate(make_model(), UnevenData(), verbose=False)
     return dict(trainer.callback_metrics)
@@ -90,6 +93,25 @@ class SameOnAllRanks(Callback):
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
         assert ranks == [mine] * len(ranks)
+
+
+class LongWork(Callback):
+    """Fails where ranks do not wait for rank zero beyond the time limit, or not in vain."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        dist.barrier()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.2))
+        done: list[Any] = []
+        on_rank_zero(trainer, lambda: done.append(time.sleep(1)))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60))
+        assert len(done) == trainer.is_global_zero
+
+        def fail() -> None:
+            raise KeyError("no room")
+
+        error = KeyError if trainer.is_global_zero else RuntimeError
+        with pytest.raises(error, match="no room"):
+            on_rank_zero(trainer, fail)
 
 
 def steer(folder: Path, devices: int, callbacks: list[Callback], **options: Any) -> dict[str, str]:
@@ -112,7 +134,7 @@ def steer(folder: Path, devices: int, callbacks: list[Callback], **options: Any)
 @pytest.mark.ddp
 def test_two_ranks_report_as_one_process(tmp_path: Path) -> None:
     one = validate(tmp_path / "one", 1)
-    two = validate(tmp_path / "two", 2)
+    two = validate(tmp_path / "two", 2, LongWork())
     names = [name for name in one if "/layer_" in name or "/sparse/" in name or name == "val/loss"]
     assert len(names) == 2 * 2 * 5 + 3 + 1
     for name in names:

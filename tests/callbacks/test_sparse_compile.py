@@ -14,7 +14,12 @@ from lightning_dsmoe.analysis.certificate import certificate as made
 from lightning_dsmoe.analysis.certificate_check import differences
 from lightning_dsmoe.analysis.certificate_judgement import judge
 from lightning_dsmoe.analysis.certificate_reading import read_certificate
-from lightning_dsmoe.callbacks import LayerSelections, SparseCompile, SparseEvaluation
+from lightning_dsmoe.callbacks import (
+    ExpertUtilizationMonitor,
+    LayerSelections,
+    SparseCompile,
+    SparseEvaluation,
+)
 from lightning_dsmoe.inference import load_sparse
 from lightning_dsmoe.inference.artifact_certificate import load_certificate
 from lightning_dsmoe.inference.artifact_hashes import certified_hashes
@@ -37,7 +42,7 @@ def test_certificate_agrees_with_sparse_evaluation(
     evaluation = SparseEvaluation({"same": PLAN})
     compiling = SparseCompile(PLAN)
     trainer = make_trainer(max_steps=2, val_check_interval=2, callbacks=[evaluation, compiling])
-    trainer.fit(model, make_loader(2), make_loader(3, seed=1))
+    trainer.fit(model, make_loader(2), [make_loader(3, seed=1)])
     assert compiling.artifact == Path(str(trainer.log_dir)) / "sparse"
     measured, expected = certificate(compiling.artifact), evaluation.results["same"]
     assert measured["sparse_loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -221,6 +226,78 @@ def test_only_an_earlier_artifact_is_replaced(
     assert (place / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("logger", [False, "remote"])
+def test_runs_without_a_log_directory_keep_each_their_own(
+    logger: Any,
+    make_model: Callable[..., DSMoELanguageModel],
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    make_remote: Callable[[Path], Any],
+    tmp_path: Path,
+) -> None:
+    artifacts = []
+    for plan in (PLAN, SelectionPlan.uniform(2)):
+        compiling = SparseCompile(plan, max_batches=0)
+        used = make_remote(tmp_path) if logger else False
+        callbacks = [ExpertUtilizationMonitor(), compiling]
+        options = {"logger": used, "default_root_dir": tmp_path, "callbacks": callbacks}
+        make_trainer(max_steps=1, **options).fit(make_model(), make_loader(1), make_loader(1))
+        assert compiling.artifact is not None
+        artifacts.append(compiling.artifact)
+    assert [load_sparse(path).plan for path in artifacts] == [PLAN, SelectionPlan.uniform(2)]
+    assert all((path.parent / "utilization" / "last.png").exists() for path in artifacts)
+
+
+def test_a_run_that_would_replace_an_earlier_one_is_refused(
+    make_model: Callable[..., DSMoELanguageModel],
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    make_remote: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    def fit(trainer: Trainer) -> None:
+        trainer.fit(make_model(), make_loader(2), make_loader(1))
+
+    def trainer(**options: Any) -> Trainer:
+        compiling = SparseCompile(PLAN, max_batches=0, **options)
+        same = make_remote(tmp_path, version="same")
+        return make_trainer(max_epochs=1, max_steps=-1, logger=same, callbacks=[compiling])
+
+    first = trainer()
+    fit(first)
+    with pytest.raises(FileExistsError, match="sparse is the sparse model of an earlier run"):
+        fit(trainer())
+    fit(trainer(name="again"))
+    assert first.fit_loop.max_epochs == 1
+    first.fit_loop.max_epochs = 2
+    fit(first)  # the same run goes on
+    assert {path.name for path in (tmp_path / "project" / "same").iterdir()} == {"sparse", "again"}
+
+
+def test_two_at_once(
+    make_model: Callable[..., DSMoELanguageModel],
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    dense = SelectionPlan.uniform(2)
+
+    def fit(*callbacks: SparseCompile) -> None:
+        trainer = make_trainer(max_steps=1, callbacks=list(callbacks))
+        trainer.fit(make_model(), make_loader(1), make_loader(1))
+
+    first = SparseCompile(PLAN, max_batches=0)
+    second = SparseCompile(dense, name="dense", max_batches=0)
+    fit(first, second)
+    assert first.artifact is not None
+    assert second.artifact == first.artifact.with_name("dense")
+    assert [load_sparse(c.artifact).plan for c in (first, second)] == [PLAN, dense]
+    for options in ({}, {"path": str(tmp_path / "here")}):
+        with pytest.raises(ValueError, match=r"more than one SparseCompile writes to .*give each"):
+            fit(SparseCompile(PLAN, **options), SparseCompile(dense, **options))
+    assert not (tmp_path / "here").exists()
+
+
 def test_without_measuring(
     model: DSMoELanguageModel,
     make_loader: Callable[..., Any],
@@ -238,3 +315,5 @@ def test_impossible_options(tmp_path: Path) -> None:
         SparseCompile(str(tmp_path / "absent.json"))
     with pytest.raises(ValueError, match="max_batches must be 0 or more, got -1"):
         SparseCompile(PLAN, max_batches=-1)
+    with pytest.raises(ValueError, match=r"name of an artifact must begin .*, got '\.\./x'"):
+        SparseCompile(PLAN, name="../x")

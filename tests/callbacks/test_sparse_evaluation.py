@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,29 @@ def test_impossible_plans(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"'bad'.*broken\.json: a plan is"):
         SparseEvaluation({"bad": str(tmp_path / "broken.json")})
+
+
+@pytest.mark.parametrize("name", [False, 1, 1.5, None])
+def test_names_that_yaml_takes_for_something_else(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"must be a string, got {name}: write it in quotes"):
+        SparseEvaluation({"fits": TOP_1, name: TOP_1})
+
+
+@pytest.mark.parametrize("name", ["", "top/1", "top 1", "top:1", "{top}", ".."])
+def test_names_that_loggers_do_not_take(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"must begin with .*, got '{re.escape(name)}'"):
+        SparseEvaluation({name: TOP_1})
+
+
+def test_one_name_in_two_callbacks_is_refused(
+    model: DSMoELanguageModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    plans = {"top_1": TOP_1, "all": LayerSelections()}
+    trainer = make_trainer(callbacks=[SparseEvaluation(plans), SparseEvaluation({"top_1": TOP_1})])
+    with pytest.raises(ValueError, match=r"more than one .* a plan named top_1, and"):
+        trainer.validate(model, make_loader(1), verbose=False)
 
 
 def test_fit_evaluates_at_each_validation_and_not_in_the_sanity_check(

@@ -92,7 +92,8 @@ def test_fragments_over_the_quickstart(cli: Any, config: Any, tiny: Any, tmp_pat
     [folder] = (tmp_path / "quickstart").glob("version_0")
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/sparse/threshold/loss", "val/sparse/top_1/loss"} <= set(header)
-    assert load_sparse(folder / "sparse").quantization == "int8"
+    assert load_sparse(folder / "sparse").quantization is None
+    assert load_sparse(folder / "sparse_int8").quantization == "int8"
     path = folder / "checkpoints" / "last.ckpt"
     tested = cli("test", "-c", str(again), f"--ckpt_path={path}")
     assert tested.code == 0, tested.err

@@ -1,0 +1,54 @@
+"""The folder in which callbacks write what a run leaves behind."""
+
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+_FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """The folder of a trainer's run, the same on all ranks; None with `fast_dev_run`.
+
+    Call on all ranks. It is what `ModelCheckpoint` keeps its checkpoints in: the first logger's
+    directory, name and version. `Trainer.log_dir` has no name and version but for the CSV and the
+    TensorBoard logger, so that there runs would replace each other's files. Where no logger has a
+    version, it is a new folder `version_0`, `version_1` and so on for each trainer.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    if trainer not in _FOLDERS:
+        # Only on rank zero do loggers know the version that their server gave.
+        folder = _folder(trainer) if trainer.is_global_zero else Path()
+        _FOLDERS[trainer] = trainer.strategy.broadcast(folder)
+    return _FOLDERS[trainer]
+
+
+def _folder(trainer: Trainer) -> Path:
+    if not trainer.loggers:
+        return _new_version(Path(trainer.default_root_dir))
+    logger = trainer.loggers[0]
+    if isinstance(logger, CSVLogger | TensorBoardLogger):
+        return Path(logger.log_dir)
+    parent = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "")
+    if logger.version is None:
+        return _new_version(parent)
+    version = logger.version
+    return parent / (version if isinstance(version, str) else f"version_{version}")
+
+
+def _new_version(parent: Path) -> Path:
+    """Make the next of the numbered folders; runs that start at once do not get the same."""
+    parent.mkdir(parents=True, exist_ok=True)
+    numbers = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+    number = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
+    while True:
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
