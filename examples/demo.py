@@ -18,12 +18,14 @@ from rich.table import Table
 from lightning_dsmoe import SelectionPlan, load_sparse
 from lightning_dsmoe.cli import cli_main
 from lightning_dsmoe.commands import generate
+from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.inference import SparseModel
 
 OUTPUT = Path("demo_output")
 PROMPT = "def __init__(self"
 
 
+@console_output()
 def main() -> None:
     """Run the whole demonstration."""
     console = Console()

@@ -20,6 +20,7 @@ import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
+from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
@@ -108,28 +109,33 @@ def main(args: Sequence[str] | None = None) -> None:
     if "--debug" in sys.argv:
         os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
-    commands = [*DSMoECLI.subcommands(), *TOOLS]
     try:
-        if words and not words[0].startswith("-") and words[0] not in commands:
-            known = ", ".join(commands)
-            sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
-        if words and words[0] in TOOLS:
-            tool = words.pop(0)
-            jsonargparse.auto_cli(
-                TOOLS[tool],
-                args=[_underscored(word) for word in words],
-                as_positional=False,
-                prog=f"lightning-dsmoe {tool}",
-                parser_class=OneLineErrors,
-            )
-        else:
-            cli_main()
+        with console_output():
+            _run(words)
     except SIGTERMException:
         sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
         if _DEBUG in os.environ:
             raise
         sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+
+
+def _run(words: list[str]) -> None:
+    commands = [*DSMoECLI.subcommands(), *TOOLS]
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        known = ", ".join(commands)
+        sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
+    if words and words[0] in TOOLS:
+        tool = words.pop(0)
+        jsonargparse.auto_cli(
+            TOOLS[tool],
+            args=[_underscored(word) for word in words],
+            as_positional=False,
+            prog=f"lightning-dsmoe {tool}",
+            parser_class=OneLineErrors,
+        )
+    else:
+        cli_main()
 
 
 def _underscored(word: str) -> str:
