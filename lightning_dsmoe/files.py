@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 

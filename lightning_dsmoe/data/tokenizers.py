@@ -200,7 +200,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read_json(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'tokenizer must be "byte", "char" or the path of a tokenizer JSON, got {str(path)!r}: '

@@ -80,7 +80,7 @@ MISTAKES = {
         ["quantization", "'int8'", "int4"],
     ),
     "configuration": (["-c", "absent.yaml"], ["absent.yaml", "does not exist"]),
-    "files": (["--data.init_args.files=absent.txt"], ["no file matches 'absent.txt'"]),
+    "files": (["--data.init_args.files=absent.txt"], ["there is no file 'absent.txt'"]),
     "checkpoint": (["--ckpt_path=absent.ckpt"], ["absent.ckpt", "not found"]),
 }
 
