@@ -29,7 +29,7 @@ PROMPT = "def __init__(self"
 def main() -> None:
     """Run the whole demonstration."""
     console = Console()
-    quickstart = str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml"))
+    quickstart = str(files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     console.rule("Training every expert")
     sys.argv[1:] = ["fit", "-c", quickstart, f"--trainer.logger.init_args.save_dir={OUTPUT}"]

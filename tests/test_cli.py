@@ -44,7 +44,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(
     text.write_text("what the model reads\n" * 200)
     words = [
         "-c",
-        str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml")),
+        str(files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml")),
         f"--data.init_args.files={text}",
         f"--data.init_args.cache_dir={tmp_path}",
         "--data.init_args.context=16",
