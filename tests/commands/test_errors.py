@@ -202,6 +202,7 @@ def test_artifact_with_a_flipped_byte(cli: Any, trained: Any, tmp_path: Path) ->
         (["--ckpt=absent.ckpt"], ["no checkpoint at absent.ckpt"]),
         (["--ckpt={checkpoint}", f"--prompt={'x' * 17}"], ["17 tokens", "context holds 16"]),
         (["--ckpt={checkpoint}", "--prompt="], ["a token or more"]),
+        (["--ckpt={checkpoint}", "--prompt=a\udcff"], [r"'\udcff' at position 1", "not UTF-8"]),
         (["--ckpt={checkpoint}", "--temperature=-1"], ["temperature must be 0 or from", "-1"]),
         (["--ckpt={checkpoint}", "--temperature=warm"], ["temperature", "float", "warm"]),
         (["--ckpt={checkpoint}", "--top_k=0"], ["top_k must be at least 1", "0"]),
