@@ -5,9 +5,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+from jsonargparse import Namespace
 from lightning import LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,8 +21,10 @@ import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
+from lightning_dsmoe.commands.configuration_file import options_in
 from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import one_line
+from lightning_dsmoe.files import check_mark
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
 
@@ -40,6 +43,26 @@ _SIGTERM_EXIT_CODE = 143
 
 class OneLineErrors(jsonargparse.ArgumentParser):
     """Says a mistake in one line, unless a traceback is asked for."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            check_mark(Path(path))
+            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+        return parsed
+
+    def parse_string(
+        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
+    ) -> Namespace:
+        if not path and not content:  # as where a shell's variable is not set
+            self.error("config must name a file, got ''")
+        try:
+            content = options_in(content, str(path or "config"))
+        except ValueError as error:
+            self.error(str(error), error)
+        parsed: Namespace = super().parse_string(content, path, *args, **kwargs)
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if _DEBUG in os.environ or not self.exit_on_error:

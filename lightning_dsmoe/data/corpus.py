@@ -3,7 +3,6 @@
 import codecs
 import glob
 import re
-import shlex
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -11,16 +10,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from lightning_dsmoe.files import check_mark
+
 PIECE_BYTES = 4 * 1024**2
 NOT_SOURCES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 )
-_ENCODINGS = {  # by byte-order mark; that of UTF-16 begins that of UTF-32
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
@@ -136,14 +131,9 @@ def _matches(pattern: str) -> list[Path]:
 
 def _mark(file: Path) -> int:
     """Return the size of a file's UTF-8 byte-order mark; refuse those of other encodings."""
+    check_mark(file)
     with file.open("rb") as stream:
         head = stream.read(5)
-    for mark, encoding in _ENCODINGS.items():
-        if head.startswith(mark):
-            raise ValueError(
-                f"{file} is text in {encoding}, only UTF-8 is read; to convert it: "
-                f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(file))} > utf8.txt"
-            )
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(f"{file} is compressed ({name}): unpack it first")
