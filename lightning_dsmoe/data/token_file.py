@@ -97,7 +97,10 @@ def open_token_file(
         ValueError: If a file of the corpus is not text.
         OSError: If tokens cannot be kept in `cache_dir`.
     """
-    directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    try:
+        directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    except RuntimeError as error:  # there is no home directory
+        raise OSError(_cannot_keep(cache_dir or "~/.cache", error)) from error
     # Of a large corpus only samples are compared. Whatever else is changed in it changes a time:
     # the second one, of the file's status, even where a program sets the first one back.
     stats = [file.stat() for file in corpus.files] if corpus.size > SAMPLED_FROM else []
@@ -125,10 +128,14 @@ def open_token_file(
     except OSError as error:
         if error.filename is not None and Path(error.filename) in corpus.files:
             raise
-        raise OSError(
-            f"cannot keep the tokens of the text in {directory} ({error.strerror or error}): name "
-            "another folder as cache_dir of the data, or in the environment as XDG_CACHE_HOME"
-        ) from error
+        raise OSError(_cannot_keep(directory, error.strerror or error)) from error
+
+
+def _cannot_keep(directory: str | Path, reason: object) -> str:
+    return (
+        f"cannot keep the tokens of the text in {directory} ({reason}): name another folder as "
+        "cache_dir of the data, or in the environment as XDG_CACHE_HOME"
+    )
 
 
 def default_cache_dir() -> Path:

@@ -138,6 +138,16 @@ def test_a_cache_that_cannot_be_written_names_the_ways_out(text_file: Path, plac
         open_token_file(corpus, None, val_fraction=0.2, test_fraction=0.1, cache_dir=places[place])
 
 
+def test_a_missing_home_names_the_ways_out(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without an entry
+    corpus = find_corpus(text_file)
+    with pytest.raises(OSError, match=r"cannot keep the tokens .* XDG_CACHE_HOME"):
+        open_token_file(corpus, ByteTokenizer(), val_fraction=0.2, test_fraction=0.1)
+
+
 def test_a_full_disk_names_the_ways_out(text_file: Path) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
