@@ -246,6 +246,11 @@ def lines(*texts: str) -> str:
     ("message", "line"),
     [
         ("k must be at least 1, got 0", "k must be at least 1, got 0"),
+        (
+            "Parser key \"data\":\n  'utf-8' codec can't encode character '\\udcff' in position 9: "
+            "surrogates not allowed",
+            "data: not UTF-8, character '\\udcff' in position 9",
+        ),
         ("first line\n\x1b[1msecond\x1b[0m\n  line", "first line second line"),
         ("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", "k: expected int, got x"),
         (
