@@ -168,7 +168,7 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) ->
             sizes[split] = SplitSize(n_tokens, stop - start, n_characters)
     record = {
         "dtype": dtype,
-        "sha256": content_digest([path]),
+        "content": _content(path),
         "tokenizer": tokenizer.to_dict(),
         "splits": {
             split: [size.tokens, size.bytes, size.characters] for split, size in sizes.items()
@@ -189,8 +189,14 @@ def _read(path: Path) -> TokenFile | None:
         complete = (
             dtype in ("uint8", "uint16", "uint32")
             and path.stat().st_size == n_bytes
-            and content_digest([path]) == record["sha256"]
+            and record["content"] == _content(path)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return TokenFile(path, dtype, tokenizer, sizes) if complete else None
+
+
+def _content(path: Path) -> list[str | int]:
+    """What changes with a token file: what samples of a large one miss changes its time."""
+    stat = path.stat()
+    return [content_digest([path]), stat.st_mtime_ns if stat.st_size > SAMPLED_FROM else 0]

@@ -98,6 +98,18 @@ def test_a_large_text_that_samples_miss_has_another_time(
     assert open_tokens(text_file).path != first.path
 
 
+def test_a_large_token_file_that_was_written_to_is_made_again(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_file, "SAMPLED_FROM", 0)
+    monkeypatch.setattr(token_file, "content_digest", lambda files: "the same")
+    path = open_tokens(text_file).path
+    good = path.read_bytes()
+    time.sleep(0.02)
+    path.write_bytes(bytes(reversed(good)))
+    assert open_tokens(text_file).path.read_bytes() == good
+
+
 @pytest.mark.parametrize(
     "damage",
     [
