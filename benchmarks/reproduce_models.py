@@ -104,7 +104,7 @@ def configuration(name: str, preset: Preset, *, seed: int, steps: int) -> Config
         seed: of the weights and of the order of the text.
         steps: optimizer steps.
     """
-    text = files("lightning_dsmoe").joinpath("cli_configs", RECIPE).read_text(encoding="utf-8")
+    text = files("lightning_dsmoe.cli_configs").joinpath(RECIPE).read_text(encoding="utf-8")
     config: Config = yaml.safe_load(text)
     model, data = (config[part]["init_args"] for part in ("model", "data"))
     parts = {

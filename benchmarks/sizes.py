@@ -23,7 +23,7 @@ def main() -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(DSMoELanguageModel, "model")
     for size, paper in TABLE_1.items():
-        config = files("lightning_dsmoe").joinpath("cli_configs", "paper", f"dsmoe_{size}.yaml")
+        config = files("lightning_dsmoe.cli_configs").joinpath(f"paper/dsmoe_{size}.yaml")
         model: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
         model["init_args"]["vocab_size"] = VOCABULARY
         with torch.device("meta"):

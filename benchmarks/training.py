@@ -193,7 +193,7 @@ def compare_product(
         skip: steps of the quickstart before the first block.
         overrides: further arguments of the command line.
     """
-    config = files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml")
+    config = files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml")
     with tempfile.TemporaryDirectory() as folder:
         sys.argv[1:] = [
             "fit",

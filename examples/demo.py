@@ -18,16 +18,18 @@ from rich.table import Table
 from lightning_dsmoe import SelectionPlan, load_sparse
 from lightning_dsmoe.cli import cli_main
 from lightning_dsmoe.commands import generate
+from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.inference import SparseModel
 
 OUTPUT = Path("demo_output")
 PROMPT = "def __init__(self"
 
 
+@console_output()
 def main() -> None:
     """Run the whole demonstration."""
     console = Console()
-    quickstart = str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml"))
+    quickstart = str(files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     console.rule("Training every expert")
     sys.argv[1:] = ["fit", "-c", quickstart, f"--trainer.logger.init_args.save_dir={OUTPUT}"]

@@ -1,6 +1,7 @@
 """DS-MoE: train every expert on every token, then run only the experts that matter."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from lightning_dsmoe.routing import TopP as TopP
 
 __version__ = "0.1.0"
+
+if Path(__path__[0], "callbacks").is_file():
+    # Without symbolic links, which Windows has not by default, git checks a link out as a text
+    # file. Its target, like that of `cli_configs`, is beside this package.
+    __path__.append(str(Path(__path__[0]).parent))
 
 _HOMES = {
     "AllExperts": "routing",

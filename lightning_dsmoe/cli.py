@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -28,7 +29,10 @@ import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
+from lightning_dsmoe.commands.configuration_file import options_in
+from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import one_line
+from lightning_dsmoe.files import check_mark
 from lightning_dsmoe.inference.checkpoint import read_checkpoint
 from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.last_checkpoint import find_last_checkpoint
@@ -51,6 +55,26 @@ _PROCESSES_PER_CORE = 4
 
 class OneLineErrors(jsonargparse.ArgumentParser):
     """Says a mistake in one line, unless a traceback is asked for."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            check_mark(Path(path))
+            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+        return parsed
+
+    def parse_string(
+        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
+    ) -> Namespace:
+        if not path and not content:  # as where a shell's variable is not set
+            self.error("config must name a file, got ''")
+        try:
+            content = options_in(content, str(path or "config"))
+        except ValueError as error:
+            self.error(str(error), error)
+        parsed: Namespace = super().parse_string(content, path, *args, **kwargs)
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if _DEBUG in os.environ or not self.exit_on_error:
@@ -97,6 +121,11 @@ class DSMoECLI(LightningCLI):
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
         _check_processes(options.trainer)
+        if options.ckpt_path and options.weights_only and Path(options.ckpt_path).is_dir():
+            raise ValueError(
+                f"{options.ckpt_path} is the folder of a sharded checkpoint, which PyTorch unpickles "
+                "and which can thus run code: --weights_only false resumes one that you trust"
+            )
         if options.ckpt_path and Path(options.ckpt_path).is_file():
             # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
             read_checkpoint(options.ckpt_path, weights_only=options.weights_only, checksums=False)
@@ -166,31 +195,36 @@ def main(args: Sequence[str] | None = None) -> None:
     if "--debug" in sys.argv:
         os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
-    commands = [*DSMoECLI.subcommands(), *TOOLS]
     try:
-        _import_modules(words)
-        sys.argv[1:] = words
-        if words and not words[0].startswith("-") and words[0] not in commands:
-            known = ", ".join(commands)
-            sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
-        if words and words[0] in TOOLS:
-            tool = words.pop(0)
-            jsonargparse.auto_cli(
-                TOOLS[tool],
-                args=[_underscored(word) for word in words],
-                as_positional=False,
-                prog=f"lightning-dsmoe {tool}",
-                epilog=f"{_IMPORT_HELP}; --debug shows tracebacks.",
-                parser_class=OneLineErrors,
-            )
-        else:
-            cli_main()
+        with console_output():
+            _import_modules(words)
+            sys.argv[1:] = words
+            _run(words)
     except SIGTERMException:
         sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
         if _DEBUG in os.environ:
             raise
         sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+
+
+def _run(words: list[str]) -> None:
+    commands = [*DSMoECLI.subcommands(), *TOOLS]
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        known = ", ".join(commands)
+        sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
+    if words and words[0] in TOOLS:
+        tool = words.pop(0)
+        jsonargparse.auto_cli(
+            TOOLS[tool],
+            args=[_underscored(word) for word in words],
+            as_positional=False,
+            prog=f"lightning-dsmoe {tool}",
+            epilog=f"{_IMPORT_HELP}; --debug shows tracebacks.",
+            parser_class=OneLineErrors,
+        )
+    else:
+        cli_main()
 
 
 def _import_modules(words: list[str]) -> None:

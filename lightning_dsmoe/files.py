@@ -1,7 +1,9 @@
 """Files that are either whole or not there, and small ones of unknown origin."""
 
+import codecs
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,12 @@ from typing import Any
 from uuid import uuid4
 
 _MAX_JSON_BYTES = 64 * 2**20
+_MARKS = {  # the first two begin with the next two
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @contextmanager
@@ -40,6 +48,18 @@ def check_file(output: str) -> None:
         raise ValueError(f"output must be a file, {output} is a folder")
 
 
+def check_mark(path: Path) -> None:
+    """Raise a ValueError if a file begins with the byte-order mark of UTF-16 or UTF-32."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            raise ValueError(
+                f"{path} is text in {encoding}, only UTF-8 is read; to convert it: "
+                f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+            )
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -48,7 +68,7 @@ def read_json(path: Path) -> Any:
     """
     check_json_size(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 

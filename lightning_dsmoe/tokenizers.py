@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from reprlib import repr as short_repr
 
@@ -31,6 +32,10 @@ class Tokenizer(ABC):
         """Return the text of token numbers.
 
         Those past the vocabulary are replacement signs, or left out by Hugging Face.
+
+        Raises:
+            TypeError: If `tokens` is not a sequence of integers.
+            ValueError: If one of them is negative.
         """
 
     def piece(self, token: int) -> str:
@@ -80,10 +85,10 @@ class ByteTokenizer(Tokenizer):
         return 256
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(_utf_8(text), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        known = (int(token) if token < 256 else 0xFF for token in tokens)  # 0xFF is in no text
+        known = (min(token, 0xFF) for token in _numbers(tokens))  # 0xFF is in no text
         return bytes(known).decode("utf-8", errors="replace")
 
     def to_dict(self) -> dict[str, str]:
@@ -124,7 +129,7 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         known = len(self.alphabet)
-        return "".join(self.alphabet[t] if t < known else _REPLACEMENT for t in tokens)
+        return "".join(self.alphabet[t] if t < known else _REPLACEMENT for t in _numbers(tokens))
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": "char", "alphabet": self.alphabet}
@@ -169,10 +174,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._vocab_size
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            _utf_8(text)  # says why it is no text for the package
+            raise
+        return np.array(encoding.ids, dtype=np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        numbers = [int(token) for token in tokens]
+        numbers = [token for token in _numbers(tokens) if token < self._vocab_size]
         return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
 
     def to_dict(self) -> dict[str, str]:
@@ -200,7 +210,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read_json(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f'tokenizer must be "byte", "char" or the path of a tokenizer JSON, got {str(path)!r}: '
@@ -210,6 +220,29 @@ def _read_json(path: Path) -> str:
 
 def _is_object(text: str) -> bool:
     return text.lstrip().startswith("{")
+
+
+def _utf_8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text must be valid Unicode, got {text[error.start]!r} at position {error.start}: a "
+            "byte that is not UTF-8, or half of a surrogate pair"
+        ) from None
+
+
+def _numbers(tokens: Sequence[int]) -> list[int]:
+    """Token numbers as plain integers: a negative one would count from a vocabulary's end."""
+    try:
+        numbers = list(map(index, tokens))
+    except TypeError:
+        raise TypeError(
+            f"tokens must be a sequence of integers, got {short_repr(tokens)}"
+        ) from None
+    if (least := min(numbers, default=0)) < 0:
+        raise ValueError(f"tokens must be 0 or more, got {least}")
+    return numbers
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:

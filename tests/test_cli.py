@@ -25,6 +25,17 @@ def test_help() -> None:
         assert command in done.stdout
 
 
+def test_a_reader_that_leaves_early_ends_it_quietly() -> None:
+    with subprocess.Popen(
+        [*COMMAND, "configs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141
+
+
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -33,7 +44,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(
     text.write_text("what the model reads\n" * 200)
     words = [
         "-c",
-        str(files("lightning_dsmoe").joinpath("cli_configs", "quickstart.yaml")),
+        str(files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml")),
         f"--data.init_args.files={text}",
         f"--data.init_args.cache_dir={tmp_path}",
         "--data.init_args.context=16",

@@ -63,8 +63,7 @@ def test_all_of_it(
     }
     options["model"]["init_args"] |= {"d_model": 16, "n_layers": 1}
     options["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "limit_test_batches": 2}
-    (tmp_path / "cli_configs").mkdir()
-    (tmp_path / "cli_configs" / "quickstart.yaml").write_text(yaml.safe_dump(options))
+    (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(options))
     monkeypatch.setattr(demo, "files", lambda package: tmp_path)
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output")
     monkeypatch.setattr(sys, "argv", ["demo.py"])

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -64,21 +65,46 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", LINKED)
-def test_linked_folder_is_a_folder(name: str) -> None:
-    link = ROOT / "lightning_dsmoe" / name
-    assert link.is_dir(), (
-        f"{link} is not a folder: the symlink was checked out as a text file; "
-        "run `git config core.symlinks true` and check out again"
-    )
-    assert shipped_files(link) == shipped_files(ROOT / name) != set()
+@pytest.fixture(scope="module")
+def without_links(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as git checks them out where it makes no symbolic links: as text files."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("lightning_dsmoe", *LINKED):
+        ignored = shutil.ignore_patterns("__pycache__", *(LINKED if name not in LINKED else ()))
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in LINKED:
+        (folder / "lightning_dsmoe" / name).write_text(f"../{name}")
+    return folder
+
+
+def test_sources_work_without_links(without_links: Path, tmp_path: Path) -> None:
+    code = """
+from importlib.resources import files
+from importlib.util import find_spec
+print(find_spec("lightning_dsmoe.callbacks").origin)
+print(files("lightning_dsmoe.cli_configs").joinpath("callbacks/annealing.yaml"))
+"""
+    found = run_python(code, cwd=tmp_path, path=(without_links,)).splitlines()
+    assert found == [
+        str(without_links / "callbacks" / "__init__.py"),
+        str(without_links / "cli_configs" / "callbacks" / "annealing.yaml"),
+    ]
+
+
+def test_wheel_is_the_same_without_links(wheel: Path, without_links: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
+    subprocess.run(build, cwd=without_links, check=True, capture_output=True)
+    (built,) = (without_links / "dist").iterdir()
+    assert zipfile.ZipFile(built).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_wheel_ships_every_source_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "lightning_dsmoe"
     sources = shipped_files(package).union(
-        *({f"{name}/{file}" for file in shipped_files(package / name)} for name in LINKED)
+        *({f"{name}/{file}" for file in shipped_files(ROOT / name)} for name in LINKED)
     )
     assert {"py.typed", "callbacks/__init__.py", "cli_configs/quickstart.yaml"} <= sources
     in_package = {name for name in names if not name.split("/")[0].endswith(".dist-info")}

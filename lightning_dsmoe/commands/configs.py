@@ -12,7 +12,7 @@ def configs(name: str | None = None) -> None:
     Raises:
         ValueError: if there is no such configuration.
     """
-    root = files("lightning_dsmoe").joinpath("cli_configs")
+    root = files("lightning_dsmoe.cli_configs")
     folders = [("", root), *((f"{entry.name}/", entry) for entry in root.iterdir())]
     shipped = {
         f"{prefix}{entry.name}": entry

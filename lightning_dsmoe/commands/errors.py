@@ -44,6 +44,7 @@ _PLAINER = (
     (r"\. Got value: ", ", got "),
     (r"\.$", ""),
 )
+_SURROGATES = r"'[\w-]+' codec can't encode (characters?.*?): surrogates not allowed"
 
 
 class _Attempt(NamedTuple):
@@ -58,6 +59,8 @@ class _Attempt(NamedTuple):
 def one_line(message: str) -> str:
     """Say a message in one line; of a parser's tree of attempts, say the one that came furthest."""
     message = re.sub(r"\x1b\[[\d;]*m", "", message)
+    # Bytes of the command line that are not UTF-8 reach Python as surrogates.
+    message = re.sub(_SURROGATES, r"not UTF-8, \1", message)
     is_tree = message.startswith("Parser key") or "Does not validate against" in message
     attempts = is_tree and (_attempts(message, _GENERIC) or _attempts(message, _STRUCTURE))
     if not attempts:

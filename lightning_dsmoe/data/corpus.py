@@ -1,6 +1,8 @@
 """A corpus: text files read in order as one stretch of UTF-8."""
 
+import codecs
 import glob
+import re
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -8,10 +10,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from lightning_dsmoe.files import check_mark
+
 PIECE_BYTES = 4 * 1024**2
 NOT_SOURCES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 )
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,13 @@ class Corpus:
 
     Args:
         files: The files, in order.
-        sizes: Their sizes in bytes.
+        sizes: Their sizes in bytes, without byte-order marks.
+        marks: The sizes of the byte-order marks that they begin with, 0 or 3.
     """
 
     files: tuple[Path, ...]
     sizes: tuple[int, ...]
+    marks: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -44,7 +51,7 @@ class Corpus:
         first = ends[index] - self.sizes[index]
         with self.files[index].open("rb") as stream:
             while position > first:
-                stream.seek(position - first)
+                stream.seek(self.marks[index] + position - first)
                 byte = stream.read(1)
                 if not byte or byte[0] & 0xC0 != 0x80:
                     break
@@ -64,14 +71,14 @@ class Corpus:
             ValueError: On a NUL byte or invalid UTF-8, naming the file and the byte offset.
         """
         offset = 0
-        for file, size in zip(self.files, self.sizes, strict=True):
+        for file, size, mark in zip(self.files, self.sizes, self.marks, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, size)
             offset += size
             if first < last:
-                yield from _read_file(file, first, last)
+                yield from _read_file(file, mark + first, mark + last)
 
 
-def find_corpus(files: str | Sequence[str] | None = None) -> Corpus:
+def find_corpus(files: str | Path | Sequence[str | Path] | None = None) -> Corpus:
     """Resolve paths and globs into a corpus.
 
     Args:
@@ -80,30 +87,57 @@ def find_corpus(files: str | Sequence[str] | None = None) -> Corpus:
             interpreter's standard library.
 
     Raises:
-        ValueError: If a pattern matches no file, or all files are empty.
+        ValueError: If a pattern matches no file, a file begins as text in UTF-8 does not, or all
+            files are empty.
     """
     if files is None:
         paths = _standard_library()
     else:
-        patterns = [files] if isinstance(files, str) else list(files)
-        paths = sorted({path for pattern in patterns for path in _matches(pattern)})
+        patterns = [files] if isinstance(files, str | Path) else list(files)
+        paths = sorted({path for pattern in patterns for path in _matches(str(pattern))})
     if not paths:
         raise ValueError("files must name at least one text file, got none")
-    sizes = tuple(path.stat().st_size for path in paths)
+    marks = tuple(_mark(path) for path in paths)
+    sizes = tuple(path.stat().st_size - mark for path, mark in zip(paths, marks, strict=True))
     if not any(sizes):
         raise ValueError(f"the corpus is empty: 0 bytes in {len(paths)} file(s), {paths[0]}")
-    return Corpus(tuple(paths), sizes)
+    return Corpus(tuple(paths), sizes, marks)
 
 
 def _matches(pattern: str) -> list[Path]:
     expanded = Path(pattern).expanduser()
     if expanded.is_file():
         return [expanded.resolve()]
-    found = (Path(name) for name in glob.glob(str(expanded), recursive=True))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", pattern):
+        raise ValueError(
+            f"files are read from this machine only, got the address {pattern!r}: download it first"
+        )
+    if expanded.is_dir():
+        raise ValueError(
+            f"{pattern!r} is a folder: write which of its files to read, such as "
+            f"{str(expanded / '*.txt')!r}, or {str(expanded / '**' / '*')!r} for all of them"
+        )
+    found = [Path(name) for name in glob.glob(str(expanded), recursive=True)]
     paths = [path.resolve() for path in found if path.is_file()]
+    if not paths and found:
+        raise ValueError(f"only folders or devices match {pattern!r}, no file")
+    if not paths and not glob.has_magic(pattern):
+        place = "" if expanded.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"there is no file {pattern!r}{place}")
     if not paths:
         raise ValueError(f"no file matches {pattern!r}")
     return paths
+
+
+def _mark(file: Path) -> int:
+    """Return the size of a file's UTF-8 byte-order mark; refuse those of other encodings."""
+    check_mark(file)
+    with file.open("rb") as stream:
+        head = stream.read(5)
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(f"{file} is compressed ({name}): unpack it first")
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
 def _standard_library() -> list[Path]:

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        files: str | list[str] | None = None,
+        # A path comes after a list: jsonargparse would take the text of a list for a path.
+        files: str | list[str] | Path | list[Path] | None = None,
         *,
         tokenizer: str | Tokenizer = "byte",
         context: int = 128,

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dsmoe.data.content_digest import SAMPLED_FROM, content_digest
 from lightning_dsmoe.data.corpus import Corpus
 from lightning_dsmoe.files import atomic_path, write_text
 from lightning_dsmoe.tokenizers import CharTokenizer, Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -94,14 +95,20 @@ def open_token_file(
 
     Raises:
         ValueError: If a file of the corpus is not text.
+        OSError: If tokens cannot be kept in `cache_dir`.
     """
-    directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    try:
+        directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    except RuntimeError as error:  # there is no home directory
+        raise OSError(_cannot_keep(cache_dir or "~/.cache", error)) from error
+    # Of a large corpus only samples are compared. Whatever else is changed in it changes a time:
+    # the second one, of the file's status, even where a program sets the first one back.
+    stats = [file.stat() for file in corpus.files] if corpus.size > SAMPLED_FROM else []
     identity = {
         "format": FORMAT_VERSION,
-        "files": [
-            (str(file), size, file.stat().st_mtime_ns)
-            for file, size in zip(corpus.files, corpus.sizes, strict=True)
-        ],
+        "files": [(str(f), size) for f, size in zip(corpus.files, corpus.sizes, strict=True)],
+        "content": content_digest(corpus.files),
+        "times": [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats],
         "tokenizer": "char" if tokenizer is None else tokenizer.fingerprint(),
         "fractions": [val_fraction, test_fraction],
     }
@@ -115,7 +122,20 @@ def open_token_file(
         corpus.boundary(int(corpus.size * (1 - test_fraction))),
         corpus.size,
     ]
-    return _write(path, corpus, tokenizer or _char_tokenizer(corpus), cuts)
+    tokenizer = tokenizer or _char_tokenizer(corpus)
+    try:
+        return _write(path, corpus, tokenizer, cuts)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) in corpus.files:
+            raise
+        raise OSError(_cannot_keep(directory, error.strerror or error)) from error
+
+
+def _cannot_keep(directory: str | Path, reason: object) -> str:
+    return (
+        f"cannot keep the tokens of the text in {directory} ({reason}): name another folder as "
+        "cache_dir of the data, or in the environment as XDG_CACHE_HOME"
+    )
 
 
 def default_cache_dir() -> Path:
@@ -148,6 +168,7 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) ->
             sizes[split] = SplitSize(n_tokens, stop - start, n_characters)
     record = {
         "dtype": dtype,
+        "content": _content(path),
         "tokenizer": tokenizer.to_dict(),
         "splits": {
             split: [size.tokens, size.bytes, size.characters] for split, size in sizes.items()
@@ -165,7 +186,17 @@ def _read(path: Path) -> TokenFile | None:
         sizes = {split: SplitSize(*record["splits"][split]) for split in SPLITS}
         tokenizer = Tokenizer.from_dict(record["tokenizer"])
         n_bytes = sum(size.tokens for size in sizes.values()) * np.dtype(dtype).itemsize
-        complete = dtype in ("uint8", "uint16", "uint32") and path.stat().st_size == n_bytes
+        complete = (
+            dtype in ("uint8", "uint16", "uint32")
+            and path.stat().st_size == n_bytes
+            and record["content"] == _content(path)
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return TokenFile(path, dtype, tokenizer, sizes) if complete else None
+
+
+def _content(path: Path) -> list[str | int]:
+    """What changes with a token file: what samples of a large one miss changes its time."""
+    stat = path.stat()
+    return [content_digest([path]), stat.st_mtime_ns if stat.st_size > SAMPLED_FROM else 0]

@@ -76,7 +76,7 @@ def cli() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def config() -> Callable[[str], str]:
     """Path of a shipped configuration."""
-    return lambda name: str(files("lightning_dsmoe").joinpath("cli_configs", *name.split("/")))
+    return lambda name: str(files("lightning_dsmoe.cli_configs").joinpath(name))
 
 
 @pytest.fixture(scope="session")

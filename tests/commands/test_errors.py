@@ -86,7 +86,7 @@ MISTAKES = {
         ["quantization", "'int8'", "int4"],
     ),
     "configuration": (["-c", "absent.yaml"], ["absent.yaml", "does not exist"]),
-    "files": (["--data.init_args.files=absent.txt"], ["no file matches 'absent.txt'"]),
+    "files": (["--data.init_args.files=absent.txt"], ["there is no file 'absent.txt'"]),
     "checkpoint": (["--ckpt_path=absent.ckpt"], ["absent.ckpt", "not found"]),
 }
 
@@ -208,6 +208,7 @@ def test_artifact_with_a_flipped_byte(cli: Any, trained: Any, tmp_path: Path) ->
         (["--ckpt=absent.ckpt"], ["no checkpoint at absent.ckpt"]),
         (["--ckpt={checkpoint}", f"--prompt={'x' * 17}"], ["17 tokens", "context holds 16"]),
         (["--ckpt={checkpoint}", "--prompt="], ["a token or more"]),
+        (["--ckpt={checkpoint}", "--prompt=a\udcff"], [r"'\udcff' at position 1", "not UTF-8"]),
         (["--ckpt={checkpoint}", "--temperature=-1"], ["temperature must be 0 or from", "-1"]),
         (["--ckpt={checkpoint}", "--temperature=warm"], ["temperature", "float", "warm"]),
         (["--ckpt={checkpoint}", "--top_k=0"], ["top_k must be at least 1", "0"]),
@@ -251,6 +252,11 @@ def lines(*texts: str) -> str:
     ("message", "line"),
     [
         ("k must be at least 1, got 0", "k must be at least 1, got 0"),
+        (
+            "Parser key \"data\":\n  'utf-8' codec can't encode character '\\udcff' in position 9: "
+            "surrogates not allowed",
+            "data: not UTF-8, character '\\udcff' in position 9",
+        ),
         ("first line\n\x1b[1msecond\x1b[0m\n  line", "first line second line"),
         ("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", "k: expected int, got x"),
         (

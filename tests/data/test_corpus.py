@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,64 @@ def test_binary_file_is_named_with_the_offset(
     found = find_corpus(str(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match=message):
         list(found.read(0, found.size))
+
+
+def test_a_utf_8_mark_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 4)
+    (tmp_path / "a.txt").write_text("xä", encoding="utf-8-sig")  # 1 + 2 bytes after the mark
+    (tmp_path / "b.txt").write_text("", encoding="utf-8-sig")
+    (tmp_path / "c.txt").write_text("éy\n", encoding="utf-8-sig")
+    found = find_corpus(str(tmp_path / "*.txt"))
+    assert found.size == 7
+    assert "".join(found.read(0, 7)) == "xäéy\n"
+    assert "".join(found.read(1, 5)) == "äé"
+    assert [found.boundary(position) for position in range(8)] == [0, 1, 1, 3, 3, 5, 6, 7]
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfab\xff")
+    with pytest.raises(ValueError, match="byte offset 5"):
+        list(find_corpus(str(tmp_path / "c.txt")).read(0, 3))
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_other_encodings_are_named_with_the_way_out(
+    tmp_path: Path, encoding: str, order: str
+) -> None:
+    path = tmp_path / "my text.txt"
+    path.write_bytes(("\ufeff" + "text\n").encode(f"{encoding}-{order}"))
+    command = f"iconv -f {encoding} -t UTF-8 '{path}'"
+    with pytest.raises(ValueError, match=f"{encoding}, only UTF-8 is read.*{command}"):
+        find_corpus(path)
+
+
+def test_compressed_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(ValueError, match=r"a\.txt\.gz is compressed \(gzip\): unpack it first"):
+        find_corpus(str(tmp_path / "*"))
+
+
+def test_paths_name_files_as_texts_do(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    both = find_corpus([str(tmp_path / "a.txt"), tmp_path / "b.txt"])
+    assert find_corpus(tmp_path / "*.txt") == both
+    assert find_corpus(tmp_path / "a.txt").files == both.files[:1]
+
+
+def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for files, message in {
+        "texts": r"'texts' is a folder: .*, such as 'texts/\*\.txt', or 'texts/\*\*/\*' for all",
+        "t*": r"only folders or devices match 't\*'",
+        "absent.txt": f"there is no file 'absent.txt' in {tmp_path}",
+        "/absent/a.txt": "there is no file '/absent/a.txt'$",
+        "https://host/a.txt": "address 'https://host/a.txt': download it first",
+        "s3://bucket/a.txt": "address 's3://bucket/a.txt': download it first",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            find_corpus(files)
+        with pytest.raises(ValueError, match="download it first" if "://" in files else message):
+            find_corpus([Path(files)])
 
 
 def test_missing_and_empty_corpora_are_named(tmp_path: Path) -> None:

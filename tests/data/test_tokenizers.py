@@ -1,9 +1,13 @@
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,9 +39,42 @@ def test_bytes_round_trip(text: str) -> None:
     assert ByteTokenizer().decode(tokens.tolist()) == text
 
 
-def test_unknown_numbers_decode_to_replacement_signs() -> None:
-    assert ByteTokenizer().decode([65, 256, 300]) == "A\ufffd\ufffd"
-    assert CharTokenizer("ab").decode([0, 2, 1]) == "a\ufffdb"
+@pytest.fixture(params=["byte", "char", "huggingface"])
+def tokenizer(request: pytest.FixtureRequest, bpe: str) -> Tokenizer:
+    makers = {"char": lambda: CharTokenizer("ab"), "huggingface": lambda: HuggingFaceTokenizer(bpe)}
+    return makers.get(request.param, ByteTokenizer)()
+
+
+def test_unknown_numbers_decode_to_replacement_signs(bpe: str) -> None:
+    assert ByteTokenizer().decode([65, 256, 300, 2**40]) == "A\ufffd\ufffd\ufffd"
+    assert CharTokenizer("ab").decode([0, 2, 1, 2**40]) == "a\ufffdb\ufffd"
+    assert HuggingFaceTokenizer(bpe).decode([0, 300, 2**40]) == HuggingFaceTokenizer(bpe).decode(
+        [0]
+    )
+
+
+def test_negative_numbers_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="tokens must be 0 or more, got -1"):
+        tokenizer.decode([0, -1])
+
+
+@pytest.mark.parametrize(
+    "tokens", [[0.5], ["a"], [None], [[0]], 3, np.zeros(2), torch.zeros(1, 2, dtype=torch.int64)]
+)
+def test_what_is_no_sequence_of_integers_is_refused(tokenizer: Tokenizer, tokens: Any) -> None:
+    with pytest.raises(TypeError, match="tokens must be a sequence of integers, got"):
+        tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor, lambda t: np.array(t, np.uint8)])
+def test_any_sequence_of_integers_decodes(tokenizer: Tokenizer, make: Callable[..., Any]) -> None:
+    tokens = tokenizer.encode("ab").tolist()
+    assert tokenizer.decode(make(tokens)) == "ab"
+
+
+def test_what_is_not_unicode_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"'\\udcff' at position 2"):
+        tokenizer.encode("ab\udcff")
 
 
 def test_bytes_that_are_not_text_decode_to_replacement_signs() -> None:

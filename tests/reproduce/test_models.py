@@ -107,7 +107,7 @@ def test_some_models_are_finished_under_two_plans_by_turns(models: ModuleType) -
 
 
 def test_the_long_recipe_is_what_was_measured(models: ModuleType) -> None:
-    path = files("lightning_dsmoe").joinpath("cli_configs", "shakespeare_long.yaml")
+    path = files("lightning_dsmoe.cli_configs").joinpath("shakespeare_long.yaml")
     shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
     name = "DS-MoE, faint MI, finished consistently"
     measured = models.configuration(name, models.PRESETS["cpu"], seed=1, steps=16_000)
