@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.checkpointed_model import CheckpointedModel
@@ -25,7 +26,7 @@ from lightning_dsmoe.decoder import (
     NormFactory,
 )
 from lightning_dsmoe.objective import Step, consistent_objective, objective
-from lightning_dsmoe.parameter_groups import parameter_groups
+from lightning_dsmoe.optimization import make_optimizer, schedule_options, step_plateaus
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights
 from lightning_dsmoe.strategies import check_strategy, shard
@@ -222,12 +223,26 @@ class DSMoELanguageModel(CheckpointedModel):
         self._log_epoch(self.test_loss, "test")
 
     def configure_optimizers(self) -> Any:
-        """Optimizer, without weight decay of norms and biases, and the schedule, per step."""
-        optimizer = self.optimizer(parameter_groups(self))
+        """Optimizer, without weight decay of norms and biases, and the schedule.
+
+        A schedule steps after every optimizer step, `lightning.pytorch.cli.ReduceLROnPlateau` after
+        every validation.
+        """
+        optimizer = make_optimizer(self.optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a schedule, unless it waits for a validation."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_validation_end(self) -> None:
+        """Show a schedule that watches a metric what this validation found."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            step_plateaus(self.trainer)
 
     def configure_gradient_clipping(
         self,
