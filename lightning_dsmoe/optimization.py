@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import OptimizerCallable, ReduceLROnPlateau
 from torch import nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler

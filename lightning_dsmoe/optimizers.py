@@ -71,7 +71,7 @@ class MuonWithAdamW(AdamW):
 
     def _init_group(self, group: dict[str, Any], *args: Any) -> bool:
         # Where AdamW collects what it updates, which Muon's groups are not.
-        return False if group["muon"] else super()._init_group(group, *args)
+        return False if group["muon"] else super()._init_group(group, *args)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -118,4 +118,5 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    found: Tensor = x.mT if tall else x
+    return found

@@ -111,9 +111,7 @@ def test_a_schedule_that_watches_a_metric_steps_after_validation(
     outputs: Any,
 ) -> None:
     """A loss that never falls by half halves the rate at every validation but the first."""
-    schedule = partial(
-        ReduceLROnPlateau, monitor="val/loss", factor=0.5, patience=0, threshold=0.5
-    )
+    schedule = partial(ReduceLROnPlateau, monitor="val/loss", factor=0.5, patience=0, threshold=0.5)
     model = make_one_model(optimizer=partial(torch.optim.SGD, lr=1e-4), lr_scheduler=schedule)
     trainer = make_trainer(
         max_steps=8, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[outputs]
@@ -126,7 +124,7 @@ def test_schedules_that_cannot_watch_their_metric(
     make_one_model: MakeModel, make_loader: Callable[..., Any], make_trainer: Callable[..., Trainer]
 ) -> None:
     plain = torch.optim.lr_scheduler.ReduceLROnPlateau
-    with pytest.raises(ValueError, match="use lightning.pytorch.cli.ReduceLROnPlateau with a mon"):
+    with pytest.raises(ValueError, match=r"use lightning\.pytorch\.cli\.ReduceLROn"):
         make_one_model(lr_scheduler=plain).configure_optimizers()
     model = make_one_model(lr_scheduler=partial(ReduceLROnPlateau, monitor="val_loss"))
     trainer = make_trainer(max_steps=1, val_check_interval=1)
