@@ -4,6 +4,7 @@ They hold the decoder's architecture and the text's tokenizer beside the weights
 can be made of one without the class that trained it.
 """
 
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_dsmoe.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
 from lightning_dsmoe.inference.checkpoint import (
     FORMAT_VERSION,
@@ -109,7 +111,12 @@ class CheckpointedModel(LightningModule):
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to rebuild the decoder and to read its tokens without this class."""
+        """Add what is needed to rebuild the decoder and to read its tokens without this class.
+
+        Raises:
+            FloatingPointError: if weights are not finite, so that they replace no good checkpoint.
+        """
+        self._check_weights()
         checkpoint["format_version"] = FORMAT_VERSION
         checkpoint["architecture"] = self._architecture()
         data = self._data()
@@ -157,6 +164,16 @@ class CheckpointedModel(LightningModule):
         states: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(states, mine)
         return states
+
+    def _check_weights(self) -> None:
+        if is_finite(total_norm(p.detach() for p in self.parameters())):
+            return
+        before = sys.exception()  # that an interrupted run would save a checkpoint after
+        names = not_finite(dict(self.named_parameters()))
+        raise FloatingPointError(
+            f"{before}; " * (before is not None)
+            + f"the weights are not finite ({names}), so no checkpoint was written"
+        )
 
     def _architecture(self) -> dict[str, Any] | None:
         """Description of the decoder, None with a warning if it has none."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.checkpointed_model import CheckpointedModel
@@ -24,8 +24,9 @@ from lightning_dsmoe.decoder import (
     FeedForwardFactory,
     NormFactory,
 )
+from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.objective import Step, consistent_objective, objective
-from lightning_dsmoe.parameter_groups import parameter_groups
+from lightning_dsmoe.optimization import make_optimizer, schedule_options, step_plateaus
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights
 from lightning_dsmoe.strategies import check_strategy, shard
@@ -222,12 +223,26 @@ class DSMoELanguageModel(CheckpointedModel):
         self._log_epoch(self.test_loss, "test")
 
     def configure_optimizers(self) -> Any:
-        """Optimizer, without weight decay of norms and biases, and the schedule, per step."""
-        optimizer = self.optimizer(parameter_groups(self))
+        """Optimizer, without weight decay of norms and biases, and the schedule.
+
+        A schedule steps after every optimizer step, `lightning.pytorch.cli.ReduceLROnPlateau` after
+        every validation.
+        """
+        optimizer = make_optimizer(self.optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a schedule, unless it waits for a validation."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_validation_end(self) -> None:
+        """Show a schedule that watches a metric what this validation found."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            step_plateaus(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -235,16 +250,33 @@ class DSMoELanguageModel(CheckpointedModel):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, and also for a fused optimizer where no gradients are scaled."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            value = gradient_clip_val or self.trainer.gradient_clip_val or 0.0
-            algorithm = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
-            Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm))
-        else:
+        """Check that gradients are finite, then clip them, also those of a fused optimizer.
+
+        Raises:
+            FloatingPointError: if they are not, unless the precision scales gradients, which then
+                leaves out the step by itself.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
+            return
+        # Not by `super`: Lightning 2.6.6 refuses fused optimizers under mixed precision, since some
+        # scale gradients themselves, and would take the norm a second time.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = total_norm(p.grad for p in parameters if p.grad is not None)
+        if not is_finite(norm):
+            gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+            raise FloatingPointError(
+                f"the gradient is not finite at step {self.global_step}, batch "
+                f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients)}); no step was taken"
+            )
+        if not gradient_clip_val or gradient_clip_val < 0:
+            return
+        if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _step(
         self,

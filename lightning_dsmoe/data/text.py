@@ -191,7 +191,8 @@ class TextDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the batch after the last one that the checkpoint has seen.
 
-        Outside of `fit` only the tokenizer has to agree.
+        Outside of `fit` only the tokenizer has to agree. Where no batch was read yet, as in the
+        checkpoint that Lightning's search for a batch size keeps, the size of batches may differ.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -201,17 +202,20 @@ class TextDataModule(LightningDataModule):
         """
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
         identity = self._identity()
+        position = int(state_dict["epoch"]), int(state_dict["batches"])
+        free = {"batch_size"} if position == (0, 0) else set()
+        must_agree = identity.keys() - free if fitting else {"tokenizer"}
         differences = [
             f"{name} was {_shown(state_dict.get(name))}, is {_shown(value)}"
             for name, value in identity.items()
-            if (fitting or name == "tokenizer") and state_dict.get(name) != value
+            if name in must_agree and state_dict.get(name) != value
         ]
         if differences:
             raise ValueError(
                 f"the checkpoint was made with other data settings: {'; '.join(differences)}"
             )
         if fitting:
-            self._position = int(state_dict["epoch"]), int(state_dict["batches"])
+            self._position = position
             self._train_loader = None
 
     @property

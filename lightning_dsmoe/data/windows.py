@@ -14,7 +14,11 @@ IGNORED = -100
 
 
 class TrainingWindows(Dataset[dict[str, Tensor]]):
-    """Windows for training: item i starts at token i, and its labels are shifted by one.
+    """Windows for training, with labels shifted by one.
+
+    The first `n_windows` items lie side by side from the first token on, the next ones from the
+    second token on, and so on. A loader that reads them in order, as Lightning's `overfit_batches`
+    makes it do, thus gets windows that do not overlap.
 
     Args:
         tokens: The training split, longer than `context`.
@@ -25,12 +29,18 @@ class TrainingWindows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: TokenSpan, context: int) -> None:
         self.tokens, self.context = tokens, context
+        starts = len(tokens) - context
+        # As many windows as fit wherever the first one starts, but at least one.
+        self.n_windows = max(1, starts // context)
+        self.n_phases = min(context, starts - (self.n_windows - 1) * context)
 
     def __len__(self) -> int:
-        return len(self.tokens) - self.context
+        return self.n_phases * self.n_windows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = torch.from_numpy(self.tokens.read(index, index + self.context + 1))
+        phase, place = divmod(index, self.n_windows)
+        start = phase + place * self.context
+        window = torch.from_numpy(self.tokens.read(start, start + self.context + 1))
         return {"input_ids": window[:-1], "labels": window[1:]}
 
 
@@ -82,10 +92,7 @@ class TrainingSampler(DistributedSampler[int]):
         self, windows: TrainingWindows, *, seed: int, num_replicas: int = 1, rank: int = 0
     ) -> None:
         super().__init__(windows, num_replicas=num_replicas, rank=rank, seed=seed)
-        self.context = windows.context
-        # As many windows as fit wherever the first one starts, but at least one.
-        self.n_windows = max(1, len(windows) // self.context)
-        self.slack = min(self.context - 1, len(windows) - 1 - (self.n_windows - 1) * self.context)
+        self.n_windows, self.n_phases = windows.n_windows, windows.n_phases
         self.num_samples = max(1, self.n_windows // num_replicas)
         self.start = 0
 
@@ -94,12 +101,12 @@ class TrainingSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        phase = generator.integers(self.slack + 1)
+        phase = generator.integers(self.n_phases)
         order = generator.permutation(self.n_windows)
         # Repeated only where there are fewer windows than ranks.
         shared = np.resize(order, self.num_samples * self.num_replicas)
-        positions = phase + self.context * shared[self.rank :: self.num_replicas]
-        return iter(positions[self.start :].tolist())
+        items = phase * self.n_windows + shared[self.rank :: self.num_replicas]
+        return iter(items[self.start :].tolist())
 
 
 class EvaluationSampler(DistributedSampler[int]):

@@ -20,6 +20,7 @@ FRAGMENTS = [
     "callbacks/sparse_compile.yaml",
     "callbacks/sparse_evaluation.yaml",
     "callbacks/utilization.yaml",
+    "optimizers/muon.yaml",
 ]
 CLOSED_LOOP = ["callbacks/sparsity_target.yaml", "callbacks/sparse_finishing.yaml"]
 RECIPES = [

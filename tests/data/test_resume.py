@@ -1,12 +1,16 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 
 from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.data.windows import TrainingWindows
 
 BATCHES = 5
 
@@ -229,3 +233,36 @@ def test_overfitting_on_a_few_batches_works(
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "overfit.ckpt")
     assert torch.equal(*module.seen)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_training_goes_on_with_the_batch_size_that_was_found(
+    data: Callable[..., TextDataModule], tmp_path: Path, mode: str, by_callback: bool
+) -> None:
+    search: dict[str, Any] = {"mode": mode, "max_trials": 2, "steps_per_trial": 1}
+    finder = [BatchSizeFinder(**search)] if by_callback else []
+    run = trainer(tmp_path, max_steps=3, callbacks=finder)
+    model, text = Recorder(), data(batch_size=16)
+    if not by_callback:
+        Tuner(run).scale_batch_size(model, datamodule=text, **search)
+    model.seen.clear()
+    run.fit(model, text)
+    assert text.batch_size == 4 - (mode == "binsearch")  # less a margin
+    expected = Recorder()
+    trainer(tmp_path, max_steps=3).fit(expected, data(batch_size=text.batch_size))
+    assert_continues(model.seen[-3:], expected.seen)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train:UserWarning")
+def test_overfitting_reads_windows_side_by_side(
+    data: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    model = Recorder()
+    run = trainer(tmp_path, max_epochs=2, overfit_batches=2, limit_val_batches=0)
+    run.fit(model, data())
+    first, second, *again = model.seen
+    text = TrainingWindows(data()._tokens().span("train"), 8).tokens.read(0, 8 * 8)
+    assert torch.cat([first, second]).flatten().tolist() == text.tolist()
+    assert_continues(again, [first, second])

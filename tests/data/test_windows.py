@@ -58,7 +58,7 @@ def test_training_windows_do_not_overlap_and_stay_inside(
 ) -> None:
     context, length = size
     windows = TrainingWindows(span(length), context)
-    starts = []
+    items = []
     for rank in range(ranks):
         sampler = TrainingSampler(windows, seed=5, num_replicas=ranks, rank=rank)
         sampler.set_epoch(epoch)
@@ -66,15 +66,30 @@ def test_training_windows_do_not_overlap_and_stay_inside(
         assert len(own) == len(sampler)
         sampler.start = 1
         assert list(sampler) == own[1:]
-        starts += own
-    if sampler.n_windows >= ranks:
+        items += own
+    starts = [int(windows[item]["input_ids"][0]) - 1000 for item in items]
+    if windows.n_windows >= ranks:
         distances = np.diff(sorted(starts))
         assert (distances >= context).all()
         assert (distances % context == 0).all()
-    for start in starts:
-        item = windows[start]
+    for index, start in zip(items, starts, strict=True):
+        item = windows[index]
         assert item["input_ids"].tolist() == list(range(1000 + start, 1000 + start + context))
         assert item["labels"].tolist() == [token + 1 for token in item["input_ids"].tolist()]
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_training_windows_in_order_lie_side_by_side(
+    span: Callable[[int], TokenSpan], size: tuple[int, int]
+) -> None:
+    context, length = size
+    windows = TrainingWindows(span(length), context)
+    starts = [int(windows[item]["input_ids"][0]) - 1000 for item in range(len(windows))]
+    n_windows = max(1, (length - context) // context)
+    assert starts[:n_windows] == list(range(0, n_windows * context, context))
+    assert len(set(starts)) == len(starts)
+    assert max(starts) + context < length
 
 
 def test_training_reaches_every_token_over_the_epochs(span: Callable[[int], TokenSpan]) -> None:
@@ -84,10 +99,10 @@ def test_training_reaches_every_token_over_the_epochs(span: Callable[[int], Toke
     labels: set[int] = set()
     for epoch in range(60):
         sampler.set_epoch(epoch)
-        starts = list(sampler)
-        phases.add(min(starts))
-        labels.update(label for start in starts for label in windows[start]["labels"].tolist())
-        assert len(starts) == 4
+        items = [windows[index] for index in sampler]
+        phases.add(min(int(item["input_ids"][0]) - 1000 for item in items))
+        labels.update(label for item in items for label in item["labels"].tolist())
+        assert len(items) == 4
     assert phases == set(range(8))
     assert labels == set(range(1001, 1040))
 

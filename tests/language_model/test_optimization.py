@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -101,3 +102,36 @@ def test_without_a_schedule_the_rate_stays(
     model = make_one_model(optimizer=partial(torch.optim.SGD, lr=0.25))
     make_trainer(max_steps=3, callbacks=[outputs]).fit(model, make_loader(), make_loader(3))
     assert outputs.rates == [0.25] * 3
+
+
+def test_a_schedule_that_watches_a_metric_steps_after_validation(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    outputs: Any,
+) -> None:
+    """A loss that never falls by half halves the rate at every validation but the first."""
+    schedule = partial(ReduceLROnPlateau, monitor="val/loss", factor=0.5, patience=0, threshold=0.5)
+    model = make_one_model(optimizer=partial(torch.optim.SGD, lr=1e-4), lr_scheduler=schedule)
+    trainer = make_trainer(
+        max_steps=8, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[outputs]
+    )
+    trainer.fit(model, make_loader(30), make_loader(3))
+    assert outputs.rates == pytest.approx([1e-4] * 4 + [5e-5] * 2 + [2.5e-5] * 2)
+
+
+def test_schedules_that_cannot_watch_their_metric(
+    make_one_model: MakeModel, make_loader: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    plain = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match=r"use lightning\.pytorch\.cli\.ReduceLROn"):
+        make_one_model(lr_scheduler=plain).configure_optimizers()
+    model = make_one_model(lr_scheduler=partial(ReduceLROnPlateau, monitor="val_loss"))
+    trainer = make_trainer(max_steps=1, val_check_interval=1)
+    with pytest.raises(ValueError, match=r"watches 'val_loss', which is not logged; .* val/loss"):
+        trainer.fit(model, make_loader(), make_loader(3))
+
+
+def test_an_optimizer_of_single_matrices_is_refused(make_one_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match=r"use lightning_dsmoe\.optimizers\.MuonWithAdamW"):
+        make_one_model(optimizer=torch.optim.Muon).configure_optimizers()
