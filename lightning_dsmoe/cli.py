@@ -123,8 +123,8 @@ class DSMoECLI(LightningCLI):
         _check_processes(options.trainer)
         if options.ckpt_path and options.weights_only and Path(options.ckpt_path).is_dir():
             raise ValueError(
-                f"{options.ckpt_path} is the folder of a sharded checkpoint, which PyTorch unpickles "
-                "and which can thus run code: --weights_only false resumes one that you trust"
+                f"{options.ckpt_path} is the folder of a sharded checkpoint, which can run code "
+                "when it is read: --weights_only false resumes one that you trust"
             )
         if options.ckpt_path and Path(options.ckpt_path).is_file():
             # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
