@@ -80,11 +80,11 @@ def _run(path: Path, output: Path, until: float, marker: str, root: Path) -> lis
                 file.write("\n".join([f"== {path.relative_to(root)}", *last, ""]))
         if not report.exists():
             return [{"error": f"pytest wrote no report: {last[-1] if last else 'nothing said'}"}]
-        return [results(report)]
+        return results(report)
 
 
-def results(report: Path) -> Row:
-    """Counts and failures of a report of pytest."""
+def results(report: Path) -> list[Row]:
+    """Counts and failures of a report of pytest; no row if no test has the marker after all."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = {kind: [c for c in cases if c.find(kind) is not None] for kind in ("failure", "error")}
     skipped = [case for case in cases if case.find("skipped") is not None]
@@ -96,10 +96,9 @@ def results(report: Path) -> Row:
         "skipped": len(skipped),
         "seconds": sum(float(case.get("time", 0)) for case in cases),
     }
-    if bad or not cases:
-        told = [f"{case.get('name')}: {_first_line(case)}" for case in bad]
-        row["error"] = "; ".join(told) or "no test ran"
-    return row
+    if bad:
+        row["error"] = "; ".join(f"{case.get('name')}: {_first_line(case)}" for case in bad)
+    return [row] if cases else []
 
 
 def _first_line(case: ElementTree.Element) -> str:
