@@ -1,5 +1,6 @@
 PYTHON ?= python3
 DEMO ?= examples/demo.py
+OUT ?= gpu_results
 WORKERS ?= 2
 
 VENV := .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check format gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -27,6 +28,10 @@ check: $(STAMP) ## lint, formatting and types
 format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Not in the environment above: a machine with a GPU has a PyTorch of its own, and may have no network.
+gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode, TEXT=text.txt)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

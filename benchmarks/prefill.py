@@ -21,21 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sparse_models import (
-    D_HEAD,
-    LAYERS,
-    N_ATTENTION,
-    N_HEADS,
-    PLANS,
-    VOCABULARY,
-    WIDTH,
-    active_bytes,
-    dense_twin,
-    ds_moe,
-)
+from sparse_models import LAYERS, PLANS, VOCABULARY, dense_twin, ds_moe, operations
 from timing import compare, machine, rounds_of, seconds_per_call
 
-from lightning_dsmoe import Decoder, SelectionPlan, TopK, compile_sparse
+from lightning_dsmoe import SelectionPlan, compile_sparse
 from lightning_dsmoe.inference import SparseModel
 
 DENSE = SelectionPlan.uniform(LAYERS)
@@ -79,18 +68,6 @@ def reading(
         return model.engine.open(*tokens_BT.shape, plan).read(tokens_BT)
 
     return partial(seconds_per_call, read, 1)
-
-
-def operations(decoder: Decoder, plan: SelectionPlan, length: int) -> float:
-    """Floating-point operations of reading a prompt."""
-    head = VOCABULARY * WIDTH
-    weights = active_bytes(decoder, plan, expert_bytes=1, other_bytes=1) - head
-    heads = sum(
-        N_HEADS * (selection.k if isinstance(selection, TopK) else N_ATTENTION)
-        for selection in plan.attention
-    )
-    attention = 2 * 2 * D_HEAD * heads * (length + 1) / 2
-    return length * (2 * weights + attention) + 2 * head
 
 
 def table(results: dict[str, Any]) -> str:

@@ -98,3 +98,23 @@ def hidden_share(decoder: Decoder, plan: SelectionPlan) -> float:
     head = decoder.vocab_size * decoder.d_model
     active = active_bytes(decoder, plan, expert_bytes=1, other_bytes=1) - head
     return active / count_parameters(decoder).hidden
+
+
+def operations(decoder: Decoder, plan: SelectionPlan, length: int, *, predicted: int = 1) -> float:
+    """Floating-point operations of reading a text: two for each weight that runs for a token.
+
+    Args:
+        decoder: the model, not packed.
+        plan: selections of which each runs a fixed number of experts.
+        length: tokens of the text, each of which attends to those up to itself.
+        predicted: tokens that the head runs on.
+    """
+    head = decoder.vocab_size * decoder.d_model
+    weights = active_bytes(decoder, plan, expert_bytes=1, other_bytes=1) - head
+    channels = 0
+    for block, selection in zip(decoder.blocks, plan.attention, strict=True):
+        heads = block.attention.heads
+        n_groups = selection.k if isinstance(selection, TopK) else heads.n_groups
+        channels += n_groups * heads.n_heads * heads.d_head
+    attention = 2 * 2 * channels * (length + 1) / 2
+    return length * (2 * weights + attention) + predicted * 2 * head

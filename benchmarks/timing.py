@@ -1,5 +1,6 @@
 """Timing two things fairly on a machine that is not quiet."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -63,16 +64,21 @@ def interleave(
     return compare(*seconds)
 
 
-def rounds_of(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+def rounds_of(
+    turns: Mapping[str, Callable[[], float]], *, rounds: int, until: float = math.inf
+) -> dict[str, list[float]]:
     """Let sides take turns, in another order each round, after one round that does not count.
 
     Args:
         turns: of each side what takes a turn and gives its seconds.
         rounds: rounds that count.
+        until: time by `time.monotonic()` after which no round begins but the first that counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     names = list(turns)
     for number in range(1 + rounds):
+        if number > 1 and time.monotonic() > until:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             taken = turns[name]()
@@ -82,11 +88,18 @@ def rounds_of(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
-    """Mean time of a few calls in a row."""
+    """Mean time of a few calls in a row, to the end of what they start on a GPU."""
+    _wait_for_gpu()
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    _wait_for_gpu()
     return (time.perf_counter() - start) / calls
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():  # otherwise there is nothing to wait for
+        torch.cuda.synchronize()
 
 
 def machine(device: torch.device | None = None) -> dict[str, str | int]:
