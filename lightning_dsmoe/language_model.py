@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +28,14 @@ from lightning_dsmoe.decoder import (
 from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.objective import Step, consistent_objective, objective
 from lightning_dsmoe.optimization import make_optimizer, schedule_options, step_plateaus
+from lightning_dsmoe.optimizer_settings import (
+    Settings,
+    apply_settings,
+    changed_settings,
+    describe,
+    group_settings,
+    saved_settings,
+)
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
 from lightning_dsmoe.routing_losses import RoutingLossWeights
 from lightning_dsmoe.strategies import check_strategy, shard
@@ -134,6 +143,9 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self._settings: Settings | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._resumed_settings: Settings | None = None
         self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
         self.test_loss = MeanMetric(nan_strategy=math.nan)
         self.decoder = Decoder(
@@ -229,10 +241,50 @@ class DSMoELanguageModel(CheckpointedModel):
         every validation.
         """
         optimizer = make_optimizer(self.optimizer, self)
-        if self.lr_scheduler is None:
+        groups = group_settings(optimizer)
+        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        self._settings = describe(optimizer, groups, schedule)
+        if schedule is None:
             return optimizer
-        schedule = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the settings of optimizer and schedule to what a checkpoint tells."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["optimizer_settings"] = self._settings
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check a checkpoint, and keep its settings until the optimizer has its state."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._resumed = checkpoint
+
+    def on_fit_start(self) -> None:
+        """Refuse an optimizer that cannot go on from the state which Lightning restores next."""
+        if self._resumed is not None and self._settings is not None:
+            self._resumed_settings = saved_settings(self._resumed, self._settings)
+            changed_settings(self._resumed_settings, self._settings)
+            if self._resumed_settings["schedule"] != self._settings["schedule"]:
+                self._resumed["lr_schedulers"] = []  # another one cannot read its state
+        self._resumed = None
+
+    def on_train_start(self) -> None:
+        """Let optimizer and schedule settings of this run hold over those that were restored."""
+        before, now, self._resumed_settings = self._resumed_settings, self._settings, None
+        if before is None or now is None or not (changes := changed_settings(before, now)):
+            return
+        rank_zero_info(f"Resumed with new settings: {'; '.join(changes)}")
+        configs = self.trainer.lr_scheduler_configs
+        schedule = apply_settings(
+            before,
+            now,
+            self.trainer.optimizers[0],
+            configs[0].scheduler if configs else None,
+            self.lr_scheduler,
+            self.global_step,
+        )
+        if configs:
+            configs[0].scheduler = schedule
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule, unless it waits for a validation."""

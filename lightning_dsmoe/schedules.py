@@ -33,6 +33,9 @@ class LinearWarmupCosine(LambdaLR):
                 f"got {warmup_steps}, {max_steps} and {min_ratio}"
             )
 
+        # Kept in the state, so that a resumed run can tell whether they changed.
+        self.max_steps, self.warmup_steps, self.min_ratio = max_steps, warmup_steps, min_ratio
+
         def factor(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps

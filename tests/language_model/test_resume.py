@@ -1,5 +1,6 @@
 """A run that was interrupted goes on as if it had not been."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.language_model import DSMoELanguageModel
@@ -104,6 +106,8 @@ def test_resumed_anywhere_it_ends_bitwise_alike(
         assert torch.equal(resumed.state_dict()[name], value), name
         assert not torch.equal(saved["state_dict"][name], value), name
     states = [trainer.optimizers[0].state_dict() for trainer in (second, first)]
+    names = [[group.pop("param_names") for group in state["param_groups"]] for state in states]
+    assert names[0] == names[1]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     rates = [trainer.lr_scheduler_configs[0].scheduler.get_last_lr() for trainer in (second, first)]
     assert rates[0] == rates[1]
@@ -162,3 +166,126 @@ def test_a_checkpoint_with_the_states_of_torch_alone_goes_on_alike(
     torch.save({**saved, "random_state": [{"cpu": 1}]}, path)
     with pytest.raises(ValueError, match="random_state is not one"):
         run(2, path)
+
+
+COSINE = partial(LinearWarmupCosine, max_steps=STEPS, warmup_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named", "keeps_settings"),
+    [
+        pytest.param({"lr": 1e-2}, {"lr": 1e-3}, "lr was 0.01, is 0.001", True, id="rate"),
+        pytest.param(
+            {"lr": 1e-2, "schedule": COSINE},
+            {"lr": 1e-3, "schedule": COSINE},
+            "lr was 0.01, is 0.001",
+            True,
+            id="rate of a schedule",
+        ),
+        pytest.param(
+            {"schedule": COSINE},
+            {"schedule": partial(COSINE, warmup_steps=6)},
+            "warmup_steps was 2, is 6",
+            True,
+            id="schedule",
+        ),
+        pytest.param(
+            {"schedule": partial(CosineAnnealingLR, T_max=4)},
+            {"schedule": partial(CosineAnnealingLR, T_max=9)},
+            "T_max was 4, is 9",
+            True,
+            id="schedule of PyTorch",
+        ),
+        pytest.param(
+            {"schedule": partial(CosineAnnealingLR, T_max=9)},
+            {"schedule": COSINE},
+            "lr_scheduler was .*CosineAnnealingLR, is .*LinearWarmupCosine",
+            True,
+            id="another schedule",
+        ),
+        pytest.param({"schedule": COSINE}, {}, "lr_scheduler was .*, is None", True, id="removed"),
+        pytest.param({}, {"schedule": COSINE}, "lr_scheduler was None, is", True, id="added"),
+        pytest.param(
+            {"weight_decay": 0.1, "betas": (0.9, 0.99)},
+            {"weight_decay": 0.2, "betas": (0.8, 0.99)},
+            "betas was .*; weight_decay was 0.1, is 0.2",
+            True,
+            id="others",
+        ),
+        pytest.param({"lr": 1e-2}, {"lr": 1e-3}, "lr was 0.01, is 0.001", False, id="old file"),
+        pytest.param(
+            {"lr": 1e-2, "schedule": COSINE},
+            {"lr": 1e-3, "schedule": COSINE},
+            "lr was 0.01, is 0.001",
+            False,
+            id="old file of a schedule",
+        ),
+    ],
+)
+def test_settings_changed_on_resuming_hold_and_are_named(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    named: str,
+    keeps_settings: bool,
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(steps: int, settings: dict[str, Any], ckpt_path: Path | None = None) -> Trainer:
+        settings = dict(settings)
+        schedule = settings.pop("schedule", None)
+        optimizer = partial(torch.optim.AdamW, **settings)
+        trainer = make_trainer(max_steps=steps)
+        model = make_one_model(optimizer=optimizer, lr_scheduler=schedule)
+        trainer.fit(model, make_loader(9), make_loader(3), ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    path = tmp_path / "middle.ckpt"
+    run(3, before).save_checkpoint(path)
+    saved = torch.load(path)
+    if not keeps_settings:
+        del saved["optimizer_settings"]  # as version 0.1 wrote them
+        torch.save(saved, path)
+    with caplog.at_level("INFO"):
+        groups = run(5, now, path).optimizers[0].param_groups
+    assert re.search(f"Resumed with new settings: {named}", caplog.text)
+    straight = run(5, now).optimizers[0].param_groups
+    for resumed, expected in zip(groups, straight, strict=True):
+        for group in (resumed, expected):
+            group.pop("params")
+            group.setdefault("initial_lr", group["lr"])
+        assert resumed == expected
+
+
+def test_settings_that_are_none_are_refused(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    first = make_trainer(max_steps=1)
+    first.fit(make_one_model(), make_loader(3), make_loader(3))
+    first.save_checkpoint(path := tmp_path / "first.ckpt")
+    torch.save({**torch.load(path), "optimizer_settings": {"optimizer": 1}}, path)
+    with pytest.raises(ValueError, match="optimizer_settings of the checkpoint are none"):
+        make_trainer(max_steps=2).fit(
+            make_one_model(), make_loader(3), make_loader(3), ckpt_path=path, weights_only=True
+        )
+
+
+def test_another_optimizer_is_refused(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    first = make_trainer(max_steps=1)
+    first.fit(make_one_model(), make_loader(), make_loader(3))
+    first.save_checkpoint(path := tmp_path / "first.ckpt")
+    other = make_one_model(optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"optimizer is .*AdamW, this run's is .*SGD"):
+        make_trainer(max_steps=2).fit(
+            other, make_loader(), make_loader(3), ckpt_path=path, weights_only=True
+        )
