@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_dsmoe.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.data.loader import unfinished_batches
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.finite import is_finite, not_finite, total_norm
+from lightning_dsmoe.finite import not_finite
 from lightning_dsmoe.inference.architecture import describe_decoder, differences
 from lightning_dsmoe.inference.checkpoint import (
     FORMAT_VERSION,
@@ -166,10 +166,10 @@ class CheckpointedModel(LightningModule):
         return states
 
     def _check_weights(self) -> None:
-        if is_finite(total_norm(p.detach() for p in self.parameters())):
+        floating = {n: p.detach() for n, p in self.named_parameters() if p.is_floating_point()}
+        if not (names := not_finite(floating)):
             return
         before = sys.exception()  # that an interrupted run would save a checkpoint after
-        names = not_finite(dict(self.named_parameters()))
         raise FloatingPointError(
             f"{before}; " * (before is not None)
             + f"the weights are not finite ({names}), so no checkpoint was written"

@@ -321,7 +321,8 @@ class DSMoELanguageModel(CheckpointedModel):
             gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
             raise FloatingPointError(
                 f"the gradient is not finite at step {self.global_step}, batch "
-                f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients)}); no step was taken"
+                f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients) or 'its norm'}); "
+                "no step was taken"
             )
         if not gradient_clip_val or gradient_clip_val < 0:
             return

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_json_size, hidden_beside, read_json
+from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.artifact_config import FORMAT_VERSION, check_config
 from lightning_dsmoe.inference.artifact_hashes import (
@@ -36,7 +37,6 @@ from lightning_dsmoe.inference.artifact_hashes import (
 )
 from lightning_dsmoe.inference.checkpoint import check_state, fill
 from lightning_dsmoe.inference.engine.packing import expect_packed
-from lightning_dsmoe.inference.finite import check_finite
 from lightning_dsmoe.routing import SelectionPlan
 
 _NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.inference.architecture import build_decoder
 from lightning_dsmoe.inference.archive import check_archive
-from lightning_dsmoe.inference.finite import check_finite
 
 FORMAT_VERSION = 1
 _PREFIX = "decoder."
