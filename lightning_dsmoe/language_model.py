@@ -227,8 +227,13 @@ class DSMoELanguageModel(CheckpointedModel):
         _begin(self.test_loss)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss over the whole split."""
+        """Log the loss over the whole split, and step the schedules that watch a metric.
+
+        They step before this validation's checkpoint is written, so that it holds the step.
+        """
         self._log_epoch(self.val_loss, "val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            step_plateaus(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss over the whole split."""
@@ -290,11 +295,6 @@ class DSMoELanguageModel(CheckpointedModel):
         """Step a schedule, unless it waits for a validation."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
-
-    def on_validation_end(self) -> None:
-        """Show a schedule that watches a metric what this validation found."""
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            step_plateaus(self.trainer)
 
     def configure_gradient_clipping(
         self,

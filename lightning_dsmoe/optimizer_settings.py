@@ -145,7 +145,8 @@ def apply_settings(
         return schedule
     for group, new in zip(optimizer.param_groups, now["groups"], strict=True):
         group.pop("initial_lr", None)
-        group.update({key: _as_before(group, key, value) for key, value in new.items()})
+        known = {key: value for key, value in new.items() if value is not None}
+        group.update({key: _as_before(group, key, value) for key, value in known.items()})
     if make_schedule is None:
         return None
     with warnings.catch_warnings():  # PyTorch warns of a schedule stepped before its optimizer

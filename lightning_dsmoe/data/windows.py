@@ -14,11 +14,11 @@ IGNORED = -100
 
 
 class TrainingWindows(Dataset[dict[str, Tensor]]):
-    """Windows for training, with labels shifted by one.
+    """Windows for training, side by side from the first token on, with labels shifted by one.
 
-    The first `n_windows` items lie side by side from the first token on, the next ones from the
-    second token on, and so on. A loader that reads them in order, as Lightning's `overfit_batches`
-    makes it do, thus gets windows that do not overlap.
+    Lightning replaces the sampler of training for `overfit_batches`, so items in order must not
+    overlap. Items from N = len(windows) on, which only `TrainingSampler` draws, are the same windows
+    moved on: item i + N p begins p tokens after item i, for p below `n_phases`.
 
     Args:
         tokens: The training split, longer than `context`.
@@ -35,7 +35,7 @@ class TrainingWindows(Dataset[dict[str, Tensor]]):
         self.n_phases = min(context, starts - (self.n_windows - 1) * context)
 
     def __len__(self) -> int:
-        return self.n_phases * self.n_windows
+        return self.n_windows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         phase, place = divmod(index, self.n_windows)
