@@ -17,8 +17,8 @@ class TrainingWindows(Dataset[dict[str, Tensor]]):
     """Windows for training, side by side from the first token on, with labels shifted by one.
 
     Lightning replaces the sampler of training for `overfit_batches`, so items in order must not
-    overlap. Items from N = len(windows) on, which only `TrainingSampler` draws, are the same windows
-    moved on: item i + N p begins p tokens after item i, for p below `n_phases`.
+    overlap. Items from N = len(windows) on, which only `TrainingSampler` draws, are the same
+    windows moved on: item i + N p begins p tokens after item i, for p below `n_phases`.
 
     Args:
         tokens: The training split, longer than `context`.

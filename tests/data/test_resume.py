@@ -255,7 +255,7 @@ def test_training_goes_on_with_the_batch_size_that_was_found(
     assert_continues(model.seen[-3:], expected.seen)
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train:UserWarning")
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
 def test_overfitting_reads_windows_side_by_side(
     data: Callable[..., TextDataModule], tmp_path: Path
 ) -> None:
