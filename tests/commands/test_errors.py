@@ -24,7 +24,10 @@ MISTAKES = {
         [f"{MODEL}expert_selection=TopK", f"{MODEL}expert_selection.k=99"],
         ["k=99", "k <= 18"],
     ),
-    "top_99_compiled": ([*COMPILE, "--trainer.callbacks.plan.experts.k=99"], ["k=99", "k <= 18"]),
+    "top_99_compiled": (
+        [*COMPILE, "--trainer.callbacks.name=other", "--trainer.callbacks.plan.experts.k=99"],
+        ["k=99", "k <= 18"],
+    ),
     "negative_threshold": (
         [f"{MODEL}attention_selection=Threshold", f"{MODEL}attention_selection.eps=-0.5"],
         ["eps=-0.5", "0 <= eps"],
@@ -181,7 +184,7 @@ def test_plan_of_another_model(
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer:\n  callbacks+:\n    - class_path: SparseCompile\n"
-        f"      init_args: {{plan: {path}}}\n"
+        f"      init_args: {{plan: {path}, name: other}}\n"
     )
     words = ["fit", "-c", config("quickstart.yaml"), "-c", str(overlay), *tiny(tmp_path)]
     check(cli(*words), ["SparseCompile", *named])

@@ -67,7 +67,7 @@ def test_logits_that_are_not_finite(option: str, cli: Any, trained: Any, tmp_pat
     assert outcome.code == 1
     assert "the logits are not finite" in outcome.err
     assert len(outcome.err.splitlines()) == 1
-    assert outcome.out == ""
+    assert outcome.out == PROMPT.removeprefix("--prompt=")
 
 
 def test_nothing_new(cli: Any, trained: Any) -> None:
