@@ -12,10 +12,11 @@ _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder of a trainer's run, the same on all ranks; None with `fast_dev_run`.
 
-    Call on all ranks. It is what `ModelCheckpoint` keeps its checkpoints in: the first logger's
-    directory, name and version. `Trainer.log_dir` has no name and version but for the CSV and the
-    TensorBoard logger, so that there runs would replace each other's files. Where no logger has a
-    version, it is a new folder `version_0`, `version_1` and so on for each trainer.
+    Call on all ranks. It is the first logger's directory, name and version, where `ModelCheckpoint`
+    has its folder of checkpoints if there are all three. `Trainer.log_dir` has no name and version
+    but for the CSV and the TensorBoard logger, so that there runs would replace each other's files.
+    Where no logger has a version, it is a new folder `version_0`, `version_1` and so on for each
+    trainer.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -27,14 +27,17 @@ from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.artifact import check_free
 from lightning_dsmoe.inference.engine.packing import Quantization
 
+_TAKEN = {"checkpoints", "utilization"}
+"""Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write."""
+
 
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 
     The measurement runs the compiled model and the trained one on the same validation batches and
     tells what `Judgement` holds. It goes into the artifact's `certificate.json`, which
-    `lightning-dsmoe certify` checks, and into its model card. With `fast_dev_run` nothing is
-    written. `artifact` is then the directory of the artifact.
+    `lightning-dsmoe certify` checks, and into its model card. After `fit`, `artifact` is its
+    directory; with `fast_dev_run` nothing is written and it is None.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
@@ -67,6 +70,10 @@ class SparseCompile(Callback):
         max_batches: int = 50,
     ) -> None:
         check_name("the name of an artifact", name)
+        if name in _TAKEN:
+            raise ValueError(
+                f"the run has a folder {name!r} of its own: name the artifact otherwise"
+            )
         if max_batches < 0:
             raise ValueError(f"max_batches must be 0 or more, got {max_batches}")
         self.plan = load_plan("SparseCompile", plan)
@@ -78,7 +85,11 @@ class SparseCompile(Callback):
         self.max_batches = max_batches
         self.artifact: Path | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here rather than in `on_fit_start`: the command line writes its configuration, and
+        # loggers their files, after it, over those of an earlier run in the same folder.
+        if stage != "fit":
+            return
         decoder = _decoder(pl_module)
         plan_for("SparseCompile", self.plan, decoder)
         describe_decoder(decoder)
@@ -90,9 +101,9 @@ class SparseCompile(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = self._folder(trainer)
-        if folder is None:
+        if self._folder(trainer) is None:
             return
+        folder: Path = trainer.strategy.broadcast(self._free_folder(trainer))  # type: ignore[assignment]
         on_rank_zero(trainer, lambda: self._write(trainer, _decoder(pl_module), folder))
         self.artifact = folder
 
@@ -102,6 +113,19 @@ class SparseCompile(Callback):
             return Path(self.path)
         run = run_folder(trainer)
         return None if run is None else run / self.name
+
+    def _free_folder(self, trainer: Trainer) -> Path | None:
+        """The artifact's folder, or one beside it if another run has written to it meanwhile."""
+        folder = self._folder(trainer)
+        if folder is None or self.path is not None or folder == self.artifact:
+            return folder
+        free, number = folder, 0
+        while free.exists():
+            number += 1
+            free = folder.with_name(f"{folder.name}_{number}")
+        if number:
+            rank_zero_warn(f"{folder} is of another run, so the sparse model goes to {free}")
+        return free
 
     def _check_place(self, trainer: Trainer) -> None:
         folder = self._folder(trainer)
@@ -168,7 +192,11 @@ def _validation_batches(trainer: Trainer) -> Iterable[dict[str, Tensor]]:
     loader: Iterable[dict[str, Tensor]] = CombinedLoader(trainer.val_dataloaders).flattened[0]
     # Only of these samplers is it known that all of them together read the dataset in order.
     samplers = DistributedSampler, EvaluationSampler
-    if not isinstance(loader, DataLoader) or type(loader.sampler) not in samplers:
+    if (
+        not isinstance(loader, DataLoader)
+        or type(loader.sampler) not in samplers
+        or getattr(loader.sampler, "shuffle", True)
+    ):
         return loader
     return DataLoader(
         loader.dataset,

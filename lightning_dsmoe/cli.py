@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,8 @@ _DEBUG = "JSONARGPARSE_DEBUG"
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # so that processes that training starts import them too
 _IMPORT_HELP = "--import MODULE first imports a module with parts of your own (can be repeated)"
 _SIGTERM_EXIT_CODE = 143
+_CHECKPOINT_WORDS = {"best", "last", "hpc"}
+"""What `--ckpt_path` may say in place of a path."""
 _PROCESSES_PER_CORE = 4
 
 
@@ -87,7 +90,7 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps the configuration in the folder of the run, where no other run replaces it."""
+    """Keeps the configuration in the folder of the run, also where `log_dir` is not one."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run_folder(trainer)  # on all ranks
@@ -121,12 +124,13 @@ class DSMoECLI(LightningCLI):
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
         _check_processes(options.trainer)
-        if options.ckpt_path and options.weights_only and Path(options.ckpt_path).is_dir():
+        is_path = options.ckpt_path and options.ckpt_path not in _CHECKPOINT_WORDS
+        if is_path and options.weights_only and Path(options.ckpt_path).is_dir():
             raise ValueError(
                 f"{options.ckpt_path} is the folder of a sharded checkpoint, which can run code "
                 "when it is read: --weights_only false resumes one that you trust"
             )
-        if options.ckpt_path and Path(options.ckpt_path).is_file():
+        if is_path and Path(options.ckpt_path).is_file():
             # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
             read_checkpoint(options.ckpt_path, weights_only=options.weights_only, checksums=False)
 
@@ -190,16 +194,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `lightning-dsmoe`; a mistake ends it with one line and exit code 1 or 2."""
     if args is not None:
         sys.argv[1:] = args
-    elif "" not in sys.path:
-        sys.path.append("")  # modules in the current folder are found, as by `python -m`
     if "--debug" in sys.argv:
         os.environ[_DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
-            _import_modules(words)
+            modules = _import_modules(words)
             sys.argv[1:] = words
-            _run(words)
+            _run(words, modules)
     except SIGTERMException:
         sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
@@ -208,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str], modules: list[str]) -> None:
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in commands:
         known = ", ".join(commands)
@@ -224,11 +226,30 @@ def _run(words: list[str]) -> None:
             parser_class=OneLineErrors,
         )
     else:
-        cli_main()
+        os.environ[_IMPORTS] = ",".join(modules)  # for the processes that a strategy starts
+        with _current_folder_searched():
+            cli_main()
 
 
-def _import_modules(words: list[str]) -> None:
-    """Take every `--import MODULE` out of the words, and import the modules."""
+@contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Let modules in the current folder be found, as by `python -m`.
+
+    Only while a configuration or `--import` may name some: a tool that is called in the folder of
+    a model from elsewhere must not take a file there for an optional package of PyTorch's.
+    """
+    if "" in sys.path:
+        yield
+        return
+    sys.path.append("")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def _import_modules(words: list[str]) -> list[str]:
+    """Take every `--import MODULE` out of the words, import the modules and give their names."""
     names = [name for name in os.environ.get(_IMPORTS, "").split(",") if name]
     rest, each = [], iter(words)
     for word in each:
@@ -242,7 +263,8 @@ def _import_modules(words: list[str]) -> None:
         if not all(map(str.isidentifier, name.split("."))) or name.endswith(".py"):
             raise ValueError(f"--import takes the name of a module, like my_parts, got {name!r}")
         try:
-            import_module(name)
+            with _current_folder_searched():
+                import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
@@ -250,8 +272,7 @@ def _import_modules(words: list[str]) -> None:
                 f"--import {name}: there is no module {error.name!r} in this folder or where "
                 "Python looks for modules"
             ) from None
-    if names:
-        os.environ[_IMPORTS] = ",".join(dict.fromkeys(names))
+    return list(dict.fromkeys(names))
 
 
 def _underscored(word: str) -> str:

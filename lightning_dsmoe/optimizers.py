@@ -43,7 +43,7 @@ class MuonWithAdamW(AdamW):
         params: ParamsT,
         lr: float = 1e-3,
         *,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         momentum: float = 0.95,

@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,16 @@ def console_output() -> Iterator[None]:
 
     A character that the console's encoding lacks is printed as a question mark. Where standard
     output or error is a pipe that was closed, as by `| head -1`, the program ends with code 141.
+    A broken pipe of anything else, such as a logger's connection, stays an error.
     """
+    is_closed = False
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes anyway
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
             yield
         finally:
+            is_closed = _has_no_reader(sys.stdout) or _has_no_reader(sys.stderr)
             _flush(sys.stdout)
             _flush(sys.stderr)
     except SystemExit as stop:
@@ -31,7 +35,21 @@ def console_output() -> Iterator[None]:
             sys.exit(_SIGPIPE_EXIT_CODE)
         raise
     except BrokenPipeError:
+        if not is_closed:
+            raise
         sys.exit(_SIGPIPE_EXIT_CODE)
+
+
+def _has_no_reader(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that was closed at its other end; Windows does not tell."""
+    if not hasattr(select, "poll"):
+        return True
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):  # no stream, closed here, or none of the system's
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _flush(stream: TextIO | None) -> None:

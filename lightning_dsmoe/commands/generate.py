@@ -57,7 +57,7 @@ def generate(
         stop=[] if stop is None else [stop],
         generator=torch.Generator().manual_seed(seed),
     )
-    for piece in chain([model.generate(prompt, 0)], pieces):
+    for piece in chain([prompt], pieces):
         print(piece, end="", flush=True)
     print()
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_dsmoe.files import hidden_beside, read_json
 from lightning_dsmoe.inference.artifact import check_files, copy_linked, finish
 from lightning_dsmoe.inference.artifact_hashes import CARD, CERTIFICATE, SUMS
-from lightning_dsmoe.inference.model_card import model_card, with_measured
+from lightning_dsmoe.inference.model_card import with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
 
 
@@ -39,7 +39,7 @@ def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]
     if (path / CARD).is_file() and not (path / CARD).is_symlink():
         card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
     else:
-        card = model_card(model.decoder, model.plan, *model.report(), certificate)
+        card = model.card(certificate)
     folder = hidden_beside(path)
     try:
         copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})

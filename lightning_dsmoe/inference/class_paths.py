@@ -60,8 +60,8 @@ def _unknown(path: object, *bases: type) -> ValueError:
         how = "; define it at the top of a module that can be imported"
     elif module not in sys.modules and all(map(str.isidentifier, module.split("."))):
         how = (
-            f"; import the module that defines it first: import {module} in Python, "
-            f"--import {module} on the command line"
+            f"; import the module that defines it first, if you trust it: import {module} in "
+            f"Python, --import {module} on the command line"
         )
     names = " or ".join(base.__name__ for base in bases)
     return ValueError(f"{path!r:.200} is not a known {names}{how:.200}")

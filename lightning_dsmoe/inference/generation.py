@@ -268,7 +268,9 @@ def _check_prompts(
     context: int | None,
     stop: Collection[int],
 ) -> None:
-    if not all(isinstance(token, int | np.integer) for token in stop):
+    if not isinstance(stop, Collection) or not all(
+        isinstance(token, int | np.integer) for token in stop
+    ):
         raise ValueError(f"stop must be tokens for prompts of tokens, got {stop!r:.80}")
     vocabulary = range(decoder.vocab_size)
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
@@ -289,10 +291,12 @@ def _check_prompts(
 
 
 def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    max_new_tokens: object, temperature: object, top_k: int | None, top_p: float | None
 ) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
+    if not isinstance(temperature, int | float):
+        raise ValueError(f"temperature must be a number, got {temperature!r}")
     if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
         raise ValueError(
             f"temperature must be 0 or from {_COLDEST:g} to {_HOTTEST:g}, got {temperature}"

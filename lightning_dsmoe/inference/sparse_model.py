@@ -292,16 +292,19 @@ class SparseModel(nn.Module):
         config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
         config["tokenizer"] = self.tokenizer_description
         config["switch_points"] = self.engine.given_points._asdict()
-        card = model_card(
-            self.decoder,
-            self.plan,
-            *self.report(),
-            certificate or {},
-            prompt=example_prompt(self.tokenizer_description),
-        )
+        card = self.card(certificate or {})
         write_artifact(
             Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
         )
+
+    def card(self, certificate: dict[str, Any]) -> str:
+        """The model card, in Markdown.
+
+        Args:
+            certificate: what was measured of this model, empty for nothing.
+        """
+        prompt = example_prompt(self.tokenizer_description)
+        return model_card(self.decoder, self.plan, *self.report(), certificate, prompt=prompt)
 
     def export_step(
         self, path: str | Path, *, plan: SelectionPlan | None = None, n_sequences: int = 1

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
@@ -16,6 +15,9 @@ from lightning_dsmoe.inference.generation import as_tokens, left_pad, new_tokens
 from lightning_dsmoe.tokenizers import Tokenizer
 
 Stop = str | Sequence[str]
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes, and thus tokens at the most, of a character in UTF-8."""
 
 
 def continue_texts(
@@ -24,7 +26,7 @@ def continue_texts(
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
-    stop: Stop = (),
+    stop: Stop | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue prompts of any lengths, each up to and with the first stop text in what is new.
@@ -44,18 +46,13 @@ def continue_texts(
         ValueError: if a prompt is empty or longer than the context, or an option is out of range.
     """
     texts = [_GrowingText(tokenizer, prompt, stop) for prompt in prompts]
-    columns: list[Tensor] = []
-    for chosen_B in _new_tokens(model, texts, max_new_tokens, options):
-        columns.append(chosen_B)
-        if not stop:
-            continue  # tokens are not waited for before the last one
-        for text, token in zip(texts, columns.pop().tolist(), strict=True):
-            text.add([token])
+    columns = _new_tokens(model, texts, max_new_tokens, options)
+    # Without a stop text tokens are not waited for before the last one.
+    for chosen_B in columns if stop else list(columns):
+        for text, token in zip(texts, chosen_B.tolist(), strict=True):
+            text.add(token)
         if all(text.ended for text in texts):
             break
-    if columns:
-        for text, tokens in zip(texts, torch.stack(columns, dim=1).tolist(), strict=True):
-            text.add(tokens)
     return [text.text for text in texts]
 
 
@@ -65,7 +62,7 @@ def stream_text(
     prompt: str,
     max_new_tokens: int,
     *,
-    stop: Stop = (),
+    stop: Stop | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """What `continue_texts` adds to one prompt, in pieces, as it comes."""
@@ -75,7 +72,7 @@ def stream_text(
 
 def _pieces(text: "_GrowingText", columns: Iterator[Tensor]) -> Iterator[str]:
     for chosen_B in columns:
-        if piece := text.add(chosen_B.tolist()):
+        if piece := text.add(int(chosen_B)):
             yield piece
         if text.ended:
             return
@@ -97,33 +94,52 @@ def example_prompt(description: dict[str, Any] | None) -> str | None:
 class _GrowingText:
     """A text as its tokens arrive, without characters at its end that are not complete yet."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Stop) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Stop | None) -> None:
         self._tokenizer = tokenizer
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(each, str) and each for each in self._stop):
+        stops = (stop,) if isinstance(stop, str) else stop or ()
+        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop must be one text or several for prompts of text, got {stop!r}")
+        self._stop = tuple(stops)
         self.tokens = [int(token) for token in tokenizer.encode(prompt)]
         if not self.tokens:
             raise ValueError(f"a prompt must have a token or more, got {prompt!r}")
-        self.text = self._decoded()
+        self.text = tokenizer.decode(self.tokens)
         self._prompt_length = len(self.text)
+        self._known, self._read = 0, len(self.tokens)
         self.ended = False
 
-    def add(self, tokens: list[int]) -> str:
-        """Add tokens and give what they add to the text; nothing after a stop text."""
+    def add(self, token: int) -> str:
+        """Add a token and give what it adds to the text; nothing after a stop text."""
         if self.ended:
             return ""
-        self.tokens += tokens
-        text = self._decoded()
-        found = ((text.find(stop, self._prompt_length), len(stop)) for stop in self._stop)
-        ends = [at + length for at, length in found if at >= 0]
-        self.ended = bool(ends)
-        piece = text[len(self.text) : min(ends, default=None)]
+        self.tokens.append(token)
+        piece = self._next_piece()
+        before = len(self.text)
         self.text += piece
-        return piece
+        ends = []
+        for stop in self._stop:
+            at = self.text.find(stop, max(self._prompt_length, before - len(stop) + 1))
+            if at >= 0:
+                ends.append(at + len(stop))
+        if ends:
+            self.ended = True
+            self.text = self.text[: min(ends)]
+        return self.text[before:]
 
-    def _decoded(self) -> str:
-        return self._tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+    def _next_piece(self) -> str:
+        """What the tokens that were not read yet add.
+
+        Only the tokens since the end of the piece before the last one are decoded: all of them at
+        every step would cost the square of their number, and the last ones alone lose the blanks
+        that many tokenizers put before a token but not at the beginning of a text.
+        """
+        known = self._tokenizer.decode(self.tokens[self._known : self._read])
+        text = self._tokenizer.decode(self.tokens[self._known :])
+        waiting = len(self.tokens) - self._read < _LONGEST_CHARACTER
+        if text.endswith(_REPLACEMENT) and waiting:
+            return ""  # it may be the beginning of a character
+        self._known, self._read = self._read, len(self.tokens)
+        return text[len(known) :]
 
 
 def _new_tokens(

@@ -65,6 +65,8 @@ def test_other_ends_stay_as_they_are() -> None:
         raise SystemExit(3)
     with pytest.raises(KeyError), console_output():
         raise KeyError
+    with pytest.raises(BrokenPipeError), console_output():
+        raise BrokenPipeError(32, "connection of a logger")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

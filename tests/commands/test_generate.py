@@ -27,7 +27,8 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
     tokens = model.generate(prompt, 30, plan=SelectionPlan.uniform(2), temperature=0)
     assert tokens.shape == (1, 35)
     whole = tokenizer.decode(tokens[0].tolist())
-    assert text == whole.rstrip("\N{REPLACEMENT CHARACTER}") + "\n"
+    assert whole.startswith(text[:-1])
+    assert len(whole) - len(text[:-1]) < 4  # what may be the beginning of a character
     assert cli("generate", artifact, *GREEDY, f"--plan={everything}").out == text
     own = cli("generate", artifact, *GREEDY).out
     assert cli("generate", checkpoint, *GREEDY, f"--plan={sparse}").out == own

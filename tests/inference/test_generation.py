@@ -180,7 +180,7 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
         ({"mask": torch.zeros(3, 16)}, "a prompt is empty, or its padding is not on the left"),
         ({"mask": torch.arange(16).expand(3, 16) != 5}, "its padding is not on the left"),
         ({"mask": torch.arange(16).expand(3, 16) < 9}, "its padding is not on the left"),
-        ({"max_new_tokens": -1}, "must be 0 or more, got -1"),
+        ({"max_new_tokens": -1}, "must be a whole number from 0, got -1"),
         ({"temperature": -0.5}, r"temperature must be 0 or from 1e-06 to 1e\+06, got -0\.5"),
         ({"temperature": float("nan")}, r"temperature must be 0 or from .*, got nan"),
         ({"temperature": float("inf")}, r"temperature must be 0 or from .*, got inf"),

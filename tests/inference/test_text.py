@@ -1,5 +1,6 @@
 """Text in and text out."""
 
+import json
 import re
 import string
 from collections.abc import Iterator
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from lightning_dsmoe.inference import SparseModel, compile_sparse, load_sparse, text
 from lightning_dsmoe.routing import SelectionPlan
-from lightning_dsmoe.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from lightning_dsmoe.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+)
 
 from .conftest import UNCOMPILED, rotary_glu
 
@@ -131,3 +137,29 @@ def test_what_is_no_text(model: SparseModel, tmp_path: Path) -> None:
     assert loaded.generate([1, 2], 3).shape == (5,)
     with pytest.raises(ValueError, match="tokenizer kind must be byte, char or huggingface"):
         loaded.generate("a")
+
+
+def test_runs_of_bytes_of_a_hugging_face_tokenizer_come_whole() -> None:
+    """Its decoder makes replacement signs of a whole run of bytes while the last is incomplete."""
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "fuse_unk": False,
+            "vocab": {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257},
+            "merges": [],
+        },
+    }
+    tokenizer = HuggingFaceTokenizer(json.dumps(description))
+    growing = text._GrowingText(tokenizer, "ab", None)
+    pieces = [growing.add(byte) for byte in "世界人".encode() + "語".encode()[:2]]
+    assert [piece for piece in pieces if piece] == ["世", "界", "人"]
+    assert growing.text == "ab世界人"
