@@ -86,8 +86,8 @@ class SparseCompile(Callback):
         self.artifact: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Here rather than in `on_fit_start`: the command line writes its configuration, and
-        # loggers their files, after it, over those of an earlier run in the same folder.
+        # Here rather than in `on_fit_start`: the command line writes its configuration later in
+        # `setup`, over that of an earlier run in the same folder.
         if stage != "fit":
             return
         decoder = _decoder(pl_module)
