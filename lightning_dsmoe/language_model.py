@@ -266,15 +266,11 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def on_fit_start(self) -> None:
         """Refuse an optimizer that cannot go on from the state which Lightning restores next."""
-        if self._resumed is not None and self._settings is not None:
-            self._resumed_settings = saved_settings(self._resumed, self._settings)
-            changed_settings(self._resumed_settings, self._settings)
-            if self._resumed_settings["schedule"] != self._settings["schedule"]:
-                self._resumed["lr_schedulers"] = []  # another one cannot read its state
-        self._resumed = None
+        self._read_resumed_settings()
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
+        self._read_resumed_settings()  # strategies that shard load checkpoints after `on_fit_start`
         before, now, self._resumed_settings = self._resumed_settings, self._settings, None
         if before is None or now is None or not (changes := changed_settings(before, now)):
             return
@@ -330,6 +326,15 @@ class DSMoELanguageModel(CheckpointedModel):
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def _read_resumed_settings(self) -> None:
+        checkpoint, now, self._resumed = self._resumed, self._settings, None
+        if checkpoint is None or now is None:
+            return
+        self._resumed_settings = saved_settings(checkpoint, now)
+        changed_settings(self._resumed_settings, now)
+        if self._resumed_settings["schedule"] != now["schedule"]:
+            checkpoint["lr_schedulers"] = []  # another one cannot read its state
 
     def _step(
         self,

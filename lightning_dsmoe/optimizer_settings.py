@@ -60,7 +60,9 @@ def saved_settings(checkpoint: Mapping[str, Any], now: Settings) -> Settings:
     """
     found = checkpoint.get("optimizer_settings")
     if found is None:
-        groups = [dict(group) for group in checkpoint["optimizer_states"][0]["param_groups"]]
+        if not (states := checkpoint.get("optimizer_states")):
+            return now  # a file of weights alone, or of shards whose optimizer is in other files
+        groups = [dict(group) for group in states[0]["param_groups"]]
         had_schedule = any("initial_lr" in group for group in groups)
         for group in groups:
             group["lr"] = group.pop("initial_lr", group["lr"])

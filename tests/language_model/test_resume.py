@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_dsmoe.data import TextDataModule
@@ -257,6 +258,26 @@ def test_settings_changed_on_resuming_hold_and_are_named(
             group.pop("params")
             group.setdefault("initial_lr", group["lr"])
         assert resumed == expected
+
+
+def test_settings_hold_where_checkpoints_are_loaded_later(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As strategies that shard do it."""
+
+    def run(steps: int, lr: float, ckpt_path: Path | None = None) -> Trainer:
+        trainer = make_trainer(max_steps=steps)
+        model = make_one_model(optimizer=partial(torch.optim.SGD, lr=lr))
+        trainer.fit(model, make_loader(3), make_loader(3), ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    run(1, 0.1).save_checkpoint(path := tmp_path / "first.ckpt")
+    monkeypatch.setattr(SingleDeviceStrategy, "restore_checkpoint_after_setup", True)
+    assert {group["lr"] for group in run(2, 0.2, path).optimizers[0].param_groups} == {0.2}
 
 
 def test_settings_that_are_none_are_refused(
