@@ -28,7 +28,6 @@ def main() -> None:
         model["init_args"]["vocab_size"] = VOCABULARY
         with torch.device("meta"):
             built = parser.instantiate(parser.parse_object({"model": model})).model
-            built.configure_model()
         print(f"{size}: {count_parameters(built.decoder).hidden / 1e6:,.1f} M, paper {paper:,} M")
 
 

@@ -93,8 +93,8 @@ def _source(model: nn.Module | LoadedDecoder | str | Path) -> LoadedDecoder:
     decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder):
         raise ValueError(
-            f"compile_sparse needs a Decoder, got {type(model).__name__} without one; "
-            "a LightningModule has it after configure_model()"
+            "compile_sparse needs a Decoder, a model with one, a checkpoint or a sparse model, got "
+            f"{type(model).__name__}"
         )
     if is_packed(decoder):
         raise ValueError(

@@ -100,7 +100,7 @@ def test_the_trained_model_stays_as_it_is(
 
 def test_a_module_around_a_decoder(one_decoder: Decoder, plan: SelectionPlan) -> None:
     around = nn.Module()
-    with pytest.raises(ValueError, match="needs a Decoder, got Module without one"):
+    with pytest.raises(ValueError, match="a checkpoint or a sparse model, got Module"):
         compile_sparse(around, plan)
     around.decoder = one_decoder
     assert compile_sparse(around, plan).architecture == describe_decoder(one_decoder)
