@@ -106,6 +106,7 @@ class CheckpointedModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Let the Trainer write and load checkpoints safely, unless it was given another way."""
+        self._resumed_random_state = self._batch_random_state = None  # of an earlier run
         trainer = self._trainer
         if trainer is not None and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()

@@ -124,22 +124,29 @@ class DSMoECLI(LightningCLI):
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
         _check_processes(options.trainer)
-        is_path = options.ckpt_path and options.ckpt_path not in _CHECKPOINT_WORDS
-        if is_path and options.weights_only and Path(options.ckpt_path).is_dir():
-            raise ValueError(
-                f"{options.ckpt_path} is the folder of a sharded checkpoint, which can run code "
-                "when it is read: --weights_only false resumes one that you trust"
-            )
-        if is_path and Path(options.ckpt_path).is_file():
-            # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
-            read_checkpoint(options.ckpt_path, weights_only=options.weights_only, checksums=False)
+        _look_into(options.ckpt_path, weights_only=options.weights_only)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Find what `--ckpt_path last` stands for, which Lightning does in a new folder only."""
         options = super()._prepare_subcommand_kwargs(subcommand)
         if options.get("ckpt_path") == "last":
             options["ckpt_path"] = find_last_checkpoint(self.trainer)
+            _look_into(options["ckpt_path"], weights_only=options["weights_only"])
         return options
+
+
+def _look_into(path: str | None, *, weights_only: bool) -> None:
+    """Raise a ValueError if what a run is to resume holds more than data, or is no checkpoint."""
+    if not path or path in _CHECKPOINT_WORDS:
+        return
+    if weights_only and Path(path).is_dir():
+        raise ValueError(
+            f"{path} is the folder of a sharded checkpoint, which can run code when it is read: "
+            "--weights_only false resumes one that you trust"
+        )
+    if Path(path).is_file():
+        # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
+        read_checkpoint(path, weights_only=weights_only, checksums=False)
 
 
 def _check_processes(trainer: Any) -> None:

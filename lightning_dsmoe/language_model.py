@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_dsmoe.checkpointed_model import CheckpointedModel
@@ -27,7 +26,12 @@ from lightning_dsmoe.decoder import (
 )
 from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.objective import Step, consistent_objective, objective
-from lightning_dsmoe.optimization import make_optimizer, schedule_options, step_plateaus
+from lightning_dsmoe.optimization import (
+    check_validated,
+    make_optimizer,
+    schedule_options,
+    step_plateaus,
+)
 from lightning_dsmoe.optimizer_settings import (
     Settings,
     apply_settings,
@@ -162,6 +166,11 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.plan.check(*self.decoder.plan_sizes)
 
+    def setup(self, stage: str) -> None:
+        """Prepare a run, without what an earlier one may have left of a checkpoint."""
+        super().setup(stage)
+        self._resumed = self._resumed_settings = None
+
     def configure_model(self) -> None:
         """Shard the decoder where the strategy shards, then compile its blocks; each once."""
         if self._trainer is not None:
@@ -270,6 +279,7 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
+        check_validated(self.trainer)
         self._read_resumed_settings()  # strategies that shard load checkpoints after `on_fit_start`
         before, now, self._resumed_settings = self._resumed_settings, self._settings, None
         if before is None or now is None or not (changes := changed_settings(before, now)):
@@ -289,7 +299,7 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule, unless it waits for a validation."""
-        if not isinstance(scheduler, ReduceLROnPlateau):
+        if metric is not None or not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
     def configure_gradient_clipping(
@@ -320,9 +330,11 @@ class DSMoELanguageModel(CheckpointedModel):
                 f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients) or 'its norm'}); "
                 "no step was taken"
             )
+        gradient_clip_val = gradient_clip_val or self.trainer.gradient_clip_val
         if not gradient_clip_val or gradient_clip_val < 0:
             return
-        if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        algorithm = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
+        if GradClipAlgorithmType(algorithm) == GradClipAlgorithmType.VALUE:
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)

@@ -54,12 +54,28 @@ def step_plateaus(trainer: Trainer) -> None:
     Raises:
         ValueError: if a metric was not logged.
     """
-    for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
-        if not isinstance(schedule, ReduceLROnPlateau):
-            continue
+    for schedule in _plateaus(trainer):
         if schedule.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"ReduceLROnPlateau watches {schedule.monitor!r}, which is not logged; there are "
                 f"{', '.join(sorted(trainer.callback_metrics))}"
             )
         schedule.step(trainer.callback_metrics[schedule.monitor])
+
+
+def check_validated(trainer: Trainer) -> None:
+    """Raise a ValueError if a schedule waits for validations, and there is none in this run."""
+    if _plateaus(trainer) and not trainer.enable_validation:
+        raise ValueError(
+            "ReduceLROnPlateau steps after each validation, and this run has none: give it "
+            "validation data, or another schedule"
+        )
+
+
+def _plateaus(trainer: Trainer) -> list[ReduceLROnPlateau]:
+    """Those of `schedule_options`; Lightning steps others, which a subclass may have, by itself."""
+    return [
+        config.scheduler
+        for config in trainer.lr_scheduler_configs
+        if isinstance(config.scheduler, ReduceLROnPlateau) and not config.reduce_on_plateau
+    ]

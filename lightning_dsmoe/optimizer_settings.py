@@ -40,6 +40,7 @@ def describe(
     return {
         "optimizer": _name(optimizer),
         "groups": groups,
+        "scheduled_groups": group_settings(optimizer),
         "schedule": None if schedule is None else _name(schedule),
         "schedule_settings": {key: _plain(value) for key, value in state.items()},
     }
@@ -71,8 +72,11 @@ def saved_settings(checkpoint: Mapping[str, Any], now: Settings) -> Settings:
         return {**now, "groups": _plain(kept), "schedule": schedule}
     is_settings = isinstance(found, dict) and found.keys() == now.keys()
     if not is_settings or not (
-        isinstance(found["groups"], list)
-        and all(isinstance(group, dict) for group in found["groups"])
+        repr(_plain(found)) == repr(found)
+        and all(
+            isinstance(found[name], list) and all(isinstance(group, dict) for group in found[name])
+            for name in ("groups", "scheduled_groups")
+        )
         and isinstance(found["schedule_settings"], dict)
     ):
         raise ValueError(f"optimizer_settings of the checkpoint are none: {found!r:.200}")
@@ -105,6 +109,7 @@ def changed_settings(before: Settings, now: Settings) -> list[str]:
     pairs = [*zip(before["groups"], now["groups"], strict=True)]
     if before["schedule"] == now["schedule"]:
         pairs.append((_schedule_settings(before), _schedule_settings(now)))
+        pairs += zip(_scheduled(before), _scheduled(now), strict=False)
     changes = [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for old, new in pairs
@@ -142,7 +147,7 @@ def apply_settings(
         )
     rates = [[group["lr"] for group in settings["groups"]] for settings in (before, now)]
     if rates[0] == rates[1] and all(
-        before[key] == now[key] for key in ("schedule", "schedule_settings")
+        before[key] == now[key] for key in ("schedule", "schedule_settings", "scheduled_groups")
     ):
         return schedule
     for group, new in zip(optimizer.param_groups, now["groups"], strict=True):
@@ -172,6 +177,17 @@ def _schedule_settings(settings: Settings) -> Settings:
     """Settings of a schedule but for the rates, which its groups name as `lr`."""
     of_groups = ("base_lrs", "_last_lr")
     return {k: v for k, v in settings["schedule_settings"].items() if k not in of_groups}
+
+
+def _scheduled(settings: Settings) -> list[Settings]:
+    """What a schedule keeps in the groups, as `OneCycleLR` does all of its settings.
+
+    Its first rate is not one of its settings, but follows from them.
+    """
+    return [
+        {"lr" if key == "initial_lr" else key: v for key, v in group.items() if key != "lr"}
+        for group in settings["scheduled_groups"]
+    ]
 
 
 def _name(value: object) -> str:

@@ -63,4 +63,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 def _numpy_state(state: Any) -> tuple[Any, ...]:
     key, position, has_gauss, gauss = state
+    if key.shape != (_WORDS,):  # before it takes memory
+        raise ValueError("numpy")
     return (_MERSENNE_TWISTER, key.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_dsmoe import cli
 from lightning_dsmoe.cli import main
 
 COMMAND = [sys.executable, "-m", "lightning_dsmoe"]
@@ -87,3 +88,10 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(
         main(["fit", *words, *again])
     resumed = tmp_path / "quickstart" / "version_1" / "checkpoints" / "last.ckpt"
     assert torch.load(resumed)["global_step"] == step + 1
+
+
+def test_a_sharded_checkpoint_is_looked_into_however_it_was_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--weights_only false resumes one that you trust"):
+        cli._look_into(str(tmp_path), weights_only=True)
+    cli._look_into(str(tmp_path), weights_only=False)
+    cli._look_into("best", weights_only=True)

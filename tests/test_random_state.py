@@ -67,6 +67,7 @@ KEY = torch.zeros(624, dtype=torch.int64)
         {"python": (3, (1, 2), None)},
         {"python": (*PYTHON[:2], "1")},
         {"numpy": 1},
+        {"numpy": (torch.zeros(1, dtype=torch.int64).expand(10**9), 0, 0, 0.0)},
         {"numpy": (KEY[:5], 0, 0, 0.0)},
         {"numpy": (KEY, 625, 0, 0.0)},
         {"numpy": (KEY, -1, 0, 0.0)},

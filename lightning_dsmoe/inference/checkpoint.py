@@ -122,6 +122,8 @@ def read_checkpoint(
             raise ValueError(f"{path}: {name!r:.200} is not a plain tensor with all of its values")
     if not all(_is_whole(tensor) for tensor in _tensors(loaded.get("optimizer_states"))):
         raise ValueError(f"{path}: the optimizer's state needs plain tensors with all their values")
+    if not all(_is_whole(tensor) for tensor in _tensors(loaded)):
+        raise ValueError(f"{path} needs plain tensors with all their values")
     checkpoint: dict[str, Any] = loaded
     check_format(checkpoint)
     return checkpoint

@@ -126,6 +126,9 @@ def test_schedules_that_cannot_watch_their_metric(
     plain = torch.optim.lr_scheduler.ReduceLROnPlateau
     with pytest.raises(ValueError, match=r"use lightning\.pytorch\.cli\.ReduceLROn"):
         make_one_model(lr_scheduler=plain).configure_optimizers()
+    watching = make_one_model(lr_scheduler=partial(ReduceLROnPlateau, monitor="train/loss"))
+    with pytest.raises(ValueError, match="steps after each validation, and this run has none"):
+        make_trainer(max_steps=1, limit_val_batches=0).fit(watching, make_loader(), make_loader(3))
     model = make_one_model(lr_scheduler=partial(ReduceLROnPlateau, monitor="val_loss"))
     trainer = make_trainer(max_steps=1, val_check_interval=1)
     with pytest.raises(ValueError, match=r"watches 'val_loss', which is not logged; .* val/loss"):
@@ -135,3 +138,23 @@ def test_schedules_that_cannot_watch_their_metric(
 def test_an_optimizer_of_single_matrices_is_refused(make_one_model: MakeModel) -> None:
     with pytest.raises(ValueError, match=r"use lightning_dsmoe\.optimizers\.MuonWithAdamW"):
         make_one_model(optimizer=torch.optim.Muon).configure_optimizers()
+
+
+class OwnPlateau(DSMoELanguageModel):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, threshold=9, patience=0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"},
+        }
+
+
+def test_a_schedule_of_a_subclass_steps_as_lightning_does(
+    make_one_model: MakeModel, make_loader: Callable[..., Any], make_trainer: Callable[..., Trainer]
+) -> None:
+    model = make_one_model()
+    model.__class__ = OwnPlateau
+    trainer = make_trainer(max_epochs=3)
+    trainer.fit(model, make_loader(3), make_loader(3))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR
 
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.language_model import DSMoELanguageModel
@@ -169,6 +169,7 @@ def test_a_checkpoint_with_the_states_of_torch_alone_goes_on_alike(
         run(2, path)
 
 
+CYCLE = partial(CyclicLR, max_lr=0.1, step_size_up=4, cycle_momentum=False)
 COSINE = partial(LinearWarmupCosine, max_steps=STEPS, warmup_steps=2)
 
 
@@ -189,6 +190,20 @@ COSINE = partial(LinearWarmupCosine, max_steps=STEPS, warmup_steps=2)
             "warmup_steps was 2, is 6",
             True,
             id="schedule",
+        ),
+        pytest.param(
+            {"schedule": partial(OneCycleLR, total_steps=9, max_lr=0.1)},
+            {"schedule": partial(OneCycleLR, total_steps=9, max_lr=0.01)},
+            ".*max_lr was 0.1, is 0.01",
+            True,
+            id="schedule that keeps its settings in the groups",
+        ),
+        pytest.param(
+            {"schedule": partial(CYCLE, base_lr=0.01)},
+            {"schedule": partial(CYCLE, base_lr=0.02)},
+            "lr was 0.01, is 0.02",
+            True,
+            id="schedule with a rate of its own",
         ),
         pytest.param(
             {"schedule": partial(CosineAnnealingLR, T_max=4)},
@@ -310,3 +325,4 @@ def test_another_optimizer_is_refused(
         make_trainer(max_steps=2).fit(
             other, make_loader(), make_loader(3), ckpt_path=path, weights_only=True
         )
+    make_trainer(max_steps=1).fit(other, make_loader(), make_loader(3))  # a new run is not refused
