@@ -40,7 +40,10 @@ def describe(
     return {
         "optimizer": _name(optimizer),
         "groups": groups,
-        "scheduled_groups": group_settings(optimizer),
+        "scheduled": [
+            {key: value for key, value in new.items() if key != "lr" and value != old.get(key)}
+            for old, new in zip(groups, group_settings(optimizer), strict=True)
+        ],
         "schedule": None if schedule is None else _name(schedule),
         "schedule_settings": {key: _plain(value) for key, value in state.items()},
     }
@@ -75,7 +78,7 @@ def saved_settings(checkpoint: Mapping[str, Any], now: Settings) -> Settings:
         repr(_plain(found)) == repr(found)
         and all(
             isinstance(found[name], list) and all(isinstance(group, dict) for group in found[name])
-            for name in ("groups", "scheduled_groups")
+            for name in ("groups", "scheduled")
         )
         and isinstance(found["schedule_settings"], dict)
     ):
@@ -147,7 +150,7 @@ def apply_settings(
         )
     rates = [[group["lr"] for group in settings["groups"]] for settings in (before, now)]
     if rates[0] == rates[1] and all(
-        before[key] == now[key] for key in ("schedule", "schedule_settings", "scheduled_groups")
+        before[key] == now[key] for key in ("schedule", "schedule_settings", "scheduled")
     ):
         return schedule
     for group, new in zip(optimizer.param_groups, now["groups"], strict=True):
@@ -180,13 +183,10 @@ def _schedule_settings(settings: Settings) -> Settings:
 
 
 def _scheduled(settings: Settings) -> list[Settings]:
-    """What a schedule keeps in the groups, as `OneCycleLR` does all of its settings.
-
-    Its first rate is not one of its settings, but follows from them.
-    """
+    """What a schedule put into the groups, where `OneCycleLR` keeps all of its settings."""
     return [
-        {"lr" if key == "initial_lr" else key: v for key, v in group.items() if key != "lr"}
-        for group in settings["scheduled_groups"]
+        {"lr" if key == "initial_lr" else key: value for key, value in group.items()}
+        for group in settings["scheduled"]
     ]
 
 

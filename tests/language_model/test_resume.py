@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR
 
@@ -273,6 +274,27 @@ def test_settings_changed_on_resuming_hold_and_are_named(
             group.pop("params")
             group.setdefault("initial_lr", group["lr"])
         assert resumed == expected
+
+
+def test_other_settings_leave_what_a_plateau_has_reduced(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    plateau = partial(ReduceLROnPlateau, monitor="val/loss", threshold=9, patience=0)
+
+    def run(epochs: int, decay: float, ckpt_path: Path | None = None) -> Trainer:
+        trainer = make_trainer(max_epochs=epochs)
+        optimizer = partial(torch.optim.SGD, lr=0.1, weight_decay=decay)
+        model = make_one_model(optimizer=optimizer, lr_scheduler=plateau)
+        trainer.fit(model, make_loader(3), make_loader(3), ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    run(2, 0.1).save_checkpoint(path := tmp_path / "first.ckpt")
+    group = run(3, 0.2, path).optimizers[0].param_groups[0]
+    assert group["weight_decay"] == 0.2
+    assert group["lr"] == pytest.approx(1e-4)
 
 
 def test_settings_hold_where_checkpoints_are_loaded_later(
