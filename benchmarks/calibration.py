@@ -22,12 +22,12 @@ from typing import Any
 from timing import machine
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
-from lightning_dsmoe.analysis.divergence import divergence
-from lightning_dsmoe.analysis.plan_search import search
-from lightning_dsmoe.analysis.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.solvers import Solver, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.uniform import uniform_plans
-from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.analysis.plans.divergence import divergence
+from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
+from lightning_dsmoe.analysis.plans.search import search
+from lightning_dsmoe.analysis.plans.solvers import Solver, fixed_numbers, thresholds
+from lightning_dsmoe.analysis.plans.uniform import uniform_plans
+from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.files import write_text
 
 BUDGETS = [0.12, 0.16, 0.25, 0.4]

@@ -17,8 +17,8 @@ from timing import seconds_per_call
 from torch import Tensor
 
 from lightning_dsmoe import Decoder, SelectionPlan
-from lightning_dsmoe.objective import Step, objective
-from lightning_dsmoe.routing_losses import RoutingLossWeights
+from lightning_dsmoe.training.objective import Step, objective
+from lightning_dsmoe.training.routing_losses import RoutingLossWeights
 
 TWIN, DS_MOE = "dense twin", "DS-MoE"
 NOTES = (

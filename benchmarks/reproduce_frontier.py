@@ -7,14 +7,14 @@ from typing import Any
 
 from lightning_dsmoe import SelectionPlan, Threshold, TopK
 from lightning_dsmoe.analysis import HeldOut, PlanResult, evaluate_plan
-from lightning_dsmoe.analysis.routing_statistics import (
+from lightning_dsmoe.analysis.plans.routing_statistics import (
     RouterStatistics,
     Statistics,
     routing_statistics,
 )
-from lightning_dsmoe.analysis.solvers import alike, thresholds
-from lightning_dsmoe.analysis.uniform import uniform_mixed, uniform_numbers
-from lightning_dsmoe.commands.trained import Trained
+from lightning_dsmoe.analysis.plans.solvers import alike, thresholds
+from lightning_dsmoe.analysis.plans.uniform import uniform_mixed, uniform_numbers
+from lightning_dsmoe.commands.evaluation_setup import Trained
 from lightning_dsmoe.data.windows import IGNORED
 
 TRIES = 3

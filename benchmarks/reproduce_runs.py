@@ -16,7 +16,7 @@ from timing import machine
 
 from lightning_dsmoe import SelectionPlan, TopK
 from lightning_dsmoe.cli import cli_main
-from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.routing import AllExperts, Selection
 
 BATCH_TOKENS = 4096

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate import Source, TextSource, certificate
-from lightning_dsmoe.analysis.certificate_judgement import judge
+from lightning_dsmoe.analysis.certificate.certificate import Source, TextSource, certificate
+from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
@@ -23,9 +23,9 @@ from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED, EvaluationSampler
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
-from lightning_dsmoe.inference.architecture import describe_decoder
-from lightning_dsmoe.inference.artifact import check_free
-from lightning_dsmoe.inference.engine.packing import Quantization
+from lightning_dsmoe.inference.artifact.directory import check_free
+from lightning_dsmoe.inference.engine.weights.packing import Quantization
+from lightning_dsmoe.serialization.architecture import describe_decoder
 
 _TAKEN = {"checkpoints", "utilization"}
 """Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write."""

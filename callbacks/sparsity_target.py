@@ -5,7 +5,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dsmoe.callbacks.mass_steering import check_steering, steered_factor, top_mass
+from lightning_dsmoe.callbacks.gate_mass_controller import check_steering, steered_factor, top_mass
 from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.decoder import Decoder

@@ -4,6 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_dsmoe.moved import find_moved_modules
+
 if TYPE_CHECKING:
     from lightning_dsmoe.attention import MixtureOfAttentionHeads as MixtureOfAttentionHeads
     from lightning_dsmoe.data import TextDataModule as TextDataModule
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
     from lightning_dsmoe.experts import MixtureOfExperts as MixtureOfExperts
     from lightning_dsmoe.inference import compile_sparse as compile_sparse
     from lightning_dsmoe.inference import load_sparse as load_sparse
-    from lightning_dsmoe.language_model import DSMoELanguageModel as DSMoELanguageModel
     from lightning_dsmoe.losses import mutual_information_loss as mutual_information_loss
     from lightning_dsmoe.routing import AllExperts as AllExperts
     from lightning_dsmoe.routing import SelectionPlan as SelectionPlan
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from lightning_dsmoe.routing import ThresholdTopK as ThresholdTopK
     from lightning_dsmoe.routing import TopK as TopK
     from lightning_dsmoe.routing import TopP as TopP
+    from lightning_dsmoe.training.language_model import DSMoELanguageModel as DSMoELanguageModel
 
 __version__ = "0.1.0"
+
+find_moved_modules()
 
 if Path(__path__[0], "callbacks").is_file():
     # Without symbolic links, which Windows has not by default, git checks a link out as a text
@@ -30,7 +34,7 @@ if Path(__path__[0], "callbacks").is_file():
 _HOMES = {
     "AllExperts": "routing",
     "Decoder": "decoder",
-    "DSMoELanguageModel": "language_model",
+    "DSMoELanguageModel": "training.language_model",
     "MixtureOfAttentionHeads": "attention",
     "MixtureOfExperts": "experts",
     "SelectionPlan": "routing",

@@ -34,9 +34,9 @@ from lightning_dsmoe.commands.configuration_file import options_in
 from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import one_line
 from lightning_dsmoe.files import check_mark
-from lightning_dsmoe.inference.checkpoint import read_checkpoint
-from lightning_dsmoe.language_model import DSMoELanguageModel
-from lightning_dsmoe.last_checkpoint import find_last_checkpoint
+from lightning_dsmoe.serialization.checkpoint import read_checkpoint
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
+from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
 
 TOOLS: dict[str, Callable[..., None]] = {
     "generate": generate,

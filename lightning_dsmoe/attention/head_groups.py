@@ -13,7 +13,7 @@ from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.attention.rotary import rotate, rotation
-from lightning_dsmoe.attention.some_queries import attend_of_tokens, attend_some
+from lightning_dsmoe.attention.sparse_attention import attend_of_tokens, attend_some
 from lightning_dsmoe.stacked import (
     StackedWeight,
     gated_projection,

@@ -9,12 +9,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan
-from lightning_dsmoe.analysis.divergence import divergence
-from lightning_dsmoe.analysis.plan_search import search, sparsest
-from lightning_dsmoe.analysis.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.solvers import fixed_numbers, thresholds
-from lightning_dsmoe.analysis.uniform import best_uniform
-from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.analysis.plans.divergence import divergence
+from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
+from lightning_dsmoe.analysis.plans.search import search, sparsest
+from lightning_dsmoe.analysis.plans.solvers import fixed_numbers, thresholds
+from lightning_dsmoe.analysis.plans.uniform import best_uniform
+from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file
 from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK

@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate import TextSource, certificate
-from lightning_dsmoe.analysis.certificate_check import (
+from lightning_dsmoe.analysis.certificate.certificate import TextSource, certificate
+from lightning_dsmoe.analysis.certificate.check import (
     ROUNDING,
     check_weights,
     differences,
     is_exact,
 )
-from lightning_dsmoe.analysis.certificate_judgement import judge
-from lightning_dsmoe.analysis.certificate_reading import read_certificate
+from lightning_dsmoe.analysis.certificate.judgement import judge
+from lightning_dsmoe.analysis.certificate.reading import read_certificate
 from lightning_dsmoe.commands.certificate_table import print_certificates
-from lightning_dsmoe.commands.trained import (
+from lightning_dsmoe.commands.evaluation_setup import (
     CONTEXT,
     TEST_FRACTION,
     VAL_FRACTION,
@@ -28,8 +28,8 @@ from lightning_dsmoe.commands.trained import (
 )
 from lightning_dsmoe.files import sha256
 from lightning_dsmoe.inference import SparseModel, load_decoder
-from lightning_dsmoe.inference.artifact_certificate import load_certificate, save_certificate
-from lightning_dsmoe.inference.checkpoint import LoadedDecoder
+from lightning_dsmoe.inference.artifact.certificate import load_certificate, save_certificate
+from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
 
 _NAMED = 3
 _MAX_TOKENS, _BATCH_TOKENS = 100_000, 2048

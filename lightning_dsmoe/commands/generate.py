@@ -4,7 +4,7 @@ from itertools import chain
 
 import torch
 
-from lightning_dsmoe.commands.trained import read_plan
+from lightning_dsmoe.commands.evaluation_setup import read_plan
 from lightning_dsmoe.inference import (
     SparseModel,
     SwitchPoints,

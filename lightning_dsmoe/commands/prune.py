@@ -7,17 +7,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_dsmoe.analysis import evaluate_plan
-from lightning_dsmoe.analysis.pruning import Proof, prove, used_experts
-from lightning_dsmoe.commands.trained import read_plan, text_for
+from lightning_dsmoe.analysis.unused_experts import Proof, prove, used_experts
+from lightning_dsmoe.commands.evaluation_setup import read_plan, text_for
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import Remaining, SparseModel, compile_sparse, load_decoder
 from lightning_dsmoe.inference import prune as without_others
-from lightning_dsmoe.inference.artifact import check_free
-from lightning_dsmoe.inference.checkpoint import LoadedDecoder
-from lightning_dsmoe.inference.engine.packing import Quantization
-from lightning_dsmoe.inference.pruning import remaining_experts
+from lightning_dsmoe.inference.artifact.directory import check_free
+from lightning_dsmoe.inference.engine.weights.packing import Quantization
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
+from lightning_dsmoe.serialization.pruning import remaining_experts
 
 
 def prune(

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lightning_dsmoe import __version__
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.drift import drift
-from lightning_dsmoe.analysis.report_page import Report, report_page
-from lightning_dsmoe.analysis.report_page.naming import plan_label
-from lightning_dsmoe.analysis.sample_routing import sample_routing
-from lightning_dsmoe.analysis.token_preferences import frequent_tokens
-from lightning_dsmoe.analysis.utilization import check_mixtures, utilization
-from lightning_dsmoe.commands.trained import (
+from lightning_dsmoe.analysis.report import Report, report_page
+from lightning_dsmoe.analysis.report.drift import drift
+from lightning_dsmoe.analysis.report.naming import plan_label
+from lightning_dsmoe.analysis.report.sample_routing import sample_routing
+from lightning_dsmoe.analysis.report.token_preferences import frequent_tokens
+from lightning_dsmoe.analysis.report.utilization import check_mixtures, utilization
+from lightning_dsmoe.commands.evaluation_setup import (
     all_experts_model,
     open_trained,
     read_plan,
@@ -29,8 +29,8 @@ from lightning_dsmoe.commands.trained import (
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
-from lightning_dsmoe.inference.architecture import differences
 from lightning_dsmoe.routing import SelectionPlan, Threshold
+from lightning_dsmoe.serialization.architecture import differences
 from lightning_dsmoe.tokenizers import Tokenizer
 
 _EPS = 0.1

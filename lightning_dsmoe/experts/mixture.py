@@ -10,7 +10,7 @@ from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward
 from lightning_dsmoe.experts.layer import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
 from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
-from lightning_dsmoe.routing.remaining import select
+from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
 
 

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.architecture import build_decoder, describe_decoder
-from lightning_dsmoe.inference.checkpoint import LoadedDecoder, fill, load_decoder
-from lightning_dsmoe.inference.engine.packing import Quantization, is_packed, pack
-from lightning_dsmoe.inference.engine.rows import Rows
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference.engine.weights.packing import Quantization, is_packed, pack
+from lightning_dsmoe.inference.engine.weights.row_major import Rows
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
+from lightning_dsmoe.serialization.architecture import build_decoder, describe_decoder
+from lightning_dsmoe.serialization.checkpoint import LoadedDecoder, fill, load_decoder
 from lightning_dsmoe.tokenizers import Tokenizer
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.context import Context, DecoderContext
 from lightning_dsmoe.inference.engine.engine import Engine
+from lightning_dsmoe.inference.reader import Context, DecoderContext
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
-from lightning_dsmoe.inference.artifact import read_artifact, write_artifact
-from lightning_dsmoe.inference.engine.calibration import calibrate
+from lightning_dsmoe.inference.artifact.directory import read_artifact, write_artifact
+from lightning_dsmoe.inference.artifact.model_card import model_card
+from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.engine.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.engine.portable import export_step
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference.engine.tuning import calibrate
+from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.generation import Tokens, generate
-from lightning_dsmoe.inference.model_card import model_card
 from lightning_dsmoe.inference.option_names import check_names
 from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
 from lightning_dsmoe.routing import SelectionPlan

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_dsmoe.decoder import Decoder, Routings
 from lightning_dsmoe.metrics.parameter_counts import ParameterCounts
 from lightning_dsmoe.routing import Routing, Selection, SelectionPlan
-from lightning_dsmoe.routing.remaining import running_mask
+from lightning_dsmoe.routing.removed import running_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
-from lightning_dsmoe.analysis.routing_statistics import Statistics, routing_statistics
+from lightning_dsmoe.analysis.plans.routing_statistics import Statistics, routing_statistics
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import MixtureOfExperts

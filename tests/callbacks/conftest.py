@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import LinearRouter
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 V = 11
 T = 6

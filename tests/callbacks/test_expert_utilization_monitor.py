@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.callbacks import ExpertUtilizationMonitor
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.metrics import Utilization, expert_utilization
 from lightning_dsmoe.routing import LinearRouter
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 
 class Recorder(Callback):

@@ -25,8 +25,8 @@ from lightning_dsmoe.callbacks import (
 )
 from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import LinearRouter, Threshold, TopK
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 SIZES = (1, 3)
 WINDOWS = 2 * sum(SIZES)

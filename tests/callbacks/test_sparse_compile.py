@@ -9,11 +9,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch.nn import functional as F
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate import TextSource
-from lightning_dsmoe.analysis.certificate import certificate as made
-from lightning_dsmoe.analysis.certificate_check import differences
-from lightning_dsmoe.analysis.certificate_judgement import judge
-from lightning_dsmoe.analysis.certificate_reading import read_certificate
+from lightning_dsmoe.analysis.certificate.certificate import TextSource
+from lightning_dsmoe.analysis.certificate.certificate import certificate as made
+from lightning_dsmoe.analysis.certificate.check import differences
+from lightning_dsmoe.analysis.certificate.judgement import judge
+from lightning_dsmoe.analysis.certificate.reading import read_certificate
 from lightning_dsmoe.callbacks import (
     ExpertUtilizationMonitor,
     LayerSelections,
@@ -21,10 +21,10 @@ from lightning_dsmoe.callbacks import (
     SparseEvaluation,
 )
 from lightning_dsmoe.inference import load_sparse
-from lightning_dsmoe.inference.artifact_certificate import load_certificate
-from lightning_dsmoe.inference.artifact_hashes import certified_hashes
-from lightning_dsmoe.language_model import DSMoELanguageModel
+from lightning_dsmoe.inference.artifact.certificate import load_certificate
+from lightning_dsmoe.inference.artifact.hashes import certified_hashes
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 PLAN = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
 

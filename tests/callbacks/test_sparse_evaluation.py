@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
 from lightning_dsmoe.experts import FeedForward
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 TOP_1 = LayerSelections(experts=TopK(1), attention=TopK(1))
 

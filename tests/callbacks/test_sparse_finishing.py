@@ -8,8 +8,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
 from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.callbacks import MIWeightAnnealing, SparsityTarget
-from lightning_dsmoe.language_model import DSMoELanguageModel
 from lightning_dsmoe.routing import Routing
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dsmoe.data.tokenizers import ByteTokenizer
 from lightning_dsmoe.inference import compile_sparse, load_sparse
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.tokenizers import ByteTokenizer
 
 PROMPT = "--prompt=def f"
 GREEDY = (PROMPT, "--temperature=0", "--max_new_tokens=30")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_dsmoe.analysis.pruning import Proof
-from lightning_dsmoe.data.tokenizers import ByteTokenizer
+from lightning_dsmoe.analysis.unused_experts import Proof
 from lightning_dsmoe.inference import Remaining, load_decoder, load_sparse
-from lightning_dsmoe.inference.pruning import remaining_experts
 from lightning_dsmoe.routing import SelectionPlan, TopK
+from lightning_dsmoe.serialization.pruning import remaining_experts
+from lightning_dsmoe.tokenizers import ByteTokenizer
 
 from .conftest import Outcome, Run
 

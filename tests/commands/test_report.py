@@ -10,8 +10,8 @@ import tokenizers
 import torch
 
 from lightning_dsmoe import __version__
-from lightning_dsmoe.data.tokenizers import HuggingFaceTokenizer
 from lightning_dsmoe.routing import SelectionPlan, TopK
+from lightning_dsmoe.tokenizers import HuggingFaceTokenizer
 
 from .conftest import Outcome, Run
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lightning_dsmoe.commands.trained import text_for
+from lightning_dsmoe.commands.evaluation_setup import text_for
 from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan
 
 from .conftest import Outcome, Run
 
 sweep_module = import_module("lightning_dsmoe.commands.sweep")
-trained_module = import_module("lightning_dsmoe.commands.trained")
+trained_module = import_module("lightning_dsmoe.commands.evaluation_setup")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dsmoe.data import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
-from lightning_dsmoe.data.tokenizers import load_tokenizer
+from lightning_dsmoe.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference.compilation import compile_sparse
-from lightning_dsmoe.inference.engine import many
+from lightning_dsmoe.inference.engine.batched import forward as many
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.stacked import StackedWeight

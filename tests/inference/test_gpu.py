@@ -10,7 +10,7 @@ from lightning_dsmoe.attention import head_groups
 from lightning_dsmoe.attention.rotary import Rotation, rotation
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse
-from lightning_dsmoe.inference.engine import step
+from lightning_dsmoe.inference.engine.decode import step
 from lightning_dsmoe.routing import (
     AllExperts,
     Selection,

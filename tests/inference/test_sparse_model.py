@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.architecture import describe_decoder
 from lightning_dsmoe.inference.compilation import compile_sparse, load_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
-from lightning_dsmoe.inference.pruning import Remaining, prune
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, TopK
+from lightning_dsmoe.serialization.architecture import describe_decoder
+from lightning_dsmoe.serialization.pruning import Remaining, prune
 
 from .conftest import (
     FEED_FORWARD,

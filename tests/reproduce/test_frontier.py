@@ -18,11 +18,11 @@ from lightning_dsmoe import (
     compile_sparse,
 )
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.routing_statistics import RouterStatistics, Statistics
-from lightning_dsmoe.commands.trained import Trained
-from lightning_dsmoe.data.tokenizers import ByteTokenizer
+from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
+from lightning_dsmoe.commands.evaluation_setup import Trained
 from lightning_dsmoe.inference import SwitchPoints
 from lightning_dsmoe.metrics import count_parameters
+from lightning_dsmoe.tokenizers import ByteTokenizer
 
 
 def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamespace) -> None:

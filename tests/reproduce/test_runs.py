@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_dsmoe.analysis.solvers import thresholds
-from lightning_dsmoe.commands.trained import open_trained
+from lightning_dsmoe.analysis.plans.solvers import thresholds
+from lightning_dsmoe.commands.evaluation_setup import open_trained
 
 
 def tiny(models: ModuleType) -> Any:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
+from lightning_dsmoe.inference.engine.batched.forward import run_many
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.compiled import CannotCompile, CompiledStep
-from lightning_dsmoe.inference.engine.many import run_many
-from lightning_dsmoe.inference.engine.packing import tiled
+from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, check, here
+from lightning_dsmoe.inference.engine.weights.packing import tiled
 from lightning_dsmoe.routing import SelectionPlan
 
 _CHUNK = 2048

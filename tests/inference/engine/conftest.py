@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
+from lightning_dsmoe.inference.engine.batched.forward import run_many
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.many import run_many
-from lightning_dsmoe.inference.engine.packing import pack
-from lightning_dsmoe.inference.engine.step import BlockStep, EmbedStep, PredictStep
+from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
+from lightning_dsmoe.inference.engine.weights.packing import pack
 from lightning_dsmoe.routing import (
     AllExperts,
     LinearRouter,

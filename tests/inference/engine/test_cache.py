@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference.engine.batched.forward import run_many
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.many import run_many
 from lightning_dsmoe.routing import AllExperts
 
 from .conftest import packed, uniform

@@ -13,7 +13,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.inference.engine import engine as engine_module
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.compiled import CannotCompile
+from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dsmoe import TopK, compile_sparse, load_sparse
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine import calibration
+from lightning_dsmoe.inference.engine import tuning as calibration
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here, place_of
 

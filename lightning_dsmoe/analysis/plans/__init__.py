@@ -1,0 +1,1 @@
+"""Plans of a trained model: their frontier, and the search for the one that fits a budget."""

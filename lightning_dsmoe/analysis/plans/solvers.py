@@ -1,0 +1,104 @@
+"""The best plan of a share of the parameters, if the routers tell what an expert is worth.
+
+An expert that does not run for a token is taken to cost s_r S_e, its gate times the sensitivity s_r
+of its router, and to save its parameters c_r. Then the best plan of a share keeps the experts with
+s_r S_e > l c_r for one number l: a threshold for each router, or the best K of each.
+"""
+
+from collections.abc import Callable, Iterable
+
+from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
+from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
+
+Sensitivities = tuple[float, ...]
+"""Of each router: those of feed-forward experts by layer, then those of attention experts."""
+
+Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
+
+_HALVINGS = 40
+_WIDEST = 1e18
+_MOST = 1 - 2**-20  # of N, which no N S_e can exceed
+
+
+def even(statistics: Statistics) -> Sensitivities:
+    """The same sensitivity everywhere."""
+    return (1.0,) * len(statistics.routers)
+
+
+def alike(statistics: Statistics) -> Sensitivities:
+    """The sensitivities that make all thresholds equal."""
+    return tuple(
+        1.0 if r is None else float(r.n_experts * r.per_expert) for r in statistics.routers
+    )
+
+
+def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float) -> SelectionPlan:
+    """The thresholds of every router that run a share of the parameters."""
+    routers = statistics.routers
+    layers = len(statistics.experts)
+
+    def eps(price: float) -> list[float]:
+        return [
+            0.0 if router is None else router.n_experts * price * router.per_expert / s
+            for router, s in zip(routers, sensitivity, strict=True)
+        ]
+
+    low, high = 1 / _WIDEST, _WIDEST
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5
+        values = eps(middle)
+        if statistics.share(values[:layers], values[layers:]) > budget:
+            low = middle
+        else:
+            high = middle
+    return plan_of(
+        [
+            AllExperts() if router is None else Threshold(min(value, _MOST * router.n_experts))
+            for router, value in zip(routers, eps(high), strict=True)
+        ]
+    )
+
+
+def fixed_numbers(
+    statistics: Statistics, sensitivity: Sensitivities, budget: float
+) -> SelectionPlan:
+    """The number of experts of every router that run at most a share of the parameters."""
+    numbers = [1 for _ in statistics.routers]
+    routers = {n: router for n, router in enumerate(statistics.routers) if router is not None}
+    gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
+    room = budget * statistics.hidden - statistics.always
+    room -= sum(router.per_expert for router in routers.values())
+    while True:
+        fitting = [
+            n
+            for n, router in routers.items()
+            if numbers[n] < router.n_experts and router.per_expert <= room
+        ]
+        if not fitting:
+            break
+        best = max(fitting, key=lambda n: gains[n][numbers[n]])
+        room -= routers[best].per_expert
+        numbers[best] += 1
+    return plan_of([TopK(k) if n in routers else AllExperts() for n, k in enumerate(numbers)])
+
+
+def check_budget(statistics: Statistics, budget: float) -> None:
+    """Raise a ValueError if a share is less than one expert in each layer, or more than all."""
+    if not statistics.least_share <= budget <= 1:
+        raise ValueError(
+            f"a budget of {budget:g} cannot be met: one expert in each layer is "
+            f"{statistics.least_share:.4f} of the hidden parameters, all are 1"
+        )
+
+
+def plan_of(selections: Iterable[Selection]) -> SelectionPlan:
+    """A plan out of the selections of all routers, in the order of sensitivities."""
+    listed = tuple(selections)
+    layers = len(listed) // 2
+    return SelectionPlan(listed[:layers], listed[layers:])
+
+
+def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
+    """What the best expert, the second one and so on give for a parameter."""
+    means: list[float] = router.probs_XN.double().mean(0).tolist()
+    return [sensitivity * mean / router.per_expert for mean in means]

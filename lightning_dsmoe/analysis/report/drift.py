@@ -1,0 +1,63 @@
+"""How routing changed between two checkpoints of a training.
+
+Shapes: N experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
+
+
+class RouterDrift(NamedTuple):
+    """One router in two checkpoints.
+
+    Args:
+        change_N: share of the gates of each expert, less that in the other checkpoint.
+        moved: share of the tokens whose most probable expert is another one.
+    """
+
+    change_N: Tensor
+    moved: float
+
+
+class Drift(NamedTuple):
+    """A model in two checkpoints, on the same text.
+
+    Args:
+        experts: of each layer, None without a mixture of experts.
+        attention: of each layer, None without a mixture of attention heads.
+        loss: that of the other checkpoint with all experts, in nats per token.
+        plan_loss: that of the other checkpoint under the plan.
+    """
+
+    experts: list[RouterDrift | None]
+    attention: list[RouterDrift | None]
+    loss: float
+    plan_loss: float
+
+
+def drift(use: ModelUse, other: ModelUse) -> Drift:
+    """What differs in a model from another checkpoint of it, both measured on the same text."""
+    return Drift(
+        _layers(use.experts, other.experts),
+        _layers(use.attention, other.attention),
+        other.loss,
+        other.plan_loss,
+    )
+
+
+def _layers(
+    own: Sequence[RouterUse | None], other: Sequence[RouterUse | None]
+) -> list[RouterDrift | None]:
+    return [
+        None if router is None or before is None else _router(router, before)
+        for router, before in zip(own, other, strict=True)
+    ]
+
+
+def _router(own: RouterUse, other: RouterUse) -> RouterDrift:
+    moved_X = own.best_X != other.best_X
+    return RouterDrift(own.gates.share - other.gates.share, moved_X.float().mean().item())

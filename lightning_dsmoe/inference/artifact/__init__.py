@@ -1,0 +1,7 @@
+"""The directory of a sparse model: its files, their hashes, its certificate and its card."""
+
+from lightning_dsmoe.inference.artifact.directory import Artifact as Artifact
+from lightning_dsmoe.inference.artifact.directory import check_files as check_files
+from lightning_dsmoe.inference.artifact.directory import check_free as check_free
+from lightning_dsmoe.inference.artifact.directory import read_artifact as read_artifact
+from lightning_dsmoe.inference.artifact.directory import write_artifact as write_artifact

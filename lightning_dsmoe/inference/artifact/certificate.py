@@ -1,0 +1,48 @@
+"""The certificate in an artifact: plain data that tells which model it is of."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning_dsmoe.files import hidden_beside, read_json
+from lightning_dsmoe.inference.artifact.directory import check_files, copy_linked, finish
+from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, SUMS
+from lightning_dsmoe.inference.artifact.model_card import with_measured
+from lightning_dsmoe.inference.sparse_model import SparseModel
+
+
+def load_certificate(path: Path) -> Any:
+    """The certificate of an artifact, JSON of any kind; None without one.
+
+    Raises:
+        ValueError: if the file is not JSON or too large.
+    """
+    return read_json(path / CERTIFICATE) if (path / CERTIFICATE).is_file() else None
+
+
+def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]) -> None:
+    """Give an artifact another certificate, and say so in its card; both or none is written.
+
+    All other files and what people wrote in the card stay.
+
+    Args:
+        path: the artifact.
+        model: what it holds.
+        certificate: what was measured of it; plain data.
+
+    Raises:
+        FileNotFoundError: if there is no artifact.
+        ValueError: if the certificate says that it is of other files.
+    """
+    check_files(path)
+    path = path.resolve()
+    if (path / CARD).is_file() and not (path / CARD).is_symlink():
+        card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
+    else:
+        card = model.card(certificate)
+    folder = hidden_beside(path)
+    try:
+        copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})
+        finish(folder, path, card=card, certificate=certificate)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,155 @@
+"""The compiled decode step.
+
+Shapes: T sequences, one new token of each; L layers, S tokens in the cache, H KV heads, C head
+width, D width, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.inference.engine.cache import DecoderCache
+from lightning_dsmoe.inference.engine.decode.aot_cache import (
+    Kernel,
+    Part,
+    compile_kernel,
+    export_part,
+    kernel_folder,
+    kernel_path,
+    load_kernel,
+    own_folder,
+    tensors_of,
+)
+from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
+from lightning_dsmoe.routing import SelectionPlan
+
+_EXAMPLE_LENGTH = 64
+
+
+class CannotCompile(RuntimeError):
+    """The compiler is missing or refuses; everything works without it, more slowly."""
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What tracing and compiling need around them.
+
+    Raises:
+        CannotCompile: if anything goes wrong.
+    """
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CannotCompile(reason[:300]) from error
+
+
+class CompiledStep:
+    """One new token of each of a few sequences: the embedding, each block, and the head, compiled.
+
+    Blocks that differ in their weights alone share one kernel. Kernels are kept on disk, so that
+    the next process starts in seconds.
+
+    Args:
+        decoder: the packed decoder, whose blocks are made alike but for removed experts.
+        plan: the experts that run in each layer.
+        n_sequences: number of sequences T.
+
+    Raises:
+        CannotCompile: if there is no working compiler, or a layer is not one of this library.
+    """
+
+    def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
+        selections = list(zip(plan.experts, plan.attention, strict=True))
+        blocks = list(cast(Iterable[Block], decoder.blocks))
+        with compiling():
+            steps = [BlockStep(b, *kind) for b, kind in zip(blocks, selections, strict=True)]
+            layouts = [
+                tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors_of(step))
+                for step in steps
+            ]
+            kinds = list(zip(selections, layouts, strict=True))
+            embed, predict = EmbedStep(decoder), PredictStep(decoder)
+            different = dict(zip(kinds, steps, strict=True))
+            parts = _parts(decoder, embed, different, predict, n_sequences)
+            kernels = _kernels(parts, n_sequences, decoder.embedding.weight.device)
+        self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
+        self._blocks = [
+            (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
+        ]
+        self._predict, self._predict_weights = kernels["predict"], tensors_of(predict)
+
+    @torch.inference_mode()
+    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
+        """Add one token to each sequence of a cache; gives logits `[T, V]`."""
+        slots = cache.next_slots()
+        x_TD, *by = self._embed([tokens_T.long().contiguous(), slots.seen_ST, *self._embed_weights])
+        place = (slots.seen_ST, slots.at_1, *by)
+        for (run, weights), keys, values in zip(
+            self._blocks, slots.keys, slots.values, strict=True
+        ):
+            (x_TD,) = run([x_TD, keys, values, *place, *weights])
+        (logits_TV,) = self._predict([x_TD, *self._predict_weights])
+        return logits_TV
+
+
+def _parts(
+    decoder: Decoder,
+    embed: EmbedStep,
+    steps: Mapping[Any, BlockStep],
+    predict: PredictStep,
+    n_sequences: int,
+) -> dict[object, Part]:
+    """What to compile, with example inputs."""
+    slots = DecoderCache(decoder, n_sequences, _EXAMPLE_LENGTH).next_slots()
+    tokens_T = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
+    x_TD, *by = embed(tokens_T, slots.seen_ST)
+    inputs = (x_TD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by)
+    return {
+        "embed": Part(embed, (tokens_T, slots.seen_ST), frozenset({1})),
+        **{kind: Part(step, inputs, frozenset({1, 2, 3})) for kind, step in steps.items()},
+        "predict": Part(predict, (x_TD,), frozenset()),
+    }
+
+
+def _kernels(
+    parts: dict[object, Part], n_sequences: int, device: torch.device
+) -> dict[object, Kernel]:
+    """Load the parts' kernels, compiling those that are new to this machine."""
+    own_folder(kernel_folder())
+    programs = {name: export_part(part) for name, part in parts.items()}
+    paths = {name: kernel_path(program) for name, program in programs.items()}
+    loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
+    missing = {path: programs[name] for name, path in paths.items() if path not in loaded}
+    if missing:
+        sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
+        title = f"Compiling decoding of {sequences}, once for this machine"
+        for path in track(missing, title, console=Console(stderr=True)):
+            compile_kernel(missing[path], path)
+            loaded[path] = load_kernel(path, device)
+    return {name: loaded[path] for name, path in paths.items()}
+
+
+def _loaded(path: Path, device: torch.device) -> Kernel | None:
+    """A kernel that is on disk; None if there is none, or none that is whole and ours."""
+    if not path.is_file():
+        return None
+    try:
+        return load_kernel(path, device)
+    except Exception:  # whatever is wrong with the file, a new one takes its place
+        return None

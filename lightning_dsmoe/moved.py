@@ -1,0 +1,98 @@
+"""Modules that had other names in version 0.1; the old names go with version 0.3."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_PACKAGE = "lightning_dsmoe."
+MOVED = {
+    "inference.architecture": "serialization.architecture",
+    "inference.class_paths": "serialization.class_paths",
+    "inference.checkpoint": "serialization.checkpoint",
+    "inference.archive": "serialization.archive",
+    "inference.pruning": "serialization.pruning",
+    "language_model": "training.language_model",
+    "checkpointed_model": "training.checkpointed_model",
+    "objective": "training.objective",
+    "routing_losses": "training.routing_losses",
+    "parameter_groups": "training.parameter_groups",
+    "random_state": "training.random_state",
+    "optimization": "training.optimization",
+    "optimizer_settings": "training.optimizer_settings",
+    "strategies": "training.strategies",
+    "checkpoint_io": "training.checkpoint_io",
+    "restored_paths": "training.restored_paths",
+    "last_checkpoint": "training.last_checkpoint",
+    "inference.artifact_config": "inference.artifact.config",
+    "inference.artifact_certificate": "inference.artifact.certificate",
+    "inference.artifact_hashes": "inference.artifact.hashes",
+    "inference.model_card": "inference.artifact.model_card",
+    "inference.context": "inference.reader",
+    "inference.engine.calibration": "inference.engine.tuning",
+    "inference.engine.rows": "inference.engine.weights.row_major",
+    "inference.engine.tiles": "inference.engine.weights.tiled",
+    "inference.engine.packing": "inference.engine.weights.packing",
+    "inference.engine.head": "inference.engine.weights.int8_head",
+    "inference.engine.spelling": "inference.engine.weights.matvec",
+    "inference.engine.step": "inference.engine.decode.step",
+    "inference.engine.choice": "inference.engine.decode.expert_choice",
+    "inference.engine.gather": "inference.engine.decode.gathered_layers",
+    "inference.engine.compiled": "inference.engine.decode.compiled_step",
+    "inference.engine.kernels": "inference.engine.decode.aot_cache",
+    "inference.engine.portable": "inference.engine.decode.export",
+    "inference.engine.many": "inference.engine.batched.forward",
+    "inference.engine.wide": "inference.engine.batched.masked_layers",
+    "inference.engine.grouped": "inference.engine.batched.grouped_layers",
+    "analysis.certificate_judgement": "analysis.certificate.judgement",
+    "analysis.certificate_losses": "analysis.certificate.losses",
+    "analysis.certificate_mixtures": "analysis.certificate.mixtures",
+    "analysis.certificate_reading": "analysis.certificate.reading",
+    "analysis.certificate_check": "analysis.certificate.check",
+    "analysis.plan_search": "analysis.plans.search",
+    "analysis.solvers": "analysis.plans.solvers",
+    "analysis.uniform": "analysis.plans.uniform",
+    "analysis.divergence": "analysis.plans.divergence",
+    "analysis.routing_statistics": "analysis.plans.routing_statistics",
+    "analysis.frontier": "analysis.plans.frontier",
+    "analysis.frontier_figure": "analysis.plans.frontier_figure",
+    "analysis.sweep": "analysis.plans.sweep",
+    "analysis.report_page": "analysis.report",
+    "analysis.pruning": "analysis.unused_experts",
+    "analysis.utilization": "analysis.report.utilization",
+    "analysis.drift": "analysis.report.drift",
+    "analysis.sample_routing": "analysis.report.sample_routing",
+    "analysis.token_preferences": "analysis.report.token_preferences",
+    "analysis.expert_pairs": "analysis.report.expert_pairs",
+    "routing.remaining": "routing.removed",
+    "attention.some_queries": "attention.sparse_attention",
+    "commands.trained": "commands.evaluation_setup",
+    "callbacks.mass_steering": "callbacks.gate_mass_controller",
+    "data.tokenizers": "tokenizers",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a moved module under its old name, as one that hands on all names of the new one."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        is_moved = fullname.removeprefix(_PACKAGE) in MOVED and fullname.startswith(_PACKAGE)
+        return ModuleSpec(fullname, self) if is_moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _PACKAGE + MOVED[module.__name__.removeprefix(_PACKAGE)]
+        message = f"{module.__name__} is now {new}; the old name goes with version 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        names = vars(import_module(new)).items()
+        vars(module).update({name: value for name, value in names if not name.startswith("__")})
+
+
+def find_moved_modules() -> None:
+    """Let imports of old module names work, after a search for modules of that name failed."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

@@ -1,0 +1,1 @@
+"""A model as plain data: its architecture, checkpoints read safely, experts removed."""

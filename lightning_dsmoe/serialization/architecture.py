@@ -1,0 +1,158 @@
+"""A decoder's architecture as plain data, and back.
+
+The data looks like a YAML configuration: a `class_path` and its `init_args` for every part. It is
+read off the parts themselves, each of which keeps its constructor's options as attributes.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.serialization.class_paths import (
+    check_sizes,
+    known_class,
+    named_object,
+    shortest_path,
+)
+from lightning_dsmoe.serialization.pruning import Remaining, remaining_experts, remove_experts
+
+Description = dict[str, Any]
+
+_SIZES = ("vocab_size", "d_model", "n_layers")
+_PARTS = ("attention", "feed_forward", "norm")
+_FIELDS = {*_SIZES, "max_positions", "tie_embeddings", *_PARTS}
+_REMAINING = "remaining"
+"""A field of pruned decoders only: the experts of each layer, null for all of them."""
+
+_GIVEN_BY_OWNER = {"attention": 1, "feed_forward": 1, "norm": 1, "router": 2, "experts": 3}
+"""Leading sizes that the owner of a part passes to its factory, by the part's name."""
+
+_NOT_KEPT = {"device", "dtype"}
+
+
+def describe_decoder(decoder: Decoder) -> Description:
+    """Describe a decoder whose blocks are all made alike, but for experts that were removed.
+
+    Raises:
+        ValueError: if blocks differ, or a part does not keep its options as attributes, is of a
+            class that its name does not lead to or is larger than a description may ask for.
+    """
+    parts = [
+        {
+            "attention": _describe(block.attention, "attention"),
+            "feed_forward": _describe(block.feed_forward, "feed_forward"),
+            "norm": _describe(block.attention_norm, "norm"),
+        }
+        for block in cast(Iterable[Block], decoder.blocks)
+    ]
+    if any(part != parts[0] for part in parts):
+        raise ValueError("the blocks of this decoder differ, which a description cannot hold")
+    remaining = remaining_experts(decoder)
+    sizes = {name: getattr(decoder, name) for name in (*_SIZES, "max_positions")}
+    check_sizes(sizes)
+    return {
+        **sizes,
+        "tie_embeddings": decoder.tie_embeddings,
+        **parts[0],
+        **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
+    }
+
+
+def build_decoder(description: Description) -> Decoder:
+    """Build a described decoder on the meta device: no memory is taken and no weight is drawn.
+
+    Only classes of this library, normalisations of `torch.nn`, and classes already imported are
+    used; nothing is imported because a description names it.
+
+    Raises:
+        ValueError: if the description is not one, or asks for more than any model has.
+    """
+    if not isinstance(description, dict) or set(description) - {_REMAINING} != _FIELDS:
+        raise ValueError(f"an architecture is an object with the fields {sorted(_FIELDS)}")
+    for size in _SIZES:
+        if not isinstance(description[size], int):
+            raise ValueError(f"{size} must be a whole number, got {description[size]!r:.200}")
+    check_sizes(description)
+    try:
+        parts = {part: _factory(description[part], part) for part in _PARTS}
+        with torch.device("meta"):
+            options = {name: description[name] for name in _FIELDS}
+            decoder = Decoder(**{**options, **parts}).eval()
+    except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not an architecture: {error}") from None
+    if _REMAINING in description:
+        remove_experts(decoder, Remaining.from_dict(description[_REMAINING]))
+    return decoder
+
+
+def differences(before: object, now: object, name: str = "") -> list[str]:
+    """What differs between two descriptions, each as "name was this, is that"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            difference
+            for key in keys
+            for difference in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
+        return []
+    return [] if before == now else [f"{name.replace('.init_args', '')} was {before}, is {now}"]
+
+
+def _describe(module: nn.Module, part: str) -> Description:
+    """Class and options of a part, without the sizes that its owner gives it."""
+    cls = type(module)
+    if part not in _GIVEN_BY_OWNER:
+        raise ValueError(f"option {part!r} is a {cls.__name__}, which is not plain data")
+    path = shortest_path(cls)
+    if known_class(path, part) is not cls:
+        raise ValueError(f"the class of {part} cannot be found again at {path}")
+    options = {}
+    for parameter in list(inspect.signature(cls).parameters.values())[_GIVEN_BY_OWNER[part] :]:
+        if parameter.name in _NOT_KEPT:
+            continue
+        if not hasattr(module, parameter.name):
+            raise ValueError(
+                f"{cls.__name__} does not keep its option {parameter.name!r} as an attribute, "
+                "which saving its architecture needs"
+            )
+        options[parameter.name] = _value(getattr(module, parameter.name), parameter)
+    check_sizes(options)
+    return {"class_path": path, "init_args": options}
+
+
+def _value(value: object, parameter: inspect.Parameter) -> object:
+    if isinstance(parameter.default, bool) and (value is None or isinstance(value, Tensor)):
+        return value is not None
+    if isinstance(value, nn.Module):
+        return _describe(value, parameter.name)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"option {parameter.name!r} is {value!r:.200}, which is not plain data")
+
+
+def _factory(description: object, part: str) -> Callable[..., nn.Module]:
+    if not isinstance(description, dict) or set(description) != {"class_path", "init_args"}:
+        raise ValueError(f"{part} needs a class_path and init_args, got {description!r:.200}")
+    cls = known_class(description["class_path"], part)
+    options = description["init_args"]
+    if not isinstance(options, dict) or _NOT_KEPT & set(options):
+        raise ValueError(f"init_args of {part} must be its options, got {options!r:.200}")
+    check_sizes(options)
+    return partial(cls, **{name: _option(name, value) for name, value in options.items()})
+
+
+def _option(name: str, value: object) -> object:
+    if name in _GIVEN_BY_OWNER:
+        return _factory(value, name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"option {name!r} must be finite, got {value}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")

@@ -1,0 +1,222 @@
+"""Decoders from training checkpoints, without running anything that the file names."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.finite import check_finite
+from lightning_dsmoe.serialization.architecture import build_decoder
+from lightning_dsmoe.serialization.archive import check_archive
+
+FORMAT_VERSION = 1
+_PREFIX = "decoder."
+
+
+class LoadedDecoder(NamedTuple):
+    """A decoder in evaluation mode, and what the checkpoint says of its data.
+
+    `tokenizer` describes the tokenizer, `context` is the length of the training windows,
+    `val_fraction` and `test_fraction` are the shares of the text that were not trained on; all of
+    them are None if the checkpoint does not know.
+    """
+
+    decoder: Decoder
+    tokenizer: dict[str, Any] | None
+    context: int | None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+
+
+def load_decoder(path: str | Path) -> LoadedDecoder:
+    """Load the decoder of a checkpoint written by `DSMoELanguageModel`, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, holds more than data, is another model's, or a weight
+            is not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("architecture") is None:
+        raise ValueError(
+            f"{path} does not hold its architecture, because a part of it does not keep its "
+            "options; read it with DSMoELanguageModel.load_from_checkpoint"
+        )
+    decoder = build_decoder(checkpoint["architecture"])
+    state = {
+        name.removeprefix(_PREFIX): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(_PREFIX)
+    }
+    check_state(decoder.state_dict(), state)
+    check_sharing(state)
+    check_finite(state)
+    fill(decoder, state)
+    tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
+    check_text_options(tokenizer, context)
+    return LoadedDecoder(decoder, tokenizer, context, *_fractions(checkpoint))
+
+
+def check_text_options(tokenizer: object, context: object) -> None:
+    """Raise a ValueError if a file's tokenizer or context length cannot be one."""
+    if not isinstance(tokenizer, dict | None):
+        raise ValueError(f"tokenizer must be null or an object, got {tokenizer!r:.200}")
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise ValueError(f"context must be null or at least 1, got {context!r:.200}")
+
+
+def _fractions(checkpoint: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
+    """Shares of the text; None for what a data module of another kind may mean by these names."""
+    val: Any = checkpoint.get("val_fraction")
+    test: Any = checkpoint.get("test_fraction")
+    numbers = isinstance(val, int | float) and isinstance(test, int | float)
+    return (val, test) if numbers and 0 < val < 1 and 0 <= test < 1 - val else (None, None)
+
+
+def read_checkpoint(
+    path: str | Path | IO[Any],
+    *,
+    weights_only: bool = True,
+    checksums: bool = True,
+    map_location: Any = "cpu",
+    mmap: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint of `DSMoELanguageModel`, by default onto the CPU.
+
+    Args:
+        path: the file, or one that is open, which is then rewound.
+        weights_only: refuse a file that holds more than data; off, it can run any code.
+        checksums: whether to read the whole file first, to find damaged values.
+        map_location: device for the tensors, or what else `torch.load` takes.
+        mmap: leave the tensors of a named file in there until they are used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, compressed, holds more than data, or is something else.
+    """
+    if isinstance(path, str | Path) and not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        check_archive(path, checksums=checksums)
+        loaded = torch.load(
+            path,
+            map_location=map_location,
+            weights_only=weights_only,
+            mmap=mmap and isinstance(path, str | Path),
+        )
+    except Exception as error:
+        reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
+        raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
+    if not isinstance(path, str | Path):
+        path.seek(0)
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise ValueError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    for name, tensor in state.items():
+        if not _is_whole(tensor):
+            raise ValueError(f"{path}: {name!r:.200} is not a plain tensor with all of its values")
+    if not all(_is_whole(tensor) for tensor in _tensors(loaded.get("optimizer_states"))):
+        raise ValueError(f"{path}: the optimizer's state needs plain tensors with all their values")
+    if not all(_is_whole(tensor) for tensor in _tensors(loaded)):
+        raise ValueError(f"{path} needs plain tensors with all their values")
+    checkpoint: dict[str, Any] = loaded
+    check_format(checkpoint)
+    return checkpoint
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has its values in the file, rather than a few of them for many places."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in containers, each once; a pickle may nest these deeply or in a circle."""
+    seen: dict[int, object] = {}
+    found = [value]
+    while found:
+        value = found.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            found.extend(value.values())
+        elif isinstance(value, list | tuple):
+            found.extend(value)
+
+
+def check_sharing(state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if tensors that share their values would take far more memory copied."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()
+    }
+    # Tied embeddings are the only weights of a described model that are in its state twice.
+    if sum(tensor.nbytes for tensor in state.values()) > 2 * sum(storages.values()):
+        raise ValueError("the weights share their values, so that copies are more than the file")
+
+
+def check_format(checkpoint: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a checkpoint is not in the format that this version reads."""
+    version = checkpoint.get("format_version")
+    if version is None:
+        raise ValueError("this is not a checkpoint of DSMoELanguageModel: no format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the checkpoint has format {version!r:.20}, this version reads {FORMAT_VERSION}; "
+            "a newer lightning_dsmoe may read it"
+        )
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise one ValueError that lists every tensor missing, extra, or of another shape or kind.
+
+    Floating-point types may differ, so that a model can be kept in fewer bits; others may not.
+    """
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [f"unknown {name}" for name in found if name not in expected]
+    for name, tensor in expected.items():
+        if name not in found:
+            continue
+        other = found[name]
+        if other.shape != tensor.shape:
+            faults.append(f"{name} is {tuple(other.shape)}, not {tuple(tensor.shape)}")
+        elif other.dtype != tensor.dtype and not (
+            other.is_floating_point() and tensor.is_floating_point()
+        ):
+            faults.append(f"{name} is {other.dtype}, not {tensor.dtype}")
+    if faults:
+        raise ValueError(f"the weights are another model's: {'; '.join(faults)}")
+
+
+def check_embeddings(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if a model's arguments would make larger embeddings than all it has."""
+    vocab_size, d_model = options.get("vocab_size", 0), options.get("d_model", 0)
+    are_sizes = isinstance(vocab_size, int) and isinstance(d_model, int)
+    if are_sizes and vocab_size * d_model > sum(tensor.numel() for tensor in state.values()):
+        raise ValueError(
+            f"the checkpoint is of another model: its weights are fewer than those of vocab_size="
+            f"{vocab_size} and d_model={d_model}"
+        )
+
+
+def fill(decoder: Decoder, state: Mapping[str, Tensor]) -> None:
+    """Give a decoder on the meta device copies of its weights, which no longer hang on a file.
+
+    Raises:
+        ValueError: if a part has values that are not in its state, which no file can restore.
+    """
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    decoder.load_state_dict(copies, strict=False, assign=True)
+    if decoder.tie_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    empty = [name for name, buffer in decoder.named_buffers() if buffer.is_meta]
+    if empty:
+        raise ValueError(f"these buffers must be persistent to be restored: {', '.join(empty)}")

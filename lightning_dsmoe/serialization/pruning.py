@@ -1,0 +1,168 @@
+"""Removing experts from a decoder for good.
+
+Routers stay whole and go on scoring all experts, so that the gates of those that remain do not
+change; see `lightning_dsmoe.routing.removed` for how selections then choose.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import nn
+
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
+
+Numbers = tuple[int, ...]
+Mixture = MixtureOfExperts | MixtureOfAttentionHeads
+
+
+class _Parts(NamedTuple):
+    """Names of what experts have each for themselves, and of what they share."""
+
+    of_each: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
+_EXPERTS = _Parts(("w_in.weight", "w_out.weight", "b_in"), ("b_out",))
+_HEADS = _Parts(("w_q.weight", "w_o.weight", "b_q"), ("b_o", "kv.", "q_norm.", "k_norm."))
+
+
+class Remaining(NamedTuple):
+    """Numbers of the experts that remain in each layer, ascending; None for all of them."""
+
+    experts: tuple[Numbers | None, ...]
+    attention: tuple[Numbers | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            kind: [None if numbers is None else list(numbers) for numbers in layers]
+            for kind, layers in self._asdict().items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(data, dict) or set(data) != set(cls._fields):
+            raise ValueError(f"remaining must have the fields {cls._fields}, got {data!r:.200}")
+        return cls(*(_layers(kind, data[kind]) for kind in cls._fields))
+
+
+class Mixtures(NamedTuple):
+    """The layers of a decoder that can lose experts, None in place of others."""
+
+    experts: list[Mixture | None]
+    attention: list[Mixture | None]
+
+
+def prune(decoder: Decoder, remaining: Remaining) -> Decoder:
+    """A copy of a decoder without some of its experts, which runs the same plans.
+
+    Nothing changes for a text on which a plan runs only experts that remain. Elsewhere selections
+    choose among these by their unchanged scores, and at least one always runs: `TopK` the next best
+    ones, `Threshold` those above it, or the best.
+
+    Args:
+        decoder: the decoder before it is compiled; it stays as it is.
+        remaining: the experts that stay.
+
+    Raises:
+        ValueError: if these are not experts of the decoder, or a layer has parts for its experts
+            that are not known.
+    """
+    pruned = copy.deepcopy(decoder)
+    remove_experts(pruned, remaining)
+    return pruned
+
+
+def remove_experts(decoder: Decoder, remaining: Remaining) -> None:
+    """Do in place what `prune` does, on any device, meta too."""
+    found = mixtures(decoder)
+    for kind, layers, numbers in zip(Remaining._fields, found, remaining, strict=True):
+        if len(numbers) != decoder.n_layers:
+            raise ValueError(
+                f"remaining {kind} of {len(numbers)} layers, a model of {decoder.n_layers}"
+            )
+        for layer, (mixture, staying) in enumerate(zip(layers, numbers, strict=True)):
+            if staying is not None:
+                _keep(mixture, staying, f"layer {layer}, {kind}")
+
+
+def remaining_experts(decoder: Decoder) -> Remaining | None:
+    """What remains of a decoder's experts; None if none was removed."""
+    experts, attention = (
+        tuple(
+            None if each is None or each.remaining is None else tuple(each.remaining.tolist())
+            for each in layers
+        )
+        for layers in mixtures(decoder)
+    )
+    return Remaining(experts, attention) if any(experts + attention) else None
+
+
+def mixtures(decoder: Decoder) -> Mixtures:
+    """The mixtures of each layer; those of other classes than this library's cannot be pruned."""
+    blocks = list(cast(Iterable[Block], decoder.blocks))
+    return Mixtures(
+        [b.feed_forward if type(b.feed_forward) is MixtureOfExperts else None for b in blocks],
+        [b.attention if type(b.attention) is MixtureOfAttentionHeads else None for b in blocks],
+    )
+
+
+def _layers(kind: str, data: object) -> tuple[Numbers | None, ...]:
+    """Read the numbers of every layer."""
+    if not isinstance(data, list):
+        raise ValueError(f"remaining {kind} must be a list of layers, got {data!r:.200}")
+    for numbers in data:
+        are_whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        if numbers is not None and not are_whole:
+            raise ValueError(f"remaining {kind} must be null or numbers, got {numbers!r:.200}")
+    return tuple(None if numbers is None else tuple(numbers) for numbers in data)
+
+
+def _keep(mixture: Mixture | None, staying: Numbers, where: str) -> None:
+    """Remove all other experts of a layer."""
+    if mixture is None:
+        raise ValueError(f"{where}: there is no mixture to remove experts from")
+    present = list(range(mixture.n_experts))
+    if mixture.remaining is not None:
+        present = mixture.remaining.tolist()
+    if not staying or list(staying) != sorted(set(staying) & set(present)):
+        raise ValueError(
+            f"{where}: the experts that remain must be ascending numbers of experts that are "
+            f"there, got {staying!r:.200}"
+        )
+    if len(staying) == len(present):
+        return
+    places = [present.index(number) for number in staying]
+    if isinstance(mixture, MixtureOfExperts):
+        device = _shorten(mixture.experts, _EXPERTS, places, where)
+        mixture.experts.n_experts = len(places)
+    else:
+        device = _shorten(mixture.heads, _HEADS, places, where)
+        mixture.heads.n_groups = len(places)
+    mixture.remaining = torch.tensor(staying, device="cpu" if device.type == "meta" else device)
+
+
+def _shorten(owner: nn.Module, parts: _Parts, places: list[int], where: str) -> torch.device:
+    """Keep some experts' parts of parameters; gives the device that they are on."""
+    tensors = dict([*owner.named_parameters(), *owner.named_buffers()])
+    unknown = [name for name in tensors if not name.startswith((*parts.of_each, *parts.shared))]
+    if unknown or parts.of_each[0] not in dict(owner.named_parameters()):
+        raise ValueError(
+            f"{where}: experts are removed before a model is compiled, and only from classes whose "
+            f"weights are known, got {', '.join(unknown) or 'a compiled one'}"
+        )
+    for name in set(parts.of_each) & set(tensors):
+        path, _, last = name.rpartition(".")
+        kept = tensors[name].detach()[places]
+        parameter = nn.Parameter(kept, requires_grad=tensors[name].requires_grad)
+        setattr(owner.get_submodule(path), last, parameter)
+    return tensors[parts.of_each[0]].device

@@ -1,0 +1,1 @@
+"""The LightningModule and what training needs: objective, optimizer, strategies, checkpoints."""

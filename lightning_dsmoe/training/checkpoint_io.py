@@ -1,0 +1,92 @@
+"""Checkpoint files that are replaced as a whole, and looked through before they are loaded."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lightning_dsmoe.files import atomic_path
+from lightning_dsmoe.serialization.checkpoint import read_checkpoint
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their place and moves them there, and loads no damaged ones.
+
+    Lightning 2.6.6 writes to the folder for temporary files. If that is on another file system,
+    moving the file is copying it, and a run that is killed, or a full disk, leaves a part of it
+    under its final name, where the earlier checkpoint was.
+
+    Remote addresses are left to Lightning, but for what is loaded, which is data unless it is
+    trusted.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint; whatever fails, an earlier file of this name remains.
+
+        Args:
+            checkpoint: what to save.
+            path: the file.
+            storage_options: not supported, as in Lightning.
+
+        Raises:
+            OSError: if the file cannot be written, for instance since the disk is full.
+        """
+        if storage_options is not None or _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path).expanduser()
+        try:
+            with atomic_path(place) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash may leave the new name with no content
+        except (OSError, RuntimeError) as error:
+            # torch.save goes on after a failed write, and says something else at its end.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            message = f"no checkpoint was written: {reason.strerror or reason}"
+            raise OSError(reason.errno, message, str(place)) from error
+        _sync_folder(place.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, as data only unless `weights_only` is False.
+
+        Args:
+            path: the file.
+            map_location: device for the tensors, or what else `torch.load` takes; None for the CPU.
+            weights_only: False trusts the file fully; it can run any code then.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged, compressed, holds more than data, or is something
+                else.
+        """
+        map_location = "cpu" if map_location is None else map_location
+        safe = weights_only is not False
+        if _is_remote(path) or not Path(path).expanduser().is_file():
+            return super().load_checkpoint(path, map_location, weights_only=safe)
+        return read_checkpoint(
+            Path(path).expanduser(), weights_only=safe, map_location=map_location, mmap=False
+        )
+
+
+def _is_remote(path: str | Path) -> bool:
+    return any(sign in str(path) for sign in ("://", "::"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name outlast a crash of the machine, where the system can do that to a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,114 @@
+"""What a language model is trained to make small.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.decoder import DecoderOutput, Routings
+from lightning_dsmoe.losses import consistency_loss
+from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.routing import Routing, SelectionPlan
+from lightning_dsmoe.training.routing_losses import RoutingLossWeights, routing_losses
+
+
+class Step(NamedTuple):
+    """A batch that ran under a plan.
+
+    Args:
+        loss: cross entropy, mean over the tokens that count, of all ranks if they share it; 0 if
+            none counts.
+        logits_BTV: what was predicted.
+        routings: the routing of every layer.
+        mask_BT: tokens that count.
+        plan: the experts that ran.
+    """
+
+    loss: Tensor
+    logits_BTV: Tensor
+    routings: Routings
+    mask_BT: Tensor
+    plan: SelectionPlan
+
+    @classmethod
+    def of(
+        cls,
+        output: DecoderOutput,
+        labels_BT: Tensor,
+        plan: SelectionPlan,
+        group: dist.ProcessGroup | None = None,
+    ) -> Self:
+        """The step that led to an output.
+
+        Args:
+            output: logits and routings of this rank's tokens.
+            labels_BT: their next tokens.
+            plan: the experts that ran.
+            group: process group over whose tokens the mean is, as in `mutual_information_loss`.
+        """
+        mask_BT = labels_BT != IGNORED
+        nll = summed_cross_entropy(output.logits, labels_BT)
+        totals = torch.stack([nll, mask_BT.sum().to(nll)])
+        total, count = sum_over_ranks(totals, group).unbind()
+        loss = total / count.clamp_min(1)
+        return cls(loss, output.logits, output.routings, mask_BT, plan)
+
+    def results(self) -> dict[str, Any]:
+        """What callbacks read from a step."""
+        experts, attention = (
+            tuple(None if r is None else Routing(r.logits.detach(), r.probs.detach()) for r in kind)
+            for kind in self.routings
+        )
+        return {"routings": Routings(experts, attention), "mask": self.mask_BT}
+
+
+class Objective(NamedTuple):
+    """What is to become small, and detached scalars that are worth knowing of it, by name."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def objective(
+    step: Step, weights: RoutingLossWeights, group: dist.ProcessGroup | None = None
+) -> Objective:
+    """L = L_LM + the weighted losses of all routers.
+
+    Args:
+        step: a batch under the plan that is trained.
+        weights: of the losses of each router.
+        group: process group over whose tokens all means are, as in `mutual_information_loss`.
+    """
+    losses = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
+    return Objective(step.loss + losses.total, losses.terms)
+
+
+def consistent_objective(
+    sparse: Step,
+    dense: Step,
+    weights: RoutingLossWeights,
+    consistency_weight: float,
+    group: dist.ProcessGroup | None = None,
+) -> Objective:
+    """(L under a plan + L with all experts) / 2 + delta L_consistency.
+
+    Source: R-Drop, arXiv 2106.14448, eq. 4, halved: delta is half of its alpha.
+
+    Args:
+        sparse: a batch under the plan.
+        dense: the same batch with all experts.
+        weights: of the losses of each router.
+        consistency_weight: delta.
+        group: as in `objective`.
+    """
+    total, terms = objective(sparse, weights, group)
+    dense_total, _ = objective(dense, weights, group)
+    apart = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
+    more = {"all_experts/loss": dense.loss.detach(), "consistency": apart.detach()}
+    return Objective((total + dense_total) / 2 + consistency_weight * apart, terms | more)

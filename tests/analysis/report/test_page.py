@@ -1,0 +1,309 @@
+"""The page: nothing in it runs or loads what a text says, and it stays a page of HTML."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.analysis.report import Report, report_page
+from lightning_dsmoe.analysis.report.drift import drift
+from lightning_dsmoe.analysis.report.escaping import escaped, visible
+from lightning_dsmoe.analysis.report.heat_map import change, level
+from lightning_dsmoe.analysis.report.naming import plan_label, selection_label
+from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
+from lightning_dsmoe.analysis.report.token_preferences import FrequentTokens
+from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
+from lightning_dsmoe.metrics import (
+    ActiveShare,
+    ParameterCounts,
+    RoutedParameters,
+    expert_utilization,
+)
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, ThresholdTopK, TopK, TopP
+
+VOID = {"meta", "br", "input"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"' onmouseover='alert(2)' x=\"",
+    "</style><img src=x onerror=alert(3)>",
+    "</title><h9>",
+    "&lt;h9&gt;&#60;h9&#62;",
+    "<!--",
+    "]]>",
+    "\u2028\u2029\u202e\u200b\x00\x1b[31m",
+    "\udcff\ud800",
+    "\N{REPLACEMENT CHARACTER}",
+    "javascript:alert(4)",
+)
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page; fails on tags that do not close."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert len({name for name, _ in attrs}) == len(attrs), (tag, attrs)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self.open[-1:] == ["script"] else self.texts).append(data)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment: {data}")
+
+
+def router(n_experts: int, n_frequent: int) -> RouterUse:
+    probs = (3 * torch.randn(200, n_experts)).softmax(-1)
+    running = probs * n_experts > 0.5
+    together = running.double().T @ running.double() / 200
+    gates = torch.rand(n_frequent, n_experts)
+    used = expert_utilization(probs)
+    return RouterUse(used, together, gates, probs.argmax(-1))
+
+
+def made(
+    experts: list[int | None],
+    attention: list[int | None],
+    *,
+    text: Callable[[int], str] = str,
+    title: str = "model",
+    facts: tuple[tuple[str, str], ...] = (),
+    plan: SelectionPlan | None = None,
+    n_frequent: int = 11,
+    with_drift: bool = True,
+) -> Report:
+    torch.manual_seed(5)
+    uses = [
+        ModelUse(
+            *([None if n is None else router(n, n_frequent) for n in kind] for kind in sizes),
+            1.5,
+            1.6,
+            ActiveShare(*torch.tensor([0.3, 0.25, 0.4])),
+        )
+        for sizes in [(experts, attention)] * 2
+    ]
+
+    def masks(sizes: list[int | None]) -> list[Tensor | None]:
+        return [None if n is None else torch.rand(n_frequent, n) < 0.5 for n in sizes]
+
+    routed = [
+        tuple(None if n is None else RoutedParameters(n, 10) for n in kind)
+        for kind in (experts, attention)
+    ]
+    tokens = list(range(n_frequent))
+    return Report(
+        title=title,
+        facts=facts,
+        counts=ParameterCounts(100, 50, *routed),
+        plan=plan or SelectionPlan.uniform(len(experts), experts=Threshold(0.5)),
+        use=uses[0],
+        frequent=FrequentTokens(torch.tensor(tokens), torch.full((n_frequent,), 30)),
+        token_text=text,
+        sample=SampleRouting(tokens, masks(experts), masks(attention), 7),
+        drift=drift(*uses) if with_drift else None,
+    )
+
+
+def test_every_part_is_there() -> None:
+    page = report_page(made([5, 5], [3, 3]))
+    for words in (
+        "Share of the gates",
+        "Layer by layer",
+        "Experts that run together",
+        "What each expert likes",
+        "Where experts are needed",
+        "Change from the other checkpoint",
+        "and 7 more tokens",
+        "1.5000",
+        "1.6000",
+        "+6.67%",
+        "30.0%",
+        "p50 25.0%, p95 40.0%",
+    ):
+        assert words in page
+    links = re.findall(r'href="#(\w+)"', page)
+    assert len(links) == 6
+    assert all(f'id="{link}"' in page for link in links)
+    assert "Change from" not in report_page(made([5], [3], with_drift=False))
+
+
+def test_numbers_of_the_heat_map() -> None:
+    report = made([5], [None])
+    use = report.use.experts[0]
+    assert use is not None
+    titles = [v for _, name, v in Page(report_page(report)).attributes if name == "title"]
+    for expert, share in enumerate(use.gates.share.tolist()):
+        expected = f"layer 0, expert {expert}: {share:.2%} of the gates"
+        assert sum(str(title).startswith(expected) for title in titles) == 1
+    for first in range(5):
+        for second in range(first):
+            share = use.together_NN[first, second].item()
+            words = f"layer 0, experts {second} and {first} run together for {share:.2%}"
+            assert (words in titles) == (share > 0)
+
+
+def test_dead_experts_are_named() -> None:
+    report = made([6, 6], [3, None])
+    use = report.use.experts[1]
+    assert use is not None
+    use.together_NN[:, 4] = use.together_NN[4, :] = 0
+    page = " ".join("".join(Page(report_page(report)).texts).split())
+    dead = ", ".join(
+        f"{e} ({use.gates.share[e].item():.2%}{'' if use.running_N[e] else ', never runs'})"
+        for e in use.dead_experts
+    )
+    assert 4 in use.dead_experts
+    assert f"layer 1, feed-forward expert {dead}" in page
+    n_dead = sum(
+        len(r.dead_experts) for r in [*report.use.experts, *report.use.attention] if r is not None
+    )
+    assert f"{n_dead} dead expert" in page
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+def test_text_from_outside_stays_text(hostile: str) -> None:
+    plain = Page(report_page(made([4], [2], text=lambda token: "a", facts=(("a", "b"),))))
+    page = report_page(
+        made([4], [2], text=lambda token: hostile, title=hostile, facts=((hostile, hostile),))
+    )
+    page.encode("utf-8")
+    found = Page(page)
+    assert found.scripts == plain.scripts
+    assert found.tags == plain.tags
+    assert {(t, n) for t, n, _ in found.attributes} == {(t, n) for t, n, _ in plain.attributes}
+    assert not [n for _, n, _ in found.attributes if n.startswith("on")]
+    printed = "".join(found.texts)
+    assert not [c for c in printed if c != "\n" and not c.isprintable()]
+    assert escaped(hostile) in page
+
+
+def test_nothing_is_loaded() -> None:
+    page = report_page(made([4, 40], [2, 2]))
+    found = Page(page)
+    for tag, name, value in found.attributes:
+        assert name not in {"src", "srcset", "action", "data", "poster"}, tag
+        assert name != "href" or (value or "").startswith("#")
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(found.tags)
+    for address in ("http:", "https:", "//cdn", "url(", "@import", "fetch(", "XMLHttp", "import("):
+        assert address not in page
+    [script] = found.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = [v for t, n, v in found.attributes if (t, n) == ("meta", "content") and "src" in v]
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "attention"),
+    [([4, None], [None, 3]), ([None, None], [3, 3]), ([5], [None]), ([1], [1]), ([33, 2], [2, 9])],
+)
+def test_layers_without_experts(experts: list[int | None], attention: list[int | None]) -> None:
+    page = report_page(made(experts, attention))
+    Page(page)
+    assert page.count("no experts") == 2 * sum(
+        kind.count(None) for kind in (experts, attention) if set(kind) != {None}
+    )
+
+
+def test_many_experts_fit_in_a_page() -> None:
+    page = report_page(made([256] * 6, [256] * 6, n_frequent=60))
+    assert len(page.encode()) < 5_000_000
+    assert len(Page(page).tags) > 6 * 2 * 256
+
+
+def test_a_text_without_frequent_tokens() -> None:
+    report = made([4], [2])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    page = report_page(report._replace(frequent=FrequentTokens(nothing, nothing)))
+    assert "no token occurs often enough" in page
+
+
+def test_plans_that_differ_from_layer_to_layer() -> None:
+    plan = SelectionPlan((TopK(2), Threshold(0.25)), (AllExperts(), AllExperts()))
+    page = report_page(made([4, 4], [2, 2], plan=plan))
+    assert "<td>TopK k=2</td>" in page
+    assert "<td>Threshold eps=0.25</td>" in page
+    assert "AllExperts" not in page
+
+
+def test_many_experts_of_a_token_are_counted_not_named() -> None:
+    report = made([20], [2])
+    mask = torch.zeros(11, 20, dtype=torch.bool)
+    mask[0, :7], mask[1, 3:5] = True, True
+    sample = report.sample._replace(experts=[mask])
+    page = report_page(report._replace(sample=sample))
+    assert "feed-forward 0: 7 of 20" in page
+    assert "feed-forward 0: 3, 4;" in page
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (" the", "␣the"),
+        ("\n\n", "⏎⏎"),
+        ("\t", "⇥"),
+        ("\r", "\\r"),
+        ("", "#7"),
+        ("\N{REPLACEMENT CHARACTER}", "#7"),
+        ("\u2028", "\\u2028"),
+        ("\u202e", "\\u202e"),
+        ("\u0301", "\N{DOTTED CIRCLE}\u0301"),
+        ("é€", "é€"),
+        ("<", "<"),
+    ],
+)
+def test_tokens_are_visible(token: str, shown: str) -> None:
+    assert visible(token, 7) == shown
+
+
+def test_escaping() -> None:
+    assert escaped("<a href=\"x\" & 'y'>") == "&lt;a href=&quot;x&quot; &amp; &#x27;y&#x27;&gt;"
+    assert escaped("a\nb\u2028\udcff") == "a\\nb\\u2028\\udcff"
+
+
+def test_colours() -> None:
+    assert [level(v, 2) for v in (0, 0.09, 1, 2, 5)] == ["s0", "s0", "s5", "s10", "s10"]
+    assert [change(v, 2) for v in (-3, -2, -0.1, 0, 1, 2)] == [
+        "less5",
+        "less5",
+        "s0",
+        "s0",
+        "more2",
+        "more5",
+    ]
+    assert level(1, 0) == change(1, 0) == "s0"
+
+
+def test_names_of_selections() -> None:
+    selections = (TopK(3), Threshold(0.25, renormalize=True), TopP(0.9), ThresholdTopK(1.0))
+    assert [selection_label(selection) for selection in selections] == [
+        "TopK k=3",
+        "Threshold renormalize=True eps=0.25",
+        "TopP p=0.9",
+        "ThresholdTopK eps=1",
+    ]
+    assert plan_label((TopK(3), TopK(3))) == "TopK k=3"
+    assert plan_label((TopK(3), TopK(2))) == "a selection for each layer"

@@ -1,0 +1,91 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_dsmoe.callbacks import SparsityTarget
+from lightning_dsmoe.callbacks.gate_mass_controller import steered_factor, top_mass
+from lightning_dsmoe.routing import Routing
+
+
+@given(k=st.integers(1, 5), seed=st.integers(0, 99))
+def test_mass_is_that_of_sorted_probabilities(k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 2, 4, 5, generator=generator)
+    routings = [Routing(one, one.softmax(-1)) for one in logits]
+    mask = torch.rand(2, 4, generator=generator) < 0.7
+    mask[0, 0] = True
+    held, tokens = top_mass([routings[0], None, *routings[1:]], k, mask).tolist()
+    assert tokens == mask.sum()
+    probs = logits.softmax(-1)[:, mask].flatten(0, 1).tolist()
+    naive = sum(sum(sorted(row, reverse=True)[:k]) for row in probs) / len(probs)
+    assert held / tokens == pytest.approx(naive, rel=1e-6)
+
+
+@given(
+    factor=st.floats(0.2, 5),
+    mass=st.floats(0, 1),
+    before=st.floats(0, 1),
+    target=st.floats(0.01, 0.99),
+    rate=st.floats(1.01, 2),
+)
+def test_a_change_is_bounded_and_without_a_trend_towards_the_target(
+    factor: float, mass: float, before: float, target: float, rate: float
+) -> None:
+    change = partial(steered_factor, factor, mass, target=target, rate=rate, ahead=5)
+    new = change(before, least=0.1, most=10)
+    assert factor / rate * (1 - 1e-12) <= new <= factor * rate * (1 + 1e-12)
+    assert (change(mass, least=0.1, most=10) - factor) * (target - mass) >= -1e-12
+    assert change(before, least=1, most=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "before", "exponent"),
+    [
+        (0.1, 0.1, 0),
+        (0.1 * math.exp(0.5), 0.1 * math.exp(0.5), 0.5),
+        (0.1 * math.exp(-0.5), 0.1 * math.exp(-0.5), -0.5),
+        (0.1 * math.exp(0.5), 0.1 * math.exp(0.6), 0.5 - 2 * 0.1),
+        (0.1, 0.1 * math.exp(-0.3), 2 * 0.3),
+        (0.9, 0.9, 1),
+        (0.0, 0.0, -1),
+        (-1e-7, 0.0, -1),
+    ],
+)
+def test_size_of_a_change(missing: float, before: float, exponent: float) -> None:
+    factor = steered_factor(
+        2.0, 1 - missing, 1 - before, target=0.9, rate=1.5, ahead=2, least=0.1, most=10
+    )
+    assert factor == pytest.approx(2 * 1.5**exponent)
+
+
+@pytest.mark.parametrize("lag", [1, 20, 50], ids="lag={}".format)
+@pytest.mark.parametrize("response", [0.5, 1.0], ids="response={}".format)
+@pytest.mark.parametrize("natural", [0.98, 0.995], ids="from {}".format)
+def test_settles_where_routing_answers_late(lag: int, response: float, natural: float) -> None:
+    """What is missing falls with a power of the weight, and gets there over `lag` steps."""
+    target = SparsityTarget(expert_top_k=1)
+    wanted = ((1 - natural) / (1 - target.mass)) ** (1 / response)
+    log_missing, factor, overshoot = math.log(1 - natural), 1.0, 0.0
+    mass = natural
+    for step in range(1, 2001):
+        settled = math.log(1 - natural) - response * math.log(factor)
+        log_missing += (settled - log_missing) / lag
+        if step % target.every == 0:
+            before, mass = mass, 1 - math.exp(log_missing)
+            factor = steered_factor(
+                factor,
+                mass,
+                before,
+                target=target.mass,
+                rate=target.rate,
+                ahead=target.ahead,
+                least=target.least,
+                most=target.most,
+            )
+            overshoot = max(overshoot, math.log(factor / wanted) / math.log(wanted))
+    assert factor == pytest.approx(wanted, rel=1e-3)
+    assert overshoot < 0.05

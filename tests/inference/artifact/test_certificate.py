@@ -1,0 +1,214 @@
+"""The certificate in an artifact: which files it is of, and no other change."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dsmoe.files import sha256
+from lightning_dsmoe.inference.artifact import directory as artifact_module
+from lightning_dsmoe.inference.artifact.certificate import (
+    load_certificate,
+    save_certificate,
+)
+from lightning_dsmoe.inference.compilation import compile_sparse, load_sparse
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference.sparse_model import SparseModel
+from lightning_dsmoe.routing import SelectionPlan, TopK
+
+from ..conftest import rotary_glu, sign
+
+ERRORS = {"dropped_mass_mean": 0.125, "bound_max": 0.5}
+CERTIFICATE = {
+    "kl": 0.01234567,
+    "relative_gap_95": [-0.1, 0.1],
+    "routing_agreement": None,
+    "experts": [ERRORS, None],
+    "attention": [None, None],
+    "data": {"split": "val"},
+}
+
+
+@pytest.fixture
+def model() -> SparseModel:
+    return compile_sparse(rotary_glu(), SelectionPlan.uniform(2))
+
+
+@pytest.fixture
+def path(model: SparseModel, tmp_path: Path) -> Path:
+    model.save(tmp_path / "model", certificate={"loss": 1.25})
+    return tmp_path / "model"
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_a_certificate_tells_its_files(path: Path, model: SparseModel) -> None:
+    found = load_certificate(path)
+    hashes = {name: sha256(path / name) for name in ("plan.json", "model.safetensors")}
+    assert found["sha256"].keys() == {"config.json", *hashes}
+    assert found == {"loss": 1.25, "sha256": found["sha256"] | hashes}
+    model.switch_points = SwitchPoints(gather_up_to=3)
+    model.save(path, certificate=found)
+    load_sparse(path)
+    model.save(path, certificate=found)
+    assert load_certificate(path) == found
+    model.save(path)
+    assert load_certificate(path) is None
+
+
+def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path: Path) -> None:
+    found = load_certificate(path)
+    others = (
+        compile_sparse(rotary_glu(), model.plan),
+        SparseModel(
+            model.decoder,
+            SelectionPlan.uniform(2, experts=TopK(2)),
+            architecture=model.architecture,
+        ),
+    )
+    for other, name in zip(others, ("model.safetensors", "plan.json"), strict=True):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="this certificate is of another model"):
+            other.save(tmp_path / "other", certificate=found)
+        with pytest.raises(ValueError, match="this certificate is of another model"):
+            other.save(path, certificate=found)
+        assert sorted(tmp_path.iterdir()) == before
+        other.save(tmp_path / name)
+        with pytest.raises(ValueError, match="this certificate is of another model"):
+            save_certificate(tmp_path / name, other, found)
+        assert load_certificate(tmp_path / name) is None
+
+
+def test_other_files_beside_a_certificate_are_refused(
+    path: Path, model: SparseModel, tmp_path: Path
+) -> None:
+    compile_sparse(
+        rotary_glu(), SelectionPlan.uniform(2, experts=TopK(2)), tokenizer={"kind": "byte"}
+    ).save(tmp_path / "other")
+    for name, what in (
+        ("model.safetensors", "other weights"),
+        ("plan.json", "another plan"),
+        ("config.json", "another configuration"),
+    ):
+        whole = (path / name).read_bytes()
+        shutil.copy(tmp_path / "other" / name, path / name)
+        sign(path)
+        message = rf"model is certified for {what}: the SHA-256 of {name} is \w+, certificate\.json"
+        with pytest.raises(ValueError, match=message):
+            load_sparse(path)
+        SparseModel.load(path, certified=False)
+        (path / name).write_bytes(whole)
+        sign(path)
+    load_sparse(path)
+
+
+@pytest.mark.parametrize("hashes", [None, [], "sha256", {}, {"config.json": 1}])
+def test_certificates_with_other_hashes(hashes: object, path: Path) -> None:
+    (path / "certificate.json").write_text(json.dumps({"sha256": hashes}))
+    sign(path)
+    with pytest.raises(ValueError, match="certified for another configuration"):
+        load_sparse(path)
+
+
+@pytest.mark.parametrize("certificate", [{"loss": 1.25}, {}, [], "sha256", None])
+def test_certificates_without_hashes_are_no_reason_to_refuse(
+    certificate: object, path: Path
+) -> None:
+    (path / "certificate.json").write_text(json.dumps(certificate))
+    sign(path)
+    load_sparse(path)
+
+
+def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) -> None:
+    (path / "pictures").mkdir()
+    (path / "pictures" / "frontier.svg").write_text("<svg/>")
+    card = (path / "README.md").read_text()
+    (path / "README.md").write_text(card.replace("# A sparse", "# My sparse") + "\n## Thanks\n")
+    before = content(path)
+    save_certificate(path, model, CERTIFICATE)
+    after = content(path)
+    changed = {"certificate.json", "README.md", "SHA256SUMS"}
+    assert {name for name in after if after[name] != before.get(name)} == changed
+    assert after.keys() == before.keys()
+    assert [each.name for each in path.parent.iterdir()] == ["model"]
+    assert {k: v for k, v in load_certificate(path).items() if k != "sha256"} == CERTIFICATE
+    load_sparse(path)
+    card = (path / "README.md").read_text()
+    assert card.startswith("# My sparse")
+    assert card.endswith("\n## Thanks\n")
+    assert "loss: 1.25" not in card
+    lines = card.splitlines()
+    assert lines.count("## Measured") == lines.count("## Use") == 1
+    assert "- kl: 0.0123457\n- relative_gap_95: -0.1 to 0.1\n- data, split: val\n" in card
+    assert "| layer | dropped mass mean | bound max |" in lines
+    assert "| 0 | 0.125 | 0.5 |" in lines
+    assert "routing_agreement" not in card
+    assert "attention experts of each layer" not in card
+    save_certificate(path, model, CERTIFICATE)
+    assert (path / "README.md").read_text() == card
+
+
+def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> None:
+    (path / "README.md").write_text("My own words.")
+    save_certificate(path, model, CERTIFICATE)
+    assert (path / "README.md").read_text().startswith("My own words.\n\n## Measured\n\n- kl: ")
+    (path / "README.md").write_text("## Measured\n\n- old\n\n# Notes\n\nMine.\n")
+    save_certificate(path, model, CERTIFICATE)
+    card = (path / "README.md").read_text()
+    assert card.endswith("\n\n# Notes\n\nMine.\n")
+    assert "- old" not in card
+    (path / "README.md").unlink()
+    save_certificate(path, model, CERTIFICATE)
+    assert (path / "README.md").read_text().startswith("# A sparse DS-MoE language model\n")
+
+
+def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path: Path) -> None:
+    (tmp_path / "private.md").write_text("My own words.")
+    (path / "README.md").unlink()
+    (path / "README.md").symlink_to(tmp_path / "private.md")
+    save_certificate(path, model, CERTIFICATE)
+    assert not (path / "README.md").is_symlink()
+    assert "My own words" not in (path / "README.md").read_text()
+    assert (tmp_path / "private.md").read_text() == "My own words."
+
+
+@pytest.mark.parametrize("fails", ["_write_json", "sums", "_move"])
+def test_a_failure_leaves_everything_as_it_was(
+    fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = content(path)
+    monkeypatch.setattr(artifact_module, fails, failing)
+    with pytest.raises(OSError, match="No space left"):
+        save_certificate(path, model, CERTIFICATE)
+    assert content(path) == before
+    assert [each.name for each in path.parent.iterdir()] == ["model"]
+
+
+def test_where_files_cannot_be_linked(
+    path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", failing)
+    save_certificate(path, model, CERTIFICATE)
+    load_sparse(path)
+    assert "kl" in load_certificate(path)
+
+
+def test_other_places(path: Path, model: SparseModel, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no sparse model at"):
+        save_certificate(tmp_path / "absent", model, CERTIFICATE)
+    (path / "certificate.json").write_text("{")
+    with pytest.raises(ValueError, match=r"certificate\.json is not JSON"):
+        load_certificate(path)
+    (path / "certificate.json").write_text(json.dumps(CERTIFICATE))
+    assert load_certificate(path) == CERTIFICATE

@@ -1,0 +1,135 @@
+"""Layers that read all weights, against loops over tokens, experts and heads."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.experts.feed_forward import ExpertsFactory
+from lightning_dsmoe.inference.engine.batched import masked_layers as wide
+from lightning_dsmoe.inference.engine.batched.masked_layers import (
+    add_wide_experts,
+    add_wide_heads,
+    attend_groups,
+)
+from lightning_dsmoe.inference.engine.weights.row_major import Rows
+
+from ..conftest import assert_near
+from .loops import (
+    CONTEXTS,
+    EXPERTS,
+    HEADS,
+    WEIGHTS,
+    assert_adds,
+    attended,
+    drawn,
+    loop_over_experts,
+    loop_over_heads,
+    read,
+)
+
+
+def gates_of(kind: str, n_tokens: int, n_experts: int) -> Tensor:
+    gates = torch.rand(n_tokens, n_experts) + 0.1
+    if kind == "some zero":
+        gates *= torch.arange(gates.numel()).view_as(gates) % 4 > 0
+    return torch.ones_like(gates) if kind == "none" else gates
+
+
+@pytest.fixture(params=["none", "all", "some zero"])
+def gating(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["few tokens", "many tokens"], autouse=True)
+def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take some tokens for many, so that their products are not split or summed up together."""
+    if request.param == "many tokens":
+        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 9])
+@pytest.mark.parametrize("n_experts", [1, 4, 5])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@torch.no_grad()
+def test_experts(
+    make: ExpertsFactory, weights: str, n_experts: int, n_tokens: int, gating: str
+) -> None:
+    experts = make(24, n_experts, 7)
+    drawn(experts, weights)
+    x_XD, gates = torch.randn(n_tokens, 24), gates_of(gating, n_tokens, n_experts)
+    given = None if gating == "none" else gates
+    assert_adds(
+        lambda into: add_wide_experts(into, experts, x_XD, given),
+        loop_over_experts(experts, x_XD, gates),
+    )
+
+
+@torch.no_grad()
+def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without them then gives the very same sums for many tokens."""
+    monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    weight, hidden, gates = torch.randn(5, 24, 7), torch.randn(9, 5, 7), torch.rand(9, 5)
+    gates[:, [1, 4]] = 0
+    sums = []
+    for kept in (range(5), [0, 2, 3]):
+        sums.append(torch.zeros(9, 24))
+        rows = Rows(weight[list(kept)], transposed=True)
+        wide._add_wide_sum(sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None)
+    assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize("n_experts", [1, 4, 5])
+@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@torch.no_grad()
+def test_experts_in_bfloat16(make: ExpertsFactory, n_experts: int, gating: str) -> None:
+    experts = make(24, n_experts, 7)
+    drawn(experts, "float32")
+    experts.bfloat16()
+    x_XD, gates = torch.randn(9, 24).bfloat16(), gates_of(gating, 9, n_experts)
+    into = torch.zeros_like(x_XD)
+    add_wide_experts(into, experts, x_XD, None if gating == "none" else gates)
+    assert_near(into.double(), loop_over_experts(experts, x_XD, gates), 2e-2)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("make", HEADS, ids=str)
+@torch.no_grad()
+def test_heads(
+    make: Callable[..., HeadGroups], weights: str, n_groups: int, context: str, gating: str
+) -> None:
+    heads = make(24, n_groups, 2, 6)
+    drawn(heads, weights)
+    seen = read(heads, context)
+    gates = gates_of(gating, seen.x_BTD[..., 0].numel(), n_groups)
+    given = None if gating == "none" else gates
+    assert_adds(
+        lambda into: add_wide_heads(into, heads, *seen.attended, given),
+        loop_over_heads(heads, seen, gates),
+        3e-6,
+    )
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("n_groups", [1, 2, 4])
+@pytest.mark.parametrize("make", HEADS, ids=str)
+@torch.no_grad()
+def test_any_number_of_groups_attends(
+    make: Callable[..., HeadGroups], n_groups: int, context: str
+) -> None:
+    heads = make(24, 3, 2, 6)
+    drawn(heads, "float32")
+    seen = read(heads, context)
+    batch, length, _ = seen.x_BTD.shape
+    q_BTEHC = torch.randn(batch, length, n_groups, 2, 6)
+    expected = torch.zeros(batch, length, n_groups, 12)
+    for b, t, e in torch.ones(batch, length, n_groups).nonzero().tolist():
+        expected[b, t, e] = attended(heads, seen, b, t, q_BTEHC[b, t, e].double()).flatten()
+    found = attend_groups(heads, q_BTEHC, seen.scope, seen.keys, seen.values)
+    assert_near(found, expected, 2e-6)

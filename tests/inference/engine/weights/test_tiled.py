@@ -1,0 +1,97 @@
+"""Products with weights in tiles, and the decoder that has them."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
+from lightning_dsmoe.inference.engine.weights.packing import tiled
+from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.weights.tiled import Tiles
+
+from ..conftest import assert_near, packed
+
+
+def make(kind: str, size: tuple[int, int, int]) -> Rows:
+    rows = Rows(torch.randn(size), transposed=False)
+    return quantize_int8(rows) if kind == "int8" else rows.to(getattr(torch, kind))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("chosen", [None, [3], [0, 2, 4], [4, 1], [2, 2]], ids=str)
+@pytest.mark.parametrize("size", [(5, 7, 3), (5, 32, 4), (5, 24, 1), (5, 68, 6)], ids=str)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_products(
+    kind: str, size: tuple[int, int, int], chosen: list[int] | None, n_tokens: int
+) -> None:
+    rows = make(kind, size)
+    matrices = rows.weight.double()
+    if isinstance(rows, Int8Rows):
+        matrices *= rows.scales.double()[..., None] / 127
+    experts = None if chosen is None else torch.tensor(chosen)
+    matrices = matrices if experts is None else matrices[experts]
+    tiles = Tiles.of(rows)
+    x_TC = torch.randn(n_tokens, size[2])
+    x_TC = x_TC.to(torch.bfloat16) if kind == "bfloat16" else x_TC
+    expected = torch.einsum("tc,krc->ktr", x_TC.double(), matrices)
+    assert_near(tiles.products(x_TC, experts), expected.float(), 1e-6)
+    x_KTC = torch.randn(len(matrices), n_tokens, size[2]).to(x_TC.dtype)
+    expected = torch.einsum("ktc,krc->tr", x_KTC.double(), matrices)
+    assert_near(tiles.summed_products(x_KTC, experts), expected.float(), 1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 12])
+def test_only_the_chosen_experts_are_read(n_tokens: int) -> None:
+    tiles = Tiles.of(make("float32", (5, 24, 6)))
+    x_TC, x_KTC, experts = (
+        torch.randn(n_tokens, 6),
+        torch.randn(2, n_tokens, 6),
+        torch.tensor([1, 4]),
+    )
+    clean = tiles.products(x_TC, experts), tiles.summed_products(x_KTC, experts)
+    tiles.weight[[0, 2, 3]] = torch.nan
+    assert torch.equal(tiles.products(x_TC, experts), clean[0])
+    assert torch.equal(tiles.summed_products(x_KTC, experts), clean[1])
+
+
+def addresses(decoder: Decoder) -> dict[str, int]:
+    tensors = [*decoder.named_parameters(), *decoder.named_buffers()]
+    return {name: tensor.data_ptr() for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_decoder_in_tiles_shares_all_other_weights(
+    int8: bool, decoder: Decoder, tokens: Tensor
+) -> None:
+    twin = packed(decoder, int8=int8)
+    before, expected = addresses(twin), twin(tokens).logits
+    copied = tiled(twin, 2)
+    copies = {name for name, module in copied.named_modules() if isinstance(module, Tiles)}
+    rows = {name for name, module in twin.named_modules() if isinstance(module, Rows)}
+    assert copies == {name for name in rows if name != "head.rows"}
+    assert isinstance(copied.head, Int8Head) == int8
+    for name, address in addresses(copied).items():
+        assert name.rpartition(".")[0] in copies or address == before[name], name
+    assert addresses(twin) == before
+    assert torch.equal(twin(tokens).logits, expected)
+
+
+def test_one_token_has_tiles_for_8_bits_and_short_rows_only() -> None:
+    wide = partial(MixtureOfExperts, n_experts=3, d_expert=64)
+    heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=4, d_head=16)
+    decoder = Decoder(9, 64, 1, attention=heads, feed_forward=wide)
+    twin = packed(decoder)
+    assert tiled(twin, 1) is twin
+    codes = tiled(packed(decoder, int8=True), 1).blocks[0]
+    assert isinstance(codes.feed_forward.experts.w_in, Tiles)
+    assert isinstance(codes.attention.heads.w_o, Tiles)
+    small = Decoder(9, 64, 1, attention=heads, feed_forward=partial(wide, d_expert=16))
+    layout = tiled(packed(small), 1).blocks[0]
+    assert isinstance(layout.feed_forward.experts.w_in, Rows)
+    assert isinstance(layout.feed_forward.experts.w_out, Tiles)
+    assert isinstance(layout.attention.heads.w_q, Rows)

@@ -1,0 +1,9 @@
+from ..inference.conftest import artifact as artifact
+from ..inference.conftest import decoder as decoder
+from ..inference.conftest import float_artifact as float_artifact
+from ..inference.conftest import grouping_always_pays as grouping_always_pays
+from ..inference.conftest import make_decoder as make_decoder
+from ..inference.conftest import one_decoder as one_decoder
+from ..inference.conftest import originals as originals
+from ..inference.conftest import plan as plan
+from ..inference.conftest import tokens as tokens
