@@ -31,7 +31,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 # Not in the environment above: a machine with a GPU has a PyTorch of its own, and may have no network.
 gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode, TEXT=text.txt)
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
