@@ -1,6 +1,6 @@
 """Groups of query heads over shared keys and values, each group under a gate.
 
-Shapes: B batch, T new tokens, S all tokens so far, X = B T, D width, E groups of query heads,
+Shapes: B batch, T new tokens, S all tokens so far, N = B T, D width, E groups of query heads,
 H heads of one group = KV heads, C head width, M new tokens that use one group.
 """
 
@@ -130,12 +130,12 @@ class HeadGroups(nn.Module):
             is_causal=scope.attend_BTS is None,
             enable_gqa=self.n_groups > 1,
         )
-        heads_XER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
+        heads_NER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
         if gates_BTE is None:
-            y_XD: Tensor = heads_XER.flatten(1) @ self.w_o().flatten(0, 1)
+            y_ND: Tensor = heads_NER.flatten(1) @ self.w_o().flatten(0, 1)
         else:
-            y_XD = gated_projection(heads_XER, gates_BTE.flatten(0, 1), self.w_o())
-        y_BTD = y_XD.view_as(x_BTD)
+            y_ND = gated_projection(heads_NER, gates_BTE.flatten(0, 1), self.w_o())
+        y_BTD = y_ND.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def sparse_is_faster(self, x_BTD: Tensor) -> bool:
@@ -164,21 +164,21 @@ class HeadGroups(nn.Module):
             active_BTE: the groups that run, bool.
         """
         batch, length, _ = x_BTD.shape
-        x_XD, gates_XE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
-        positions_X = scope.positions_BT.expand(batch, length).flatten()
-        attend_XS = attend_of_tokens(scope, batch, length)
-        y_XD = torch.zeros_like(x_XD)
+        x_ND, gates_NE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
+        positions_N = scope.positions_BT.expand(batch, length).flatten()
+        attend_NS = attend_of_tokens(scope, batch, length)
+        y_ND = torch.zeros_like(x_ND)
         running, tokens = tokens_of_each_expert(active_BTE.flatten(0, 1))
         for e, w_q, w_o, at_M in zip(
             running, self.w_q.of(running), self.w_o.of(running), tokens, strict=True
         ):
-            q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
+            q_MR = F.linear(x_ND[at_M], w_q, None if self.b_q is None else self.b_q[e])
             q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
-            q_HMC = self.place(self.q_norm(q_HMC), positions_X[at_M])
-            heads_MR = attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
-            gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
-            y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
-        y_BTD = y_XD.view_as(x_BTD)
+            q_HMC = self.place(self.q_norm(q_HMC), positions_N[at_M])
+            heads_MR = attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_NS[at_M])
+            gated_MR = heads_MR * gates_NE[at_M, e, None].to(heads_MR.dtype)
+            y_ND = y_ND.index_add(0, at_M, (gated_MR @ w_o).to(y_ND.dtype))
+        y_BTD = y_ND.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def place(self, heads: Tensor, positions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Expert networks: every expert under its gate, densely or only where it is active.
 
-Shapes: X tokens, E experts, F hidden units of one expert, D width, M tokens of one expert.
+Shapes: N tokens, E experts, F hidden units of one expert, D width, R rows of all experts, M tokens
+of one expert.
 """
 
 from abc import ABC, abstractmethod
@@ -111,45 +112,45 @@ class Experts(nn.Module, ABC):
         activated: Tensor = getattr(F, self.activation)(x)
         return activated
 
-    def forward(self, x_XD: Tensor, gates_XE: Tensor | None = None) -> Tensor:
+    def forward(self, x_ND: Tensor, gates_NE: Tensor | None = None) -> Tensor:
         """Every expert on every token: two wide matrix products.
 
         Args:
-            x_XD: tokens.
-            gates_XE: gate of each expert; None leaves all at 1.
+            x_ND: tokens.
+            gates_NE: gate of each expert; None leaves all at 1.
         """
         b_in = None if self.b_in is None else self.b_in.flatten()
-        projected_XH = F.linear(x_XD, self.w_in().flatten(0, 1), b_in)
-        hidden_XEF = self.hidden(projected_XH.unflatten(1, (self.n_experts, -1)))
-        if gates_XE is None:
-            y_XD: Tensor = hidden_XEF.flatten(1) @ self.w_out().flatten(0, 1)
+        projected_NR = F.linear(x_ND, self.w_in().flatten(0, 1), b_in)
+        hidden_NEF = self.hidden(projected_NR.unflatten(1, (self.n_experts, -1)))
+        if gates_NE is None:
+            y_ND: Tensor = hidden_NEF.flatten(1) @ self.w_out().flatten(0, 1)
         else:
-            y_XD = gated_projection(hidden_XEF, gates_XE, self.w_out())
-        return y_XD if self.b_out is None else y_XD + self.b_out
+            y_ND = gated_projection(hidden_NEF, gates_NE, self.w_out())
+        return y_ND if self.b_out is None else y_ND + self.b_out
 
-    def sparse_is_faster(self, x_XD: Tensor) -> bool:
+    def sparse_is_faster(self, x_ND: Tensor) -> bool:
         """Whether `sparse_forward` beats running all experts with those left out at a gate of 0."""
         n_weights = (self.projections_per_unit + 1) * self.d_expert * self.d_model
-        return worth_sorting(len(x_XD), n_weights, x_XD.device, n_kernels=_KERNELS)
+        return worth_sorting(len(x_ND), n_weights, x_ND.device, n_kernels=_KERNELS)
 
-    def sparse_forward(self, x_XD: Tensor, gates_XE: Tensor, active_XE: Tensor) -> Tensor:
+    def sparse_forward(self, x_ND: Tensor, gates_NE: Tensor, active_NE: Tensor) -> Tensor:
         """Only the active experts of each token: one small matrix product per expert and layer.
 
         Args:
-            x_XD: tokens.
-            gates_XE: gate of each expert.
-            active_XE: the experts that run, bool.
+            x_ND: tokens.
+            gates_NE: gate of each expert.
+            active_NE: the experts that run, bool.
         """
-        y_XD = torch.zeros_like(x_XD)
-        running, tokens = tokens_of_each_expert(active_XE)
+        y_ND = torch.zeros_like(x_ND)
+        running, tokens = tokens_of_each_expert(active_NE)
         for e, w_in, w_out, at_M in zip(
             running, self.w_in.of(running), self.w_out.of(running), tokens, strict=True
         ):
             b_in = None if self.b_in is None else self.b_in[e]
-            hidden_MF = self.hidden(F.linear(x_XD[at_M], w_in, b_in))
-            gated_MF = hidden_MF * gates_XE[at_M, e, None].to(hidden_MF.dtype)
-            y_XD = y_XD.index_add(0, at_M, (gated_MF @ w_out).to(y_XD.dtype))
-        return y_XD if self.b_out is None else y_XD + self.b_out
+            hidden_MF = self.hidden(F.linear(x_ND[at_M], w_in, b_in))
+            gated_MF = hidden_MF * gates_NE[at_M, e, None].to(hidden_MF.dtype)
+            y_ND = y_ND.index_add(0, at_M, (gated_MF @ w_out).to(y_ND.dtype))
+        return y_ND if self.b_out is None else y_ND + self.b_out
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""

@@ -1,6 +1,6 @@
 """The mixture of feed-forward experts.
 
-Shapes: B batch, T sequence, X = B T tokens, D width, E experts.
+Shapes: B batch, T sequence, N = B T tokens, D width, E experts.
 """
 
 from torch import Tensor
@@ -65,12 +65,12 @@ class MixtureOfExperts(FeedForwardLayer):
         """Transform tokens `[..., D]` under the gates of the experts that `selection` picks."""
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
-        x_XD = x.reshape(-1, self.d_model)
-        gates_XE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
-        if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_XD):
-            y = self.experts(x_XD, gates_XE).view_as(x)
+        x_ND = x.reshape(-1, self.d_model)
+        gates_NE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
+        if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_ND):
+            y = self.experts(x_ND, gates_NE).view_as(x)
         else:
-            y = self.experts.sparse_forward(x_XD, gates_XE, active.reshape(gates_XE.shape)).view_as(
+            y = self.experts.sparse_forward(x_ND, gates_NE, active.reshape(gates_NE.shape)).view_as(
                 x
             )
         if self.shared is not None:

@@ -1,6 +1,6 @@
 """The loss that keeps two predictions of the same tokens alike.
 
-Shapes: V vocabulary; leading dimensions (tokens) are free; X tokens in one dimension.
+Shapes: V vocabulary; leading dimensions (tokens) are free; N tokens in one dimension.
 """
 
 import torch
@@ -44,20 +44,20 @@ def consistency_loss(
     """
     if logits.shape != others.shape:
         raise ValueError(f"logits of shapes {tuple(logits.shape)} and {tuple(others.shape)}")
-    _, weight_X = flatten_tokens(logits[..., :1], mask)
+    _, weight_N = flatten_tokens(logits[..., :1], mask)
     flat = (each.reshape(-1, each.shape[-1]) for each in (logits, others))
-    parts = zip(*(each.split(TOKENS_AT_ONCE) for each in (*flat, weight_X)), strict=True)
+    parts = zip(*(each.split(TOKENS_AT_ONCE) for each in (*flat, weight_N)), strict=True)
     with without_autocast(logits.device.type):
         summed = [
             checkpoint(_summed, *part, use_reentrant=False, preserve_rng_state=False)
             for part in parts
         ]
-        totals = torch.stack([torch.stack(summed).sum(), weight_X.sum()])
+        totals = torch.stack([torch.stack(summed).sum(), weight_N.sum()])
         total, count = sum_over_ranks(totals, group).unbind()
         return total / count.clamp_min(1)
 
 
-def _summed(logits_XV: Tensor, others_XV: Tensor, weight_X: Tensor) -> Tensor:
-    log_p_XV, log_q_XV = (at_least_float32(each).log_softmax(-1) for each in (logits_XV, others_XV))
-    both_X = ((log_p_XV.exp() - log_q_XV.exp()) * (log_p_XV - log_q_XV)).sum(-1)
-    return 0.5 * (weight_X @ both_X)
+def _summed(logits_NV: Tensor, others_NV: Tensor, weight_N: Tensor) -> Tensor:
+    log_p_NV, log_q_NV = (at_least_float32(each).log_softmax(-1) for each in (logits_NV, others_NV))
+    both_N = ((log_p_NV.exp() - log_q_NV.exp()) * (log_p_NV - log_q_NV)).sum(-1)
+    return 0.5 * (weight_N @ both_N)

@@ -14,10 +14,10 @@ def window_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         logits_BTV: logits of the next tokens, `[B, T, V]`.
         labels_BT: the next tokens, `[B, T]`; -100 does not count.
     """
-    loss_X = F.cross_entropy(
+    loss_N = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100, reduction="none"
     )
-    return loss_X.view_as(labels_BT).sum(-1)
+    return loss_N.view_as(labels_BT).sum(-1)
 
 
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

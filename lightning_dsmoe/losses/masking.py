@@ -9,11 +9,11 @@ def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     """Put tokens in one dimension, at least float32, with a weight of 0 or 1 for each.
 
     Args:
-        values: `[..., N]`.
+        values: `[..., E]`.
         mask: `[...]`, bool or 0/1; None counts all.
 
     Returns:
-        Values `[X, N]` and weights `[X]`.
+        Values `[N, E]` and weights `[N]`.
 
     Raises:
         ValueError: if the mask does not cover the tokens.

@@ -1,6 +1,6 @@
 """The loss that keeps experts specialised and balanced.
 
-Shapes: R routers, X tokens, N experts, J = R N; leading dimensions of public arguments are free.
+Shapes: R routers, N tokens, E experts, J = R E; leading dimensions of public arguments are free.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class RoutingEntropies(NamedTuple):
 
     Shape:
         conditional: mean_x H(e|x), 0 if every token is sure of its expert.
-        marginal: H(e), ln N if all experts are used alike.
+        marginal: H(e), ln E if all experts are used alike.
     """
 
     conditional: Tensor
@@ -37,10 +37,10 @@ def mutual_information_loss(
     L_MI = mean_x H(e|x) - H(e), p(e) = mean_x S(x)   (arXiv 2404.05567, eqs. 4 and 5)
 
     Minimising it makes each token's choice sharp and the use of the experts even; it lies in
-    [-ln N, 0]. Sum it over routers.
+    [-ln E, 0]. Sum it over routers.
 
     Args:
-        probs: router probabilities S, `[..., N]`.
+        probs: router probabilities S, `[..., E]`.
         mask: tokens that count, `[...]`, bool or 0/1; None counts all. No token counting gives 0.
         group: process group whose ranks share p(e), since the loss is not linear in it. Every rank
             then gets the loss of all the tokens, and gradients are right once averaged over the
@@ -62,7 +62,7 @@ def routing_entropies(
     """The two entropies of the mutual-information loss for several routers at once.
 
     Args:
-        probs: router probabilities S of R routers over the same tokens, `[R, ..., N]`.
+        probs: router probabilities S of R routers over the same tokens, `[R, ..., E]`.
         mask: tokens that count, `[...]`, as in `mutual_information_loss`.
         group: process group whose ranks share p(e), as in `mutual_information_loss`.
 
@@ -73,11 +73,11 @@ def routing_entropies(
         ValueError: if the mask does not cover the tokens.
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_XJ, weight_X = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
-    entropy_XR = entropy(probs_XJ.unflatten(-1, (n_routers, n_experts)))
+    probs_NJ, weight_N = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
+    entropy_NR = entropy(probs_NJ.unflatten(-1, (n_routers, n_experts)))
     with without_autocast(probs.device.type):
-        totals = torch.cat([weight_X @ probs_XJ, weight_X @ entropy_XR, weight_X.sum()[None]])
+        totals = torch.cat([weight_N @ probs_NJ, weight_N @ entropy_NR, weight_N.sum()[None]])
     totals = sum_over_ranks(totals, group)
     means = totals[:-1] / totals[-1].clamp_min(1)
-    share_RN, conditional_R = means.split([n_routers * n_experts, n_routers])
-    return RoutingEntropies(conditional_R, entropy(share_RN.view(n_routers, n_experts)))
+    share_RE, conditional_R = means.split([n_routers * n_experts, n_routers])
+    return RoutingEntropies(conditional_R, entropy(share_RE.view(n_routers, n_experts)))

@@ -1,6 +1,6 @@
 """The loss that keeps router logits small.
 
-Shapes: N experts; leading dimensions (tokens) are free.
+Shapes: E experts; leading dimensions (tokens) are free.
 """
 
 import torch
@@ -20,7 +20,7 @@ def router_z_loss(
     Source: ST-MoE, arXiv 2202.08906, eq. 5.
 
     Args:
-        logits: router logits, `[..., N]`.
+        logits: router logits, `[..., E]`.
         mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
         group: process group over whose tokens the mean is, as in `mutual_information_loss`.
 

@@ -6,7 +6,7 @@ GateScale = Literal["mean_one", "sum_to_one"]
 
 
 def gate_factor(gate_scale: GateScale, n_experts: int) -> float:
-    """c in g = c S: N for "mean_one", 1 for "sum_to_one".
+    """c in g = c S: E for "mean_one", 1 for "sum_to_one".
 
     Raises:
         ValueError: for any other name.

@@ -1,6 +1,6 @@
 """Routers score experts: S = softmax(h(x)).
 
-Shapes: D width, N experts, R hidden width of a router; leading dimensions are free.
+Shapes: D width, E experts, R hidden width of a router; leading dimensions are free.
 """
 
 import math
@@ -23,7 +23,7 @@ class Router(nn.Module, ABC):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
 
     Raises:
         ValueError: if a size is below 1.
@@ -40,7 +40,7 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:
-        """Logits h(x): `[..., D]` to `[..., N]`, both of the same type, at least float32."""
+        """Logits h(x): `[..., D]` to `[..., E]`, both of the same type, at least float32."""
 
     def forward(self, x: Tensor) -> Routing:
         """Score tokens `[..., D]` in float32, or in float64 if that is their type."""
@@ -67,7 +67,7 @@ class LinearRouter(Router):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         init_std: standard deviation of the initial weights; 0 starts with equal gates.
     """
 
@@ -91,7 +91,7 @@ class MLPRouter(Router):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         d_hidden: hidden width R; 512 reproduces the parameter counts of arXiv 2404.05567, Table 1.
         init_std: standard deviation of the last layer's initial weights; 0 starts with equal gates.
     """
@@ -126,7 +126,7 @@ class CosineRouter(Router):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         d_hidden: width R of the projection.
         init_scale: initial exp(s).
     """

@@ -1,6 +1,6 @@
 """What a router says and what a routed layer returns.
 
-Shapes: N experts, D width; leading dimensions are free.
+Shapes: E experts, D width; leading dimensions are free.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ class Routing(NamedTuple):
     """A router's scores for every expert.
 
     Shape:
-        logits: float32 `[..., N]`.
-        probs: float32 `[..., N]`, the softmax S of the logits; each row sums to 1.
+        logits: float32 `[..., E]`.
+        probs: float32 `[..., E]`, the softmax S of the logits; each row sums to 1.
     """
 
     logits: Tensor

@@ -1,6 +1,6 @@
 """Selections decide which experts run; routers only score them.
 
-Shapes: N experts; leading dimensions are free. At least one expert of every token always runs;
+Shapes: E experts; leading dimensions are free. At least one expert of every token always runs;
 ties go to the expert with the lower number.
 """
 
@@ -19,8 +19,8 @@ class Gates(NamedTuple):
     """What a selection makes of probabilities.
 
     Shape:
-        weight: `[..., N]`, the gate of each expert, zero where it does not run.
-        active: bool `[..., N]`, the experts that run.
+        weight: `[..., E]`, the gate of each expert, zero where it does not run.
+        active: bool `[..., E]`, the experts that run.
     """
 
     weight: Tensor
@@ -43,19 +43,19 @@ class Selection(ABC):
 
     @abstractmethod
     def mask(self, probs: Tensor) -> Tensor:
-        """The experts that run: float `[..., N]` to bool `[..., N]`, one or more in each row."""
+        """The experts that run: float `[..., E]` to bool `[..., E]`, one or more in each row."""
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if this selection is impossible for `n_experts` experts."""
         del n_experts
 
     def __call__(self, probs: Tensor) -> Gates:
-        """Gates of the experts that run, from probabilities `[..., N]`."""
+        """Gates of the experts that run, from probabilities `[..., E]`."""
         active = self.mask(probs)
         return Gates(self.weigh(probs, active), active)
 
     def weigh(self, probs: Tensor, active: Tensor) -> Tensor:
-        """Gates `[..., N]`: the probabilities of active experts, zero for the others."""
+        """Gates `[..., E]`: the probabilities of active experts, zero for the others."""
         weight = probs.masked_fill(~active, 0.0)
         return weight / weight.sum(-1, keepdim=True) if self.renormalize else weight
 
@@ -89,7 +89,7 @@ class TopK(Selection):
     """Runs the k most probable experts of every token.
 
     Args:
-        k: number of experts, from 1 to N.
+        k: number of experts, from 1 to E.
         renormalize: divide the kept gates by their sum.
     """
 
@@ -113,10 +113,10 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class Threshold(Selection):
-    """Runs the experts whose share is above a threshold, N S_i > eps, and always the best one.
+    """Runs the experts whose share is above a threshold, E S_i > eps, and always the best one.
 
     Args:
-        eps: threshold on N S_i, whose mean is 1 (arXiv 2404.05567, section 3.3); from 0 to below N.
+        eps: threshold on E S_i, whose mean is 1 (arXiv 2404.05567, section 3.3); from 0 to below E.
         renormalize: divide the kept gates by their sum.
     """
 
@@ -125,18 +125,18 @@ class Threshold(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.eps, bool) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"{type(self).__name__} needs 0 <= eps < N, got eps={self.eps}")
+            raise ValueError(f"{type(self).__name__} needs 0 <= eps < E, got eps={self.eps}")
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if no gate of `n_experts` experts could pass."""
         if self.eps >= max(n_experts, 1):
             raise ValueError(
-                f"{type(self).__name__}(eps={self.eps}) compares with N*S, "
-                f"so eps must be below N={n_experts}"
+                f"{type(self).__name__}(eps={self.eps}) compares with E*S, "
+                f"so eps must be below E={n_experts}"
             )
 
     def mask(self, probs: Tensor) -> Tensor:
-        """N S_i > eps, and the arg-max."""
+        """E S_i > eps, and the arg-max."""
         self.check(probs.shape[-1])
         return _above(probs, self.eps)
 
@@ -149,7 +149,7 @@ class ThresholdTopK(Threshold):
     (arXiv 2404.05567, section 3.3). Every position of the batch counts, padding too.
 
     Args:
-        eps: threshold on N S_i, whose mean is 1; from 0 to below N.
+        eps: threshold on E S_i, whose mean is 1; from 0 to below E.
         renormalize: divide the kept gates by their sum.
     """
 
@@ -194,7 +194,7 @@ class TopP(Selection):
 
 
 def rank(probs: Tensor) -> Tensor:
-    """Rank of each expert in its row `[..., N]`, 0 for the largest; lower numbers win ties."""
+    """Rank of each expert in its row `[..., E]`, 0 for the largest; lower numbers win ties."""
     ahead = _ahead(probs)
     if ahead is not None:
         return ahead.sum(-1)
@@ -217,7 +217,7 @@ def _ahead(probs: Tensor) -> Tensor | None:
 
 
 def _above(probs: Tensor, eps: float) -> Tensor:
-    """Experts with N S_i > eps, and the arg-max of each row."""
+    """Experts with E S_i > eps, and the arg-max of each row."""
     best = probs.argmax(-1, keepdim=True)  # the first of equal ones
     places = torch.arange(probs.shape[-1], device=probs.device)
     return (probs * probs.shape[-1] > eps) | (places == best)

@@ -1,6 +1,6 @@
 """Which tokens each expert works on, and when sorting them is worth it.
 
-Shapes: X tokens, E experts.
+Shapes: N tokens, E experts.
 """
 
 import torch
@@ -22,7 +22,7 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     sizes that depend on the data.
 
     Args:
-        n_tokens: tokens X.
+        n_tokens: tokens N.
         n_weights: weights of one expert.
         device: where it runs.
         n_kernels: kernels that one expert starts in a forward pass.
@@ -41,16 +41,16 @@ def in_function_transform() -> bool:
     return active
 
 
-def tokens_of_each_expert(active_XE: Tensor) -> tuple[list[int], list[Tensor]]:
+def tokens_of_each_expert(active_NE: Tensor) -> tuple[list[int], list[Tensor]]:
     """Sort active (token, expert) pairs by expert.
 
     Args:
-        active_XE: the experts that run, bool.
+        active_NE: the experts that run, bool.
 
     Returns:
         The experts with at least one token, ascending, and the ascending token indices of each.
     """
-    pairs = active_XE.T.nonzero()
-    counts = active_XE.sum(0).tolist()
+    pairs = active_NE.T.nonzero()
+    counts = active_NE.sum(0).tolist()
     running = [e for e, count in enumerate(counts) if count]
     return running, list(pairs[:, 1].split([counts[e] for e in running]))
