@@ -10,6 +10,11 @@ from types import ModuleType
 
 _PACKAGE = "lightning_dsmoe."
 MOVED = {
+    "losses.entropy": "losses.mutual_information",
+    "losses.masking": "losses.token_sums",
+    "losses.ranks": "losses.token_sums",
+    "routing.gate_scale": "routing.routing",
+    "experts.layer": "experts.feed_forward",
     "inference.architecture": "serialization.architecture",
     "inference.class_paths": "serialization.class_paths",
     "inference.checkpoint": "serialization.checkpoint",

@@ -6,9 +6,9 @@ from lightning_dsmoe.attention.attention import Attention, causal_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
-from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
+from lightning_dsmoe.routing.routing import GateScale, gate_factor
 
 
 class MixtureOfAttentionHeads(Attention):

@@ -1,13 +1,21 @@
-"""The plain feed-forward layer."""
+"""What follows attention in a decoder block: its base, and the plain feed-forward layer."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.experts.experts import Experts, MLPExperts
-from lightning_dsmoe.experts.layer import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
 from lightning_dsmoe.token_shapes import check_width
+
+
+class FeedForwardLayer(nn.Module, ABC):
+    """Base of the layers that treat each token by itself, with or without routing."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
+        """Transform tokens `[B, T, D]`; a layer without a router ignores `selection`."""
 
 
 class ExpertsFactory(Protocol):

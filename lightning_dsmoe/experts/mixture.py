@@ -6,12 +6,11 @@ Shapes: B batch, T sequence, N = B T tokens, D width, E experts.
 from torch import Tensor
 
 from lightning_dsmoe.experts.experts import MLPExperts
-from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward
-from lightning_dsmoe.experts.layer import FeedForwardLayer
+from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward, FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
-from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
+from lightning_dsmoe.routing.routing import GateScale, gate_factor
 
 
 class MixtureOfExperts(FeedForwardLayer):

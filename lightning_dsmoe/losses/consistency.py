@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 
 TOKENS_AT_ONCE = 1024

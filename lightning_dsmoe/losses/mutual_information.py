@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dsmoe.losses.entropy import entropy
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """H(p) = -sum_i p_i ln p_i over the last dimension, in nats: `[..., E]` to `[...]`."""
+    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 class RoutingEntropies(NamedTuple):

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
 
 

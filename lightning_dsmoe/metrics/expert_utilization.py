@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_dsmoe.losses import entropy
-from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.losses.token_sums import flatten_tokens
 from lightning_dsmoe.precision import without_autocast
 
 if TYPE_CHECKING:

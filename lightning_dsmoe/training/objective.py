@@ -13,7 +13,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
 from lightning_dsmoe.losses import consistency_loss
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import sum_over_ranks
 from lightning_dsmoe.routing import Routing, SelectionPlan
 from lightning_dsmoe.training.routing_losses import RoutingLossWeights, routing_losses
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.experts import experts as experts_module
 from lightning_dsmoe.routing import LinearRouter, Selection, Threshold, ThresholdTopK, TopK, TopP
-from lightning_dsmoe.routing.gate_scale import GateScale
+from lightning_dsmoe.routing.routing import GateScale
 from lightning_dsmoe.stacked import dispatch
 
 pytestmark = pytest.mark.usefixtures("way")

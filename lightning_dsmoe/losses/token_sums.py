@@ -1,5 +1,6 @@
-"""Tokens that count and tokens that do not."""
+"""Sums over tokens: those that count, on this process or on all data-parallel ranks."""
 
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_dsmoe.precision import at_least_float32
@@ -26,3 +27,17 @@ def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
             f"mask of shape {tuple(mask.shape)} for tokens of shape {tuple(values.shape[:-1])}"
         )
     return values.reshape(-1, values.shape[-1]), mask.reshape(-1).to(values)
+
+
+def sum_over_ranks(totals: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over ranks whose gradients, averaged over the ranks, are those of the sum.
+
+    Args:
+        totals: this rank's sums over its tokens.
+        group: the ranks; None for this one alone.
+    """
+    if group is None:
+        return totals
+    over_ranks = totals.detach().clone()
+    dist.all_reduce(over_ranks, group=group)
+    return over_ranks + dist.get_world_size(group) * (totals - totals.detach())
