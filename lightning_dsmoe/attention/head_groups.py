@@ -21,12 +21,12 @@ from lightning_dsmoe.stacked import (
     worth_sorting,
 )
 
-_KERNELS = 30
+_KERNELS_PER_GROUP = 30
 """About how many kernels one group starts in `sparse_forward`."""
 
 
 class HeadGroups(nn.Module):
-    """Grouped-query attention whose groups of query heads are summed under gates.
+    """Grouped-query attention that multiplies the output of each group of query heads by its gate.
 
     y = sum_e g_e sum_j softmax(Q_ej K_j^T / sqrt(C)) V_j W_o,ej + b   (arXiv 2404.05567, eqs. 7-8)
 
@@ -116,7 +116,7 @@ class HeadGroups(nn.Module):
             scope: who attends to whom.
             keys_BHSC: keys of all tokens so far.
             values_BHSC: their values.
-            gates_BTE: gate of each group; None leaves all at 1.
+            gates_BTE: gate of each group; None for 1.
         """
         b_q = None if self.b_q is None else self.b_q.flatten()
         q_BTR = F.linear(x_BTD, self.w_q().flatten(0, 1), b_q)
@@ -139,10 +139,10 @@ class HeadGroups(nn.Module):
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def sparse_is_faster(self, x_BTD: Tensor) -> bool:
-        """Whether `sparse_forward` beats running all groups with those left out at a gate of 0."""
+        """Whether `sparse_forward` is faster than running all groups, the others at a gate of 0."""
         n_weights = 2 * self.n_heads * self.d_head * x_BTD.shape[-1]
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-        return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS)
+        return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS_PER_GROUP)
 
     def sparse_forward(
         self,
@@ -182,7 +182,7 @@ class HeadGroups(nn.Module):
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def place(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Turn queries or keys to their positions."""
+        """Rotate queries or keys by their positions."""
         if self.rope_theta is None:
             return heads
         return rotate(heads, rotation(positions, self.d_head, self.rope_theta))

@@ -1,4 +1,4 @@
-"""Attention of some of the tokens only.
+"""Attention from some of the tokens only.
 
 Shapes: B batch, T new tokens, S all tokens so far, N = B T, H heads, C head width, M the tokens
 that attend, P most of them in one sequence.
@@ -25,8 +25,8 @@ def attend_some(
 ) -> Tensor:
     """Attention of some tokens, each over the keys of its own sequence: `[M, H C]`.
 
-    The queries are padded to the same number in every sequence; padding looks everywhere and its
-    result is dropped.
+    The queries are padded to the same number in every sequence, so that one call serves all;
+    padding attends to every key, which keeps it finite, and its result is dropped.
     """
     batch, n_heads, length, d_head = keys_BHSC.shape
     counts_B = row_M.bincount(minlength=batch)

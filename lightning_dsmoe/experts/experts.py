@@ -39,9 +39,9 @@ ACTIVATIONS = (
     "tanh",
     "tanhshrink",
 )
-"""Functions of `torch.nn.functional` that take one number to one number, none of them by chance."""
+"""Names of element-wise functions of `torch.nn.functional`, none of them random."""
 
-_KERNELS = 10
+_KERNELS_PER_EXPERT = 10
 """About how many kernels one expert starts in `sparse_forward`."""
 
 
@@ -50,8 +50,8 @@ class Experts(nn.Module, ABC):
 
     y = sum_i g_i W_out,i a(W_in,i x + b_in,i) + b_out
 
-    The output bias is shared and ungated, so the dense and the sparse path agree. A subclass
-    gives `hidden`, the function a, and the number of input projections of each hidden unit.
+    The output bias is shared and has no gate, so that dense and sparse computation agree. Subclass
+    it and define `hidden`, the function a, for experts of your own.
 
     Args:
         d_model: width D of the tokens.
@@ -62,6 +62,14 @@ class Experts(nn.Module, ABC):
 
     Raises:
         ValueError: if a size is below 1 or the activation is not one of `ACTIVATIONS`.
+
+    Example:
+        >>> from lightning_dsmoe.experts import MLPExperts
+        >>> class SquaredReLUExperts(MLPExperts):
+        ...     def hidden(self, projected):
+        ...         return projected.relu().square()
+        >>> SquaredReLUExperts(8, 4, 16).extra_repr()
+        "d_model=8, n_experts=4, d_expert=16, activation='gelu', bias=False"
     """
 
     projections_per_unit = 1
@@ -117,7 +125,10 @@ class Experts(nn.Module, ABC):
 
         Args:
             x_ND: tokens.
-            gates_NE: gate of each expert; None leaves all at 1.
+            gates_NE: gate of each expert; None for 1.
+
+        Returns:
+            Tokens `[N, D]`.
         """
         b_in = None if self.b_in is None else self.b_in.flatten()
         projected_NR = F.linear(x_ND, self.w_in().flatten(0, 1), b_in)
@@ -129,9 +140,9 @@ class Experts(nn.Module, ABC):
         return y_ND if self.b_out is None else y_ND + self.b_out
 
     def sparse_is_faster(self, x_ND: Tensor) -> bool:
-        """Whether `sparse_forward` beats running all experts with those left out at a gate of 0."""
+        """Whether `sparse_forward` is faster than all experts, those not chosen at a gate of 0."""
         n_weights = (self.projections_per_unit + 1) * self.d_expert * self.d_model
-        return worth_sorting(len(x_ND), n_weights, x_ND.device, n_kernels=_KERNELS)
+        return worth_sorting(len(x_ND), n_weights, x_ND.device, n_kernels=_KERNELS_PER_EXPERT)
 
     def sparse_forward(self, x_ND: Tensor, gates_NE: Tensor, active_NE: Tensor) -> Tensor:
         """Only the active experts of each token: one small matrix product per expert and layer.
@@ -140,6 +151,9 @@ class Experts(nn.Module, ABC):
             x_ND: tokens.
             gates_NE: gate of each expert.
             active_NE: the experts that run, bool.
+
+        Returns:
+            Tokens `[N, D]`.
         """
         y_ND = torch.zeros_like(x_ND)
         running, tokens = tokens_of_each_expert(active_NE)
@@ -169,6 +183,12 @@ class MLPExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
+
+    Example:
+        >>> import torch
+        >>> experts = MLPExperts(8, 4, 16)  # 4 experts of 16 hidden units for tokens of width 8
+        >>> experts(torch.randn(5, 8), torch.rand(5, 4)).shape
+        torch.Size([5, 8])
     """
 
     def hidden(self, projected: Tensor) -> Tensor:
@@ -187,6 +207,12 @@ class GLUExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: silu gives SwiGLU, gelu GEGLU.
         bias: whether the projections have biases.
+
+    Example:
+        >>> import torch
+        >>> swiglu = GLUExperts(8, 4, 16, activation="silu")
+        >>> swiglu(torch.randn(5, 8), torch.rand(5, 4)).shape
+        torch.Size([5, 8])
     """
 
     projections_per_unit = 2

@@ -1,4 +1,4 @@
-"""The balance loss of sparsely trained mixtures.
+"""The load-balancing loss of sparsely trained mixtures.
 
 Shapes: R routers, N tokens, E experts, J = R E; leading dimensions (tokens) are free.
 """
@@ -18,7 +18,7 @@ def load_balancing_loss(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Loss of the Switch Transformer: E sum_i f_i P_i, which is 1 when balanced, for any k.
+    """Load-balancing loss of the Switch Transformer: E sum_i f_i P_i, 1 when balanced, for any k.
 
     f_i is expert i's share of all the assignments, P_i its mean probability (arXiv 2101.03961,
     eqs. 4 to 6; f_i is divided by k so that the value does not depend on it).
@@ -34,6 +34,17 @@ def load_balancing_loss(
 
     Raises:
         ValueError: if the shapes differ or the mask does not cover the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import load_balancing_loss
+        >>> from lightning_dsmoe.routing import TopK
+        >>> balanced = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
+        >>> round(load_balancing_loss(balanced, TopK(1).mask(balanced)).item(), 3)
+        1.0
+        >>> collapsed = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+        >>> round(load_balancing_loss(collapsed, TopK(1).mask(collapsed)).item(), 3)
+        1.8
     """
     if active.shape != probs.shape:
         raise ValueError(f"active of {tuple(active.shape)} for probs of {tuple(probs.shape)}")
@@ -47,13 +58,23 @@ def load_balancing_losses(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The balance losses of several routers at once: `[R]`.
+    """The load-balancing losses of several routers, in one pass.
 
     Args:
         probs: probabilities of R routers over the same tokens, `[R, ..., E]`.
         active: the experts that ran, bool `[R, ..., E]`.
         mask: tokens that count, `[...]`, as in `load_balancing_loss`.
         group: process group whose ranks share f_i and P_i, as in `mutual_information_loss`.
+
+    Returns:
+        One loss for each router, `[R]`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import load_balancing_losses
+        >>> probs = torch.full((3, 5, 4), 0.25)  # 3 routers, 5 tokens, 4 experts
+        >>> load_balancing_losses(probs, probs > 0).tolist()
+        [1.0, 1.0, 1.0]
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
     probs_NJ, weight_N = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)

@@ -1,4 +1,4 @@
-"""The loss that keeps experts specialised and balanced.
+"""The mutual-information loss, which keeps experts specialised and balanced, and its entropies.
 
 Shapes: R routers, N tokens, E experts, J = R E; leading dimensions of public arguments are free.
 """
@@ -14,18 +14,33 @@ from lightning_dsmoe.precision import without_autocast
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """H(p) = -sum_i p_i ln p_i over the last dimension, in nats: `[..., E]` to `[...]`."""
+    """Entropy over the last dimension, H(p) = -sum_i p_i ln p_i, in nats.
+
+    Values and gradients stay finite where a probability is zero.
+
+    Args:
+        probs: probabilities `[..., E]`.
+
+    Returns:
+        Entropies `[...]`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import entropy
+        >>> round(entropy(torch.tensor([0.5, 0.5, 0.0])).item(), 3)  # ln 2
+        0.693
+    """
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 class RoutingEntropies(NamedTuple):
-    """How sharp and how even routing is, in nats.
+    """How uncertain routing is for one token, and how even over all tokens, in nats.
 
     Their difference, `conditional - marginal`, is the mutual-information loss.
 
     Shape:
-        conditional: mean_x H(e|x), 0 if every token is sure of its expert.
-        marginal: H(e), ln E if all experts are used alike.
+        conditional: mean_x H(e|x), 0 if every token has one expert with probability 1.
+        marginal: H(e), ln E if all experts are used equally.
     """
 
     conditional: Tensor
@@ -39,8 +54,8 @@ def mutual_information_loss(
 
     L_MI = mean_x H(e|x) - H(e), p(e) = mean_x S(x)   (arXiv 2404.05567, eqs. 4 and 5)
 
-    Minimising it makes each token's choice sharp and the use of the experts even; it lies in
-    [-ln E, 0]. Sum it over routers.
+    Minimising it makes routing confident for each token and balanced over all of them; it lies in
+    [-ln E, 0]. Sum it over the routers of a model.
 
     Args:
         probs: router probabilities S, `[..., E]`.
@@ -54,6 +69,16 @@ def mutual_information_loss(
 
     Raises:
         ValueError: if the mask does not cover the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe import mutual_information_loss
+        >>> specialised = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # one expert for each token
+        >>> round(mutual_information_loss(specialised).item(), 3)  # -ln 2
+        -0.693
+        >>> uncertain = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+        >>> round(abs(mutual_information_loss(uncertain).item()), 3)
+        0.0
     """
     conditional, marginal = routing_entropies(probs[None], mask, group=group)
     return (conditional - marginal).squeeze(0)
@@ -62,7 +87,7 @@ def mutual_information_loss(
 def routing_entropies(
     probs: Tensor, mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None
 ) -> RoutingEntropies:
-    """The two entropies of the mutual-information loss for several routers at once.
+    """The two entropies of the mutual-information loss of several routers, in one pass.
 
     Args:
         probs: router probabilities S of R routers over the same tokens, `[R, ..., E]`.
@@ -74,6 +99,14 @@ def routing_entropies(
 
     Raises:
         ValueError: if the mask does not cover the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import routing_entropies
+        >>> probs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one router, two tokens
+        >>> conditional, marginal = routing_entropies(probs)
+        >>> conditional.item(), round(marginal.item(), 3)
+        (0.0, 0.693)
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
     probs_NJ, weight_N = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)

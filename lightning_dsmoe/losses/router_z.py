@@ -25,6 +25,12 @@ def router_z_loss(
 
     Returns:
         A scalar of at least float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import router_z_loss
+        >>> round(router_z_loss(torch.zeros(5, 4)).item(), 3)  # (ln 4)^2
+        1.922
     """
     logits, weight = flatten_tokens(logits, mask)
     with without_autocast(logits.device.type):

@@ -32,6 +32,11 @@ def flatten_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
 def sum_over_ranks(totals: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over ranks whose gradients, averaged over the ranks, are those of the sum.
 
+    DDP and FSDP divide gradients by the number of ranks. So the local part, the only one that has a
+    gradient here, is multiplied by that number: the average is then the gradient that a single
+    process with all tokens would have. A plain `all_reduce` would cut the graph; its autograd-aware
+    form would need a second communication in the backward pass.
+
     Args:
         totals: this rank's sums over its tokens.
         group: the ranks; None for this one alone.

@@ -11,11 +11,18 @@ GateScale = Literal["mean_one", "sum_to_one"]
 
 
 class Routing(NamedTuple):
-    """A router's scores for every expert.
+    """What a router makes of tokens: the scores of every expert, and their softmax.
 
     Shape:
         logits: float32 `[..., E]`.
         probs: float32 `[..., E]`, the softmax S of the logits; each row sums to 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.routing import LinearRouter
+        >>> routing = LinearRouter(8, 4)(torch.randn(2, 3, 8))
+        >>> routing.probs.shape
+        torch.Size([2, 3, 4])
     """
 
     logits: Tensor
@@ -34,7 +41,11 @@ class MixtureOutput(NamedTuple):
 
 
 def gate_factor(gate_scale: GateScale, n_experts: int) -> float:
-    """c in g = c S: E for "mean_one", 1 for "sum_to_one".
+    """The factor c between a router's probabilities S and the gates g = c S.
+
+    Args:
+        gate_scale: "mean_one" for c = E, so that gates have a mean of 1; "sum_to_one" for c = 1.
+        n_experts: number of experts E.
 
     Raises:
         ValueError: for any other name.

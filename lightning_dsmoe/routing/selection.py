@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FEW_TOKENS = 16
+_MAX_TOKENS_COUNTED = 16
+"""Up to so many tokens, ranks are found by counting; see `_ahead`."""
 
 
 class Gates(NamedTuple):
-    """What a selection makes of probabilities.
+    """The gates of the experts that run, and which ones do.
 
     Shape:
         weight: `[..., E]`, the gate of each expert, zero where it does not run.
@@ -31,8 +32,25 @@ class Gates(NamedTuple):
 class Selection(ABC):
     """Decides from a token's probabilities S which experts run.
 
+    Subclass it as a frozen dataclass and define `mask` for a selection of your own. Called on
+    probabilities `[..., E]`, a selection returns `Gates`.
+
     Args:
-        renormalize: divide the kept gates by their sum; off, they stay raw as in arXiv 2404.05567.
+        renormalize: divide the gates of the experts that run by their sum; false leaves them as
+            they are, which is what arXiv 2404.05567 does.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class NearBest(Selection):
+        ...     share: float
+        ...
+        ...     def mask(self, probs):
+        ...         return probs >= self.share * probs.amax(-1, keepdim=True)
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> NearBest(0.5)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     renormalize: bool = field(default=False, kw_only=True)
@@ -73,7 +91,13 @@ def check_selection(selection: object) -> None:
 
 @dataclass(frozen=True)
 class AllExperts(Selection):
-    """Runs every expert: the dense model (arXiv 2404.05567, eq. 3)."""
+    """Runs every expert: the dense model (arXiv 2404.05567, eq. 3).
+
+    Example:
+        >>> import torch
+        >>> AllExperts()(torch.tensor([0.75, 0.25])).weight.tolist()
+        [0.75, 0.25]
+    """
 
     def mask(self, probs: Tensor) -> Tensor:
         """All true."""
@@ -90,7 +114,13 @@ class TopK(Selection):
 
     Args:
         k: number of experts, from 1 to E.
-        renormalize: divide the kept gates by their sum.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> TopK(2)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     k: int
@@ -113,11 +143,18 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class Threshold(Selection):
-    """Runs the experts whose share is above a threshold, E S_i > eps, and always the best one.
+    """Runs the experts with E S_i > eps, and always the most probable one.
 
     Args:
-        eps: threshold on E S_i, whose mean is 1 (arXiv 2404.05567, section 3.3); from 0 to below E.
-        renormalize: divide the kept gates by their sum.
+        eps: threshold on E S_i, the probability relative to its mean 1 / E (arXiv 2404.05567,
+            section 3.3); from 0 to below E.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> Threshold(0.5)(probs).active.tolist()  # 4 experts: probabilities above 0.5 / 4 = 0.125
+        [[True, True, True, False]]
     """
 
     eps: float
@@ -143,14 +180,20 @@ class Threshold(Selection):
 
 @dataclass(frozen=True)
 class ThresholdTopK(Threshold):
-    """Runs the top k of every token, k being the mean count above a threshold over the batch.
+    """Runs the k most probable experts, k being the mean number above a threshold in the batch.
 
     k is rounded to the nearest whole number, at least 1, for each layer and call by itself
     (arXiv 2404.05567, section 3.3). Every position of the batch counts, padding too.
 
     Args:
-        eps: threshold on E S_i, whose mean is 1; from 0 to below E.
-        renormalize: divide the kept gates by their sum.
+        eps: threshold on E S_i, the probability relative to its mean 1 / E; from 0 to below E.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1]])
+        >>> ThresholdTopK(1.0)(probs).active.sum(-1).tolist()  # 1 and 3 experts are above: k = 2
+        [2, 2]
     """
 
     def mask(self, probs: Tensor) -> Tensor:
@@ -168,7 +211,13 @@ class TopP(Selection):
 
     Args:
         p: probability mass to keep, above 0 and at most 1.
-        renormalize: divide the kept gates by their sum.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> TopP(0.7)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     p: float
@@ -206,10 +255,11 @@ def rank(probs: Tensor) -> Tensor:
 def _ahead(probs: Tensor) -> Tensor | None:
     """Whether expert j is ranked before expert i, bool `[..., i, j]`; None for many tokens.
 
-    For few tokens, counting who is ahead beats sorting, and compiles into one loop.
+    For few tokens, counting who is ahead beats sorting, and a compiler makes one loop of it; a sort
+    breaks the loop in two and calls a kernel of its own. For many tokens E^2 comparisons cost more.
     """
     n_experts = probs.shape[-1]
-    if probs.numel() > _FEW_TOKENS * n_experts:
+    if probs.numel() > _MAX_TOKENS_COUNTED * n_experts:
         return None
     places = torch.arange(n_experts, device=probs.device)
     own, other = probs[..., :, None], probs[..., None, :]

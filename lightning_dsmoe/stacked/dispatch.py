@@ -1,4 +1,4 @@
-"""Which tokens each expert works on, and when sorting them is worth it.
+"""Which tokens each expert works on, and when sorting tokens by expert is worth it.
 
 Shapes: N tokens, E experts.
 """
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 MULTIPLICATIONS_PER_KERNEL = {"cpu": 1e6, "other": 1e9}
-"""What a device does while one kernel of a forward and a backward pass starts."""
-FEWEST_TOKENS = 8
-"""Reading a weight takes as long as using it for so many tokens."""
+"""Multiplications that a device does while one kernel of a forward and a backward pass starts."""
+_TOKENS_PER_READ = 8
+"""Reading a weight from memory takes as long as multiplying it with about so many tokens."""
 
 
 def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kernels: int) -> bool:
@@ -31,11 +31,11 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, other)
     if in_function_transform():
         return False
-    return n_weights * max(n_tokens, FEWEST_TOKENS) > n_kernels * per_kernel
+    return n_weights * max(n_tokens, _TOKENS_PER_READ) > n_kernels * per_kernel
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of `torch.func`, such as `grad` or `vmap`, is at work."""
+    """Whether this runs inside a transform of `torch.func`, such as `grad` or `vmap`."""
     # As `torch.autograd.Function.apply` asks in torch 2.13; there is no public name for it.
     active: bool = torch._C._are_functorch_transforms_active()
     return active

@@ -17,8 +17,8 @@ def gated_projection(hidden_NEF: Tensor, gates_NE: Tensor, weight_EFD: Tensor) -
 
     y = sum_e g_e (a_e W_e) = (g * a) W
 
-    It keeps `hidden_NEF` for the backward pass rather than the gated product, so that training
-    needs hardly more memory than an ungated layer: the gates.
+    For the backward pass autograd would keep the gated product beside the hidden units, twice the
+    activations of a dense layer. This keeps the hidden units alone and multiplies again.
 
     Shape:
         hidden_NEF: hidden units a; gates_NE: gates g; weight_EFD: W; result: `[N, D]`.
