@@ -117,7 +117,7 @@ import sys
 from importlib.resources import files
 import lightning_dsmoe, lightning_dsmoe.callbacks
 import lightning_dsmoe.cli
-for name in lightning_dsmoe.__all__:
+for name in dir(lightning_dsmoe):
     getattr(lightning_dsmoe, name)
 assert files("lightning_dsmoe.cli_configs").joinpath("quickstart.yaml").is_file()
 assert "callbacks" not in sys.modules
