@@ -9,16 +9,19 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu clean
+.PHONY: help demo test test-fast check format gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(STAMP) ## set up, then train, evaluate and compile a small model on the built-in corpus
 	$(BIN)/python $(DEMO)
 
-test: $(STAMP) ## set up, then run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+test: $(STAMP) ## set up, then run all tests and the examples of the docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(STAMP) ## set up, then run the tests that train, compile and start nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
