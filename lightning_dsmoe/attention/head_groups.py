@@ -119,7 +119,7 @@ class HeadGroups(nn.Module):
             gates_BTE: gate of each group; None for 1.
         """
         b_q = None if self.b_q is None else self.b_q.flatten()
-        q_BTR = F.linear(x_BTD, self.w_q().flatten(0, 1), b_q)
+        q_BTR = F.linear(x_BTD, rearrange(self.w_q(), "e r d -> (e r) d"), b_q)
         q_BGTC = rearrange(q_BTR, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
         q_BGTC = self.place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
         heads_BGTC = F.scaled_dot_product_attention(
@@ -132,9 +132,10 @@ class HeadGroups(nn.Module):
         )
         heads_NER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
         if gates_BTE is None:
-            y_ND: Tensor = heads_NER.flatten(1) @ self.w_o().flatten(0, 1)
+            w_o = rearrange(self.w_o(), "e r d -> (e r) d")
+            y_ND: Tensor = rearrange(heads_NER, "n e r -> n (e r)") @ w_o
         else:
-            y_ND = gated_projection(heads_NER, gates_BTE.flatten(0, 1), self.w_o())
+            y_ND = gated_projection(heads_NER, rearrange(gates_BTE, "b t e -> (b t) e"), self.w_o())
         y_BTD = y_ND.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
@@ -164,11 +165,12 @@ class HeadGroups(nn.Module):
             active_BTE: the groups that run, bool.
         """
         batch, length, _ = x_BTD.shape
-        x_ND, gates_NE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
+        x_ND = rearrange(x_BTD, "b t d -> (b t) d")
+        gates_NE, active_NE = (rearrange(g, "b t e -> (b t) e") for g in (gates_BTE, active_BTE))
         positions_N = scope.positions_BT.expand(batch, length).flatten()
         attend_NS = attend_of_tokens(scope, batch, length)
         y_ND = torch.zeros_like(x_ND)
-        running, tokens = tokens_of_each_expert(active_BTE.flatten(0, 1))
+        running, tokens = tokens_of_each_expert(active_NE)
         for e, w_q, w_o, at_M in zip(
             running, self.w_q.of(running), self.w_o.of(running), tokens, strict=True
         ):

@@ -7,6 +7,7 @@ of one expert.
 from abc import ABC, abstractmethod
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,10 +132,11 @@ class Experts(nn.Module, ABC):
             Tokens `[N, D]`.
         """
         b_in = None if self.b_in is None else self.b_in.flatten()
-        projected_NR = F.linear(x_ND, self.w_in().flatten(0, 1), b_in)
-        hidden_NEF = self.hidden(projected_NR.unflatten(1, (self.n_experts, -1)))
+        projected_NR = F.linear(x_ND, rearrange(self.w_in(), "e r d -> (e r) d"), b_in)
+        hidden_NEF = self.hidden(rearrange(projected_NR, "n (e r) -> n e r", e=self.n_experts))
         if gates_NE is None:
-            y_ND: Tensor = hidden_NEF.flatten(1) @ self.w_out().flatten(0, 1)
+            w_out = rearrange(self.w_out(), "e f d -> (e f) d")
+            y_ND: Tensor = rearrange(hidden_NEF, "n e f -> n (e f)") @ w_out
         else:
             y_ND = gated_projection(hidden_NEF, gates_NE, self.w_out())
         return y_ND if self.b_out is None else y_ND + self.b_out

@@ -5,6 +5,7 @@ Shapes: R routers, N tokens, E experts, J = R E; leading dimensions (tokens) are
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
@@ -77,12 +78,12 @@ def load_balancing_losses(
         [1.0, 1.0, 1.0]
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_NJ, weight_N = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
-    active_NJ = active.movedim(0, -2).reshape(probs_NJ.shape).to(probs_NJ)
+    probs_NJ, weight_N = flatten_tokens(rearrange(probs, "r ... e -> ... (r e)"), mask)
+    active_NJ = rearrange(active, "r ... e -> (...) (r e)").to(probs_NJ)
     with without_autocast(probs.device.type):
         totals = torch.cat([weight_N @ active_NJ, weight_N @ probs_NJ, weight_N.sum()[None]])
         totals = sum_over_ranks(totals, group)
-        assigned_RE, prob_RE = totals[:-1].view(2, n_routers, n_experts)
+        assigned_RE, prob_RE = rearrange(totals[:-1], "(two r e) -> two r e", two=2, r=n_routers)
         share_RE = assigned_RE / assigned_RE.sum(-1, keepdim=True).clamp_min(1)
         loss_R: Tensor = n_experts * (share_RE * prob_RE).sum(-1) / totals[-1].clamp_min(1)
         return loss_R

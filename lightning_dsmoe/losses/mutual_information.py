@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
@@ -109,11 +110,11 @@ def routing_entropies(
         (0.0, 0.693)
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_NJ, weight_N = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
-    entropy_NR = entropy(probs_NJ.unflatten(-1, (n_routers, n_experts)))
+    probs_NJ, weight_N = flatten_tokens(rearrange(probs, "r ... e -> ... (r e)"), mask)
+    entropy_NR = entropy(rearrange(probs_NJ, "n (r e) -> n r e", r=n_routers))
     with without_autocast(probs.device.type):
         totals = torch.cat([weight_N @ probs_NJ, weight_N @ entropy_NR, weight_N.sum()[None]])
     totals = sum_over_ranks(totals, group)
     means = totals[:-1] / totals[-1].clamp_min(1)
-    share_RE, conditional_R = means.split([n_routers * n_experts, n_routers])
-    return RoutingEntropies(conditional_R, entropy(share_RE.view(n_routers, n_experts)))
+    share_J, conditional_R = means.split([n_routers * n_experts, n_routers])
+    return RoutingEntropies(conditional_R, entropy(rearrange(share_J, "(r e) -> r e", r=n_routers)))

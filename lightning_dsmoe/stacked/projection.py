@@ -6,6 +6,7 @@ Shapes: N tokens, E experts, F hidden units of one expert, D width.
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,7 +37,15 @@ def gated_projection(hidden_NEF: Tensor, gates_NE: Tensor, weight_EFD: Tensor) -
 
 
 def _gated_product(hidden_NEF: Tensor, gates_NE: Tensor, weight_EFD: Tensor) -> Tensor:
-    return (hidden_NEF * gates_NE[..., None]).flatten(1) @ weight_EFD.flatten(0, 1)
+    return _flat(hidden_NEF * gates_NE[..., None]) @ _rows(weight_EFD)
+
+
+def _flat(hidden_NEF: Tensor) -> Tensor:
+    return rearrange(hidden_NEF, "n e f -> n (e f)")
+
+
+def _rows(weight_EFD: Tensor) -> Tensor:
+    return rearrange(weight_EFD, "e f d -> (e f) d")
 
 
 class _GatedProjection(torch.autograd.Function):
@@ -51,11 +60,11 @@ class _GatedProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden_NEF, gates_NE, weight_EFD = ctx.saved_tensors
-        d_gated_NEF = (grad_ND @ weight_EFD.flatten(0, 1).T).view_as(hidden_NEF)
+        d_gated_NEF = (grad_ND @ _rows(weight_EFD).T).view_as(hidden_NEF)
         product_NEF = d_gated_NEF * hidden_NEF
         d_gates_NE = product_NEF.sum(-1)
         d_hidden_NEF = d_gated_NEF.mul_(gates_NE[..., None])
         # Fresh memory is slow on CPUs, so the product's is used again.
         gated_NEF = torch.mul(hidden_NEF, gates_NE[..., None], out=product_NEF)
-        d_weight_EFD = (gated_NEF.flatten(1).T @ grad_ND).view_as(weight_EFD)
+        d_weight_EFD = (_flat(gated_NEF).T @ grad_ND).view_as(weight_EFD)
         return d_hidden_NEF, d_gates_NE, d_weight_EFD
