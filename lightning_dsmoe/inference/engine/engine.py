@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, check, here
@@ -54,7 +54,7 @@ class Engine:
     ) -> DecoderOutput:
         """Logits and routings of new tokens, as `Decoder.forward` gives them."""
         with torch.autocast(tokens_BT.device.type, enabled=False):
-            return run_many(
+            return forward_tokens(
                 self.decoder,
                 tokens_BT,
                 plan,
@@ -92,7 +92,7 @@ class Engine:
             self._layouts[several] = tiled(self.decoder, n_sequences)
         return self._layouts[several]
 
-    def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineContext":
+    def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
         """Start sequences under a plan, with room for `capacity` tokens each.
 
         Raises:
@@ -107,10 +107,10 @@ class Engine:
             groups = -(-batch_size // _AT_ONCE)
             sizes = [(batch_size + group) // groups for group in range(groups)]
         caches = [DecoderCache(self.decoder, size, capacity) for size in sizes]
-        return EngineContext(self, caches, plan, gathers=gathers)
+        return EngineReader(self, caches, plan, gathers=gathers)
 
 
-class EngineContext:
+class EngineReader:
     """A context of an engine.
 
     Args:

@@ -22,7 +22,7 @@ _CLEARLY = 0.97
 """Of the time: grouped and masked are the same where no layer groups, and then differ by chance."""
 
 
-def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
+def tune(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
     """Measure the three ways of decoding 1 to 64 sequences by turns.
 
     Args:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.routing import AllExperts
 
@@ -62,7 +62,7 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
     mask = torch.ones(2, prompt, dtype=torch.bool)
     mask[1, : prompt // 2] = False
     plan = uniform(AllExperts())
-    run_many(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
+    forward_tokens(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
     kept = [layer.keys[:, :, :prompt].clone() for layer in cache.layers]
     for new in range(2):
         slots = cache.next_slots()
@@ -82,9 +82,9 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
 def test_a_prompt_that_does_not_fit(one_decoder: Decoder, tokens: Tensor) -> None:
     cache = DecoderCache(one_decoder, 3, 20)
     twin, plan = packed(one_decoder), uniform(AllExperts())
-    run_many(twin, tokens, plan, grouped=False, caches=cache.layers)
+    forward_tokens(twin, tokens, plan, grouped=False, caches=cache.layers)
     with pytest.raises(ValueError, match="28 tokens do not fit a cache of 20"):
-        run_many(twin, tokens, plan, grouped=False, caches=cache.layers)
+        forward_tokens(twin, tokens, plan, grouped=False, caches=cache.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

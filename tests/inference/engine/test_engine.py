@@ -37,13 +37,13 @@ OF_ONE_TOKEN = [AllExperts(), TopK(1), TopK(2, renormalize=True), Threshold(0.8)
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of what the decoder is run on."""
     seen = []
-    run_many = engine_module.run_many
+    forward_tokens = engine_module.forward_tokens
 
     def recorded(decoder: Decoder, tokens_BT: Tensor, *args: Any, **options: Any) -> Any:
         seen.append(tokens_BT.shape[1])
-        return run_many(decoder, tokens_BT, *args, **options)
+        return forward_tokens(decoder, tokens_BT, *args, **options)
 
-    monkeypatch.setattr(engine_module, "run_many", recorded)
+    monkeypatch.setattr(engine_module, "forward_tokens", recorded)
     return seen
 
 
@@ -214,13 +214,13 @@ def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
     first: int, one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    run_many = engine_module.run_many
+    forward_tokens = engine_module.forward_tokens
 
     def recorded(*args: Any, grouped: bool, **options: Any) -> Any:
         seen.append(grouped)
-        return run_many(*args, grouped=grouped, **options)
+        return forward_tokens(*args, grouped=grouped, **options)
 
-    monkeypatch.setattr(engine_module, "run_many", recorded)
+    monkeypatch.setattr(engine_module, "forward_tokens", recorded)
     engine = Engine(packed(one_decoder), SwitchPoints(gather_up_to=0, grouped_from=first))
     shapes = [(1, 1), (1, 5), (5, 1), (1, 6), (2, 3), (3, 3)]
     for shape in shapes:

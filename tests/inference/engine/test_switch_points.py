@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dsmoe import TopK, compile_sparse, load_sparse
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine import tuning as calibration
+from lightning_dsmoe.inference.engine import tuning
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here, place_of
 
@@ -30,8 +30,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
         name = WAYS[engine.switch_points[:2]]
         return chosen.get((name, n_sequences), SECONDS[name])
 
-    monkeypatch.setattr(calibration, "_seconds", seconds)
-    monkeypatch.setattr(calibration.Engine, "compiled_step", lambda *args: "a step")
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning.Engine, "compiled_step", lambda *args: "a step")
     return chosen
 
 
@@ -56,7 +56,7 @@ def test_the_fastest_way_is_taken(
 ) -> None:
     clock.update(faster)
     twin = packed(one_decoder)
-    found = calibration.calibrate(twin, PLAN)
+    found = tuning.tune(twin, PLAN)
     assert found == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
 
 
@@ -81,7 +81,7 @@ def test_each_way_is_what_is_timed(
 
     monkeypatch.setattr(Engine, "forward", recorded)
     monkeypatch.setattr(Engine, "compiled_step", step)
-    calibration.calibrate(packed(make()), PLAN)
+    tuning.tune(packed(make()), PLAN)
     assert ways.count(("compiled", (1,))) == 6 * (length - 4)
     assert ways.count(("compiled", (16,))) == 6 * (1 + 2 + 4) * (length - 4)
     for name in ("grouped", "masked"):
@@ -92,14 +92,14 @@ def test_each_way_is_what_is_timed(
 def test_a_model_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
     twin = packed(learned_positions_glu(max_positions=3))
-    assert calibration.calibrate(twin, PLAN).gather_up_to == 0
+    assert tuning.tune(twin, PLAN).gather_up_to == 0
 
 
 def test_what_cannot_be_compiled_is_not_timed(
     one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
-    assert calibration.calibrate(packed(one_decoder), PLAN).gather_up_to == 0
+    assert tuning.tune(packed(one_decoder), PLAN).gather_up_to == 0
 
 
 def test_a_model_keeps_what_it_has_measured(

@@ -20,14 +20,17 @@ from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     grouping_pays,
     pair_up,
 )
-from lightning_dsmoe.inference.engine.batched.masked_layers import add_wide_experts, add_wide_heads
+from lightning_dsmoe.inference.engine.batched.masked_layers import (
+    add_masked_experts,
+    add_masked_heads,
+)
 from lightning_dsmoe.inference.engine.weights.row_major import rows_of
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.routing import MixtureOutput
 
 
-def run_many(
+def forward_tokens(
     decoder: Decoder,
     tokens_BT: Tensor,
     plan: SelectionPlan,
@@ -80,14 +83,14 @@ def _attend(
     keys, values = heads.keys_and_values(x_BTD, scope, cache, mask)
     attended = heads, x_BTD, scope, keys, values
     if not isinstance(layer, MixtureOfAttentionHeads):
-        add_wide_heads(into_XD, *attended, None)
+        add_masked_heads(into_XD, *attended, None)
         return None
     routing: Routing = layer.router(x_BTD)
     work = _weights_of_one(heads.w_q, heads.w_o)
     work += 2 * keys.shape[2] * heads.n_heads * heads.d_head
     gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
     if pairs is None:
-        add_wide_heads(into_XD, *attended, gates_XE)
+        add_masked_heads(into_XD, *attended, gates_XE)
     else:
         add_grouped_heads(into_XD, *attended, pairs)
     return routing
@@ -108,17 +111,17 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
         return mixture.routing
     into_XD, x_XD = into_BTD.view(-1, into_BTD.shape[-1]), x_BTD.flatten(0, 1)
     if not isinstance(layer, MixtureOfExperts):
-        add_wide_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
+        add_masked_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
         return None
     routing: Routing = layer.router(x_BTD)
     work = _weights_of_one(layer.experts.w_in, layer.experts.w_out)
     gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
     if pairs is None:
-        add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)
+        add_masked_experts(into_XD, layer.experts, x_XD, gates_XE)
     else:
         add_grouped_experts(into_XD, layer.experts, x_XD, pairs)
     if layer.shared is not None:
-        add_wide_experts(into_XD, layer.shared.experts, x_XD, None)
+        add_masked_experts(into_XD, layer.shared.experts, x_XD, None)
     return routing
 
 

@@ -22,7 +22,7 @@ _TOGETHER = 4
 """Products taken together for few tokens on a CPU: one of few rows leaves cores and memory idle."""
 
 
-def add_wide_experts(
+def add_masked_experts(
     into_XD: Tensor, experts: Experts, x_XD: Tensor, gates_XE: Tensor | None
 ) -> None:
     """Add all experts' outputs under their gates, None for gates of 1, in place."""
@@ -30,10 +30,10 @@ def add_wide_experts(
     b_in = None if experts.b_in is None else experts.b_in.flatten()
     projected_XR = _linear(x_XD, rows_ERD.flatten(0, 1), b_in)
     hidden_XEF = experts.hidden(projected_XR.unflatten(1, (experts.n_experts, -1)))
-    _add_wide_sum(into_XD, rows_of(experts.w_out), hidden_XEF, gates_XE, experts.b_out)
+    _add_gated_products(into_XD, rows_of(experts.w_out), hidden_XEF, gates_XE, experts.b_out)
 
 
-def add_wide_heads(
+def add_masked_heads(
     into_XD: Tensor,
     heads: HeadGroups,
     x_BTD: Tensor,
@@ -48,7 +48,7 @@ def add_wide_heads(
     q_BTR = q_XR.unflatten(0, x_BTD.shape[:2])
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
-    _add_wide_sum(into_XD, rows_of(heads.w_o), heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
+    _add_gated_products(into_XD, rows_of(heads.w_o), heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
 
 
 def attend_groups(
@@ -92,7 +92,7 @@ def _linear(x_XI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return out_XO if bias_O is None else out_XO + bias_O
 
 
-def _add_wide_sum(
+def _add_gated_products(
     into_XD: Tensor,
     w_out: Rows,
     hidden_XEF: Tensor,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_dsmoe.decoder import Decoder, DecoderOutput, Routings
 from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.inference import Remaining, prune
-from lightning_dsmoe.inference.engine.batched import forward as many
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched import forward
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.weights.row_major import Rows
 from lightning_dsmoe.routing import (
@@ -28,7 +28,7 @@ from lightning_dsmoe.routing import (
 from ..conftest import MakeDecoder, V, assert_near, learned_positions_glu, packed, uniform
 
 
-@pytest.fixture(params=[False, True], ids=["wide", "grouped"])
+@pytest.fixture(params=[False, True], ids=["masked", "grouped"])
 def grouped(request: pytest.FixtureRequest) -> bool:
     return request.param
 
@@ -50,10 +50,10 @@ def test_logits_and_routings_are_those_of_the_plain_decoder(
     plan, twin, tokens = uniform(selection), packed(decoder), tokens[:batch]
     for some in (None, mask[-batch:]):
         expected = decoder(tokens, plan, mask=some)
-        found = run_many(twin, tokens, plan, grouped=grouped, mask=some)
+        found = forward_tokens(twin, tokens, plan, grouped=grouped, mask=some)
         assert_near(found.logits, expected.logits)
         assert_same_routings(found.routings, expected.routings)
-        last = run_many(twin, tokens, plan, grouped=grouped, mask=some, only_last=True)
+        last = forward_tokens(twin, tokens, plan, grouped=grouped, mask=some, only_last=True)
         assert last.logits.shape == (batch, 1, V)
         assert_near(last.logits, expected.logits[:, -1:])
         assert_same_routings(last.routings, expected.routings)
@@ -78,7 +78,7 @@ def test_chunks_through_caches(
         some = masked if padded else None
         expected = decoder(part, plan, mask=some, caches=caches)
         for each in (cache.layers, own):
-            found = run_many(twin, part, plan, grouped=grouped, mask=some, caches=each)
+            found = forward_tokens(twin, part, plan, grouped=grouped, mask=some, caches=each)
             assert_near(found.logits, expected.logits)
             assert_same_routings(found.routings, expected.routings)
     for layer, plain in zip(cache.layers, caches, strict=True):
@@ -91,7 +91,7 @@ def test_chunks_through_caches(
 @torch.no_grad()
 def test_layers_of_different_selections(grouped: bool, decoder: Decoder, tokens: Tensor) -> None:
     plan = SelectionPlan((TopK(1), AllExperts()), (TopP(0.5), Threshold(0.7)))
-    found = run_many(packed(decoder), tokens, plan, grouped=grouped)
+    found = forward_tokens(packed(decoder), tokens, plan, grouped=grouped)
     assert_near(found.logits, decoder(tokens, plan).logits)
 
 
@@ -104,7 +104,7 @@ def test_eight_bits(
     twin = packed(decoder, int8=True)
     twin = twin.bfloat16() if half else twin
     expected = twin(tokens, uniform(chosen)).logits
-    found = run_many(twin, tokens, uniform(chosen), grouped=grouped).logits
+    found = forward_tokens(twin, tokens, uniform(chosen), grouped=grouped).logits
     if half:  # where a token's experts nearly tie, rounding can choose others
         assert found.dtype == torch.bfloat16
         assert (found - expected).abs().median() < 4e-3 * expected.abs().max()
@@ -118,7 +118,7 @@ def test_grouped_layers_read_the_chosen_experts_alone(
     chosen: Selection, one_decoder: Decoder, tokens: Tensor
 ) -> None:
     def run() -> DecoderOutput:
-        return run_many(twin, tokens[:1, :1], uniform(chosen), grouped=True)
+        return forward_tokens(twin, tokens[:1, :1], uniform(chosen), grouped=True)
 
     twin = packed(one_decoder)
     expected = run()
@@ -137,8 +137,8 @@ def test_grouped_layers_read_the_chosen_experts_alone(
                     getattr(owner, name)[idle] = torch.nan
     assert n_idle >= 8
     assert torch.equal(run().logits, expected.logits)
-    wide = run_many(twin, tokens[:1, :1], uniform(chosen), grouped=False)
-    assert wide.logits.isnan().any()
+    masked = forward_tokens(twin, tokens[:1, :1], uniform(chosen), grouped=False)
+    assert masked.logits.isnan().any()
 
 
 @torch.no_grad()
@@ -151,10 +151,10 @@ def test_layers_in_which_grouping_does_not_pay_run_all_experts(
         asked.append(args)
         return False
 
-    monkeypatch.setattr(many, "grouping_pays", never)
+    monkeypatch.setattr(forward, "grouping_pays", never)
     twin, plan, first = packed(one_decoder), uniform(TopK(1)), tokens[:1, :7]
-    found = run_many(twin, first, plan, grouped=True)
-    assert torch.equal(found.logits, run_many(twin, first, plan, grouped=False).logits)
+    found = forward_tokens(twin, first, plan, grouped=True)
+    assert torch.equal(found.logits, forward_tokens(twin, first, plan, grouped=False).logits)
     routings = [
         routing
         for layer in zip(found.routings.attention, found.routings.experts, strict=True)
@@ -190,13 +190,13 @@ def test_a_model_without_unused_experts_takes_the_way_of_the_whole_one(
         asked[-1].append(([count for count in counts if count], *args))
         return True
 
-    monkeypatch.setattr(many, "grouping_pays", pays)
+    monkeypatch.setattr(forward, "grouping_pays", pays)
     plan, first = uniform(TopK(1)), tokens[:1, :1]
     asked.append([])
-    routings = run_many(packed(one_decoder), first, plan, grouped=True).routings
+    routings = forward_tokens(packed(one_decoder), first, plan, grouped=True).routings
     used = Remaining(*(tuple((int(r.probs.argmax()),) for r in kind) for kind in routings))
     asked.append([])
-    run_many(packed(prune(one_decoder, used)), first, plan, grouped=True)
+    forward_tokens(packed(prune(one_decoder, used)), first, plan, grouped=True)
     assert asked[0] == asked[1]
 
 
@@ -205,7 +205,7 @@ def test_a_model_without_unused_experts_takes_the_way_of_the_whole_one(
 @torch.no_grad()
 def test_no_tokens(chosen: Selection, shape: tuple[int, int], decoder: Decoder) -> None:
     tokens = torch.zeros(shape, dtype=torch.long)
-    found = run_many(packed(decoder), tokens, uniform(chosen), grouped=False)
+    found = forward_tokens(packed(decoder), tokens, uniform(chosen), grouped=False)
     assert found.logits.shape == (*shape, V)
 
 
@@ -218,7 +218,7 @@ class Doubling(FeedForwardLayer):
 def test_a_layer_of_somebodys_own(make_decoder: MakeDecoder, grouped: bool, tokens: Tensor) -> None:
     decoder = make_decoder()
     decoder.blocks[0].feed_forward = Doubling()
-    found = run_many(packed(decoder), tokens, uniform(TopK(1)), grouped=grouped)
+    found = forward_tokens(packed(decoder), tokens, uniform(TopK(1)), grouped=grouped)
     expected = decoder(tokens, uniform(TopK(1)))
     assert_near(found.logits, expected.logits)
     assert_same_routings(found.routings, expected.routings)
@@ -237,7 +237,7 @@ def test_a_norm_that_gives_out_what_it_gets(
     for block in decoder.blocks:
         block.attention_norm, block.feed_forward_norm = Unchanged(), Unchanged()
     plan = uniform(TopK(2))
-    found = run_many(packed(decoder), tokens, plan, grouped=grouped).logits
+    found = forward_tokens(packed(decoder), tokens, plan, grouped=grouped).logits
     assert_near(found, decoder(tokens, plan).logits)
 
 
@@ -245,8 +245,8 @@ def test_more_tokens_than_learned_positions_are_refused() -> None:
     twin = packed(learned_positions_glu())
     plan, cache = uniform(AllExperts()), DecoderCache(twin, 1, 200)
     start = torch.zeros(1, 60, dtype=torch.long)
-    run_many(twin, start, plan, grouped=False, caches=cache.layers)
+    forward_tokens(twin, start, plan, grouped=False, caches=cache.layers)
     for tokens, caches in ((91, None), (31, cache.layers)):
         more = torch.zeros(1, tokens, dtype=torch.long)
         with pytest.raises(ValueError, match="91 tokens, but this model has 90 learned positions"):
-            run_many(twin, more, plan, grouped=False, caches=caches)
+            forward_tokens(twin, more, plan, grouped=False, caches=caches)

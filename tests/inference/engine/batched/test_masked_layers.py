@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory
-from lightning_dsmoe.inference.engine.batched import masked_layers as wide
+from lightning_dsmoe.inference.engine.batched import masked_layers
 from lightning_dsmoe.inference.engine.batched.masked_layers import (
-    add_wide_experts,
-    add_wide_heads,
+    add_masked_experts,
+    add_masked_heads,
     attend_groups,
 )
 from lightning_dsmoe.inference.engine.weights.row_major import Rows
@@ -47,8 +47,8 @@ def gating(request: pytest.FixtureRequest) -> str:
 def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take some tokens for many, so that their products are not split or summed up together."""
     if request.param == "many tokens":
-        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
-    monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
+        monkeypatch.setattr(masked_layers, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(masked_layers, "_MANY_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
@@ -64,7 +64,7 @@ def test_experts(
     x_XD, gates = torch.randn(n_tokens, 24), gates_of(gating, n_tokens, n_experts)
     given = None if gating == "none" else gates
     assert_adds(
-        lambda into: add_wide_experts(into, experts, x_XD, given),
+        lambda into: add_masked_experts(into, experts, x_XD, given),
         loop_over_experts(experts, x_XD, gates),
     )
 
@@ -72,14 +72,16 @@ def test_experts(
 @torch.no_grad()
 def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without them then gives the very same sums for many tokens."""
-    monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(masked_layers, "_FEW_TOKENS", 0)
     weight, hidden, gates = torch.randn(5, 24, 7), torch.randn(9, 5, 7), torch.rand(9, 5)
     gates[:, [1, 4]] = 0
     sums = []
     for kept in (range(5), [0, 2, 3]):
         sums.append(torch.zeros(9, 24))
         rows = Rows(weight[list(kept)], transposed=True)
-        wide._add_wide_sum(sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None)
+        masked_layers._add_gated_products(
+            sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None
+        )
     assert torch.equal(*sums)
 
 
@@ -92,7 +94,7 @@ def test_experts_in_bfloat16(make: ExpertsFactory, n_experts: int, gating: str) 
     experts.bfloat16()
     x_XD, gates = torch.randn(9, 24).bfloat16(), gates_of(gating, 9, n_experts)
     into = torch.zeros_like(x_XD)
-    add_wide_experts(into, experts, x_XD, None if gating == "none" else gates)
+    add_masked_experts(into, experts, x_XD, None if gating == "none" else gates)
     assert_near(into.double(), loop_over_experts(experts, x_XD, gates), 2e-2)
 
 
@@ -110,7 +112,7 @@ def test_heads(
     gates = gates_of(gating, seen.x_BTD[..., 0].numel(), n_groups)
     given = None if gating == "none" else gates
     assert_adds(
-        lambda into: add_wide_heads(into, heads, *seen.attended, given),
+        lambda into: add_masked_heads(into, heads, *seen.attended, given),
         loop_over_heads(heads, seen, gates),
         3e-6,
     )
