@@ -12,7 +12,7 @@ from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     add_grouped_experts,
     add_grouped_heads,
     grouping_pays,
-    pair_up,
+    sort_by_expert,
 )
 from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
 
@@ -91,7 +91,7 @@ def test_grouping_pays_where_it_saves_more_than_it_costs(
 def test_pairs(n_tokens: int, counts: list[int]) -> None:
     active = active_of(counts, n_tokens)
     gates = gates_like(active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
     end, sizes, running = 0, [], []
     slots: dict[int, list[int]] = {x: [] for x in range(n_tokens)}
     for group in pairs.groups:
@@ -128,7 +128,7 @@ def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: list
     x_XD, gates = torch.randn(n_tokens, 24), gates_like(active)
     expected = loop_over_experts(experts, x_XD, gates * active)
     poison(experts, active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
     assert_adds(lambda into: add_grouped_experts(into, experts, x_XD, pairs), expected)
 
 
@@ -147,5 +147,5 @@ def test_heads(
     gates = gates_like(active)
     expected = loop_over_heads(heads, seen, gates * active)
     poison(heads, active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
     assert_adds(lambda into: add_grouped_heads(into, heads, *seen.attended, pairs), expected, 3e-6)

@@ -47,8 +47,8 @@ def gating(request: pytest.FixtureRequest) -> str:
 def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take some tokens for many, so that their products are not split or summed up together."""
     if request.param == "many tokens":
-        monkeypatch.setattr(masked_layers, "_FEW_TOKENS", 0)
-    monkeypatch.setattr(masked_layers, "_MANY_WEIGHTS", 0)
+        monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", 0)
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MIN_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
@@ -72,7 +72,7 @@ def test_experts(
 @torch.no_grad()
 def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without them then gives the very same sums for many tokens."""
-    monkeypatch.setattr(masked_layers, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", 0)
     weight, hidden, gates = torch.randn(5, 24, 7), torch.randn(9, 5, 7), torch.rand(9, 5)
     gates[:, [1, 4]] = 0
     sums = []
