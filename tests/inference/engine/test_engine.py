@@ -59,12 +59,11 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
     tokens: Tensor,
     mask: Tensor,
     lengths: list[int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, some = Engine(packed(decoder), UNCOMPILED), mask if padded else None
     whole = engine.open(3, 14, uniform(chosen)).read(tokens, some)
     assert lengths == [14]
-    monkeypatch.setattr(engine_module, "_CHUNK", 3 * chunk + 2)
+    engine.max_tokens = 3 * chunk + 2
     pieces = engine.open(3, 14, uniform(chosen))
     found = pieces.read(tokens, some)
     assert lengths[1:] == [chunk] * (14 // chunk) + ([14 % chunk] if 14 % chunk else [])
@@ -74,10 +73,10 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
 
 
 def test_more_sequences_than_a_chunk_holds(
-    one_decoder: Decoder, tokens: Tensor, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    one_decoder: Decoder, tokens: Tensor, lengths: list[int]
 ) -> None:
-    monkeypatch.setattr(engine_module, "_CHUNK", 2)
-    Engine(packed(one_decoder), UNCOMPILED).open(3, 4, uniform(TopK(1))).read(tokens[:, :4])
+    engine = Engine(packed(one_decoder), UNCOMPILED, max_tokens=2)
+    engine.open(3, 4, uniform(TopK(1))).read(tokens[:, :4])
     assert lengths == [1] * 4
 
 
