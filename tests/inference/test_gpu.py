@@ -49,7 +49,7 @@ def everywhere(rule: Selection) -> SelectionPlan:
     return SelectionPlan.uniform(2, experts=rule, attention=rule)
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference as a share of the largest value."""
     return ((found.cpu() - expected).abs().max() / expected.abs().max()).item()
 
@@ -81,7 +81,7 @@ def test_plans(make: Callable[[], Decoder], rule: Selection) -> None:
     with torch.no_grad():
         expected_BTV = model.logits(tokens_BT)
         found_BTV = model.to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+    assert difference(found_BTV, expected_BTV) < ROUNDING
 
 
 @make
@@ -107,7 +107,7 @@ def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> No
     with torch.no_grad():
         expected_BTV = SparseModel.load(folder).logits(tokens_BT)
         found_BTV = SparseModel.load(folder).to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+    assert difference(found_BTV, expected_BTV) < ROUNDING
 
 
 def test_nothing_compiles() -> None:

@@ -4,6 +4,7 @@ Shapes: B sequences in a batch, T positions.
 """
 
 import time
+from collections.abc import Sequence
 from itertools import takewhile
 from statistics import median
 
@@ -14,7 +15,6 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, place_of
 from lightning_dsmoe.routing import SelectionPlan
 
-_BATCH_SIZES = (1, 4, 16, 32, 64)
 _PROMPT, _LENGTH = 4, 8
 _ROUNDS = 5
 _NEVER = 2**31
@@ -23,12 +23,18 @@ _NEVER = 2**31
 _CLEARLY = 0.97
 
 
-def tune(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
-    """Measure the time that each method takes to decode 1 to 64 sequences.
+def tune(
+    decoder: Decoder, plan: SelectionPlan, *, batch_sizes: Sequence[int] = (1, 4, 16, 32, 64)
+) -> SwitchPoints:
+    """Measure the time that each method takes to decode some batches of sequences.
 
     Args:
         decoder: the packed decoder.
         plan: the experts that run.
+        batch_sizes: numbers of sequences, ascending.
+
+    Returns:
+        Switch points that hold on this device, with this type and number of threads.
     """
     engines = {
         "gathered": Engine(decoder, SwitchPoints(gather_up_to=_NEVER)),
@@ -38,10 +44,10 @@ def tune(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
     compiled = engines["gathered"]
     if not compiled.switch_points.gather_up_to or compiled.compiled_step(plan, 1) is None:
         del engines["gathered"]
-    seconds = {size: _medians(engines, plan, size) for size in _BATCH_SIZES}
+    seconds = {size: _medians(engines, plan, size) for size in batch_sizes}
     # Up to the first defeat: beyond it lies a batch size at which another method is faster.
     gathered = takewhile(
-        lambda size: min(seconds[size], key=seconds[size].__getitem__) == "gathered", _BATCH_SIZES
+        lambda size: min(seconds[size], key=seconds[size].__getitem__) == "gathered", batch_sizes
     )
     masked = [size for size, each in seconds.items() if each["masked"] < _CLEARLY * each["grouped"]]
     return SwitchPoints(

@@ -1,4 +1,4 @@
-"""Which way runs when, and that prompts in pieces and in batches are what they are alone."""
+"""Which method runs when, and that prompts in pieces and in batches are what they are alone."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,18 @@ from lightning_dsmoe.routing import (
     TopP,
 )
 
-from .conftest import Steps, V, assert_near, packed, rotary_mlp, uniform
+from ...pairwise import pairwise
+from .conftest import (
+    SELECTIONS,
+    Steps,
+    V,
+    assert_near,
+    learned_positions_glu,
+    packed,
+    rotary_mlp,
+    uniform,
+    without_routers,
+)
 
 UNCOMPILED = SwitchPoints(gather_up_to=0)
 # ThresholdTopK counts over all tokens of a call, so it may choose others for another batch.
@@ -47,9 +58,15 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 13])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("chosen", OF_ONE_TOKEN, ids=str)
+@pytest.mark.parametrize(
+    ("chosen", "padded", "chunk", "make_decoder"),
+    pairwise(
+        chosen=OF_ONE_TOKEN,
+        padded=[False, True],
+        chunk=[1, 3, 5, 13],
+        make_decoder=[rotary_mlp, learned_positions_glu, without_routers],
+    ),
+)
 @torch.no_grad()
 def test_a_prompt_in_pieces_is_the_prompt_at_once(
     chosen: Selection,
@@ -94,7 +111,14 @@ def test_a_prompt_does_not_feel_its_batch(
             assert_near(logits[row : row + 1], alone)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("selection", "batch", "make_decoder"),
+    pairwise(
+        selection=SELECTIONS,
+        batch=[1, 3],
+        make_decoder=[rotary_mlp, learned_positions_glu, without_routers],
+    ),
+)
 @torch.no_grad()
 def test_reading_is_that_of_the_plain_decoder(
     batch: int, selection: Selection, decoder: Decoder, tokens: Tensor

@@ -1,4 +1,4 @@
-"""A packed decoder on many tokens, both ways, against the plain decoder."""
+"""A packed decoder on many tokens, with both methods, against the plain decoder."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,10 +25,24 @@ from lightning_dsmoe.routing import (
     TopP,
 )
 
-from ..conftest import MakeDecoder, V, assert_near, learned_positions_glu, packed, uniform
+from ....pairwise import pairwise
+from ..conftest import (
+    SELECTIONS,
+    MakeDecoder,
+    V,
+    assert_near,
+    learned_positions_glu,
+    packed,
+    rotary_mlp,
+    uniform,
+    without_routers,
+)
+
+DECODERS = [rotary_mlp, learned_positions_glu, without_routers]
+GROUPED = [False, True]
 
 
-@pytest.fixture(params=[False, True], ids=["masked", "grouped"])
+@pytest.fixture(params=GROUPED, ids=["masked", "grouped"])
 def grouped(request: pytest.FixtureRequest) -> bool:
     return request.param
 
@@ -42,7 +56,10 @@ def assert_same_routings(found: Routings, expected: Routings) -> None:
                 assert_near(layer.probs, other.probs, 3e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("selection", "make_decoder", "grouped", "batch"),
+    pairwise(selection=SELECTIONS, make_decoder=DECODERS, grouped=GROUPED, batch=[1, 2, 3]),
+)
 @torch.no_grad()
 def test_logits_and_routings_are_those_of_the_plain_decoder(
     batch: int, selection: Selection, grouped: bool, decoder: Decoder, tokens: Tensor, mask: Tensor
@@ -59,8 +76,16 @@ def test_logits_and_routings_are_those_of_the_plain_decoder(
         assert_same_routings(last.routings, expected.routings)
 
 
-@pytest.mark.parametrize("lengths", [(3, 1, 10), (1, 1, 5, 7)], ids=str)
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("selection", "make_decoder", "grouped", "padded", "lengths"),
+    pairwise(
+        selection=SELECTIONS,
+        make_decoder=DECODERS,
+        grouped=GROUPED,
+        padded=[False, True],
+        lengths=[(3, 1, 10), (1, 1, 5, 7)],
+    ),
+)
 @torch.no_grad()
 def test_chunks_through_caches(
     padded: bool,
@@ -95,8 +120,15 @@ def test_layers_of_different_selections(grouped: bool, decoder: Decoder, tokens:
     assert_near(found.logits, decoder(tokens, plan).logits)
 
 
-@pytest.mark.parametrize("chosen", [TopK(2), ThresholdTopK(0.8), AllExperts()], ids=str)
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("chosen", "half", "make_decoder", "grouped"),
+    pairwise(
+        chosen=[TopK(2), ThresholdTopK(0.8), AllExperts()],
+        half=[False, True],
+        make_decoder=DECODERS,
+        grouped=GROUPED,
+    ),
+)
 @torch.no_grad()
 def test_eight_bits(
     half: bool, chosen: Selection, grouped: bool, decoder: Decoder, tokens: Tensor
@@ -161,18 +193,18 @@ def test_layers_in_which_grouping_does_not_pay_run_all_experts(
         for routing in layer
     ]
     assert len(asked) == len(routings)
-    for routing, (counts, n_tokens, n_experts, multiplications, width), weights in zip(
-        routings, asked, multiplications_of(twin, 7), strict=True
+    for routing, (counts, n_tokens, n_experts, macs, d_model), expected in zip(
+        routings, asked, macs_of_layers(twin, 7), strict=True
     ):
         active = TopK(1)(routing.probs).active.flatten(0, 1)
         assert counts == active.sum(0).tolist()
         assert (n_tokens, n_experts) == tuple(active.shape)
-        assert multiplications == weights
-        assert width == twin.embedding.weight.shape[1]
+        assert macs == expected
+        assert d_model == twin.embedding.weight.shape[1]
 
 
-def multiplications_of(twin: Decoder, length: int) -> Iterator[int]:
-    """Those of one expert for one token, attention and feed-forward layer by turns."""
+def macs_of_layers(twin: Decoder, length: int) -> Iterator[int]:
+    """Of one expert for one token, alternating between attention and feed-forward layers."""
     for block in twin.blocks:
         heads, experts = block.attention.heads, block.feed_forward.experts
         width = heads.n_heads * heads.d_head
@@ -181,7 +213,7 @@ def multiplications_of(twin: Decoder, length: int) -> Iterator[int]:
 
 
 @torch.no_grad()
-def test_a_model_without_unused_experts_takes_the_way_of_the_whole_one(
+def test_a_model_without_unused_experts_takes_the_method_of_the_whole_one(
     one_decoder: Decoder, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[tuple[Any, ...]]] = []
@@ -200,8 +232,14 @@ def test_a_model_without_unused_experts_takes_the_way_of_the_whole_one(
     assert asked[0] == asked[1]
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("chosen", [TopK(2), ThresholdTopK(1.0), AllExperts()], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "chosen", "make_decoder"),
+    pairwise(
+        shape=[(0, 5), (2, 0), (0, 0)],
+        chosen=[TopK(2), ThresholdTopK(1.0), AllExperts()],
+        make_decoder=DECODERS,
+    ),
+)
 @torch.no_grad()
 def test_no_tokens(chosen: Selection, shape: tuple[int, int], decoder: Decoder) -> None:
     tokens = torch.zeros(shape, dtype=torch.long)
