@@ -14,7 +14,7 @@ from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
-from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, check, here
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
 from lightning_dsmoe.inference.engine.weights.packing import tiled
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -37,13 +37,18 @@ class Engine:
         switch_points: where one method gives way to the next.
         max_tokens: tokens of a batch of prompts that are read at once; longer prompts are read in
             pieces, so that memory for activations is bounded.
+
+    Raises:
+        ValueError: if a switch point is negative.
     """
 
     def __init__(
         self, decoder: Decoder, switch_points: SwitchPoints, *, max_tokens: int = 2048
     ) -> None:
+        if min(switch_points.gather_up_to, switch_points.grouped_from) < 0:
+            raise ValueError(f"switch points must be 0 or more, got {switch_points}")
         self.decoder = decoder
-        self.given_points = check(switch_points)
+        self.given_points = switch_points
         self.max_tokens = max_tokens
         self.can_compile = True
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep | None] = {}

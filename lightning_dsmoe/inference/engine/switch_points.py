@@ -42,13 +42,6 @@ class SwitchPoints(NamedTuple):
     measured_on: str | None = None
 
 
-def check(points: SwitchPoints) -> SwitchPoints:
-    """Raise a ValueError if a number is negative."""
-    if min(points.gather_up_to, points.grouped_from) < 0:
-        raise ValueError(f"switch points must be 0 or more, got {points}")
-    return points
-
-
 def place_of(decoder: Decoder) -> str:
     """What a decoder's speed depends on besides its shape: device, type and number of threads."""
     weight = decoder.embedding.weight
