@@ -32,7 +32,7 @@ def test_one_token_after_another(one_decoder: Decoder) -> None:
     assert cache.length == 150
 
 
-def test_views_are_made_anew_only_when_the_part_in_use_grows(one_decoder: Decoder) -> None:
+def test_views_change_only_when_the_part_in_use_grows(one_decoder: Decoder) -> None:
     cache = DecoderCache(one_decoder, 1, 130)
     slots = [cache.next_slots() for _ in range(130)]
     assert len({id(some) for some in slots}) == 3
@@ -63,7 +63,7 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
     mask[1, : prompt // 2] = False
     plan = uniform(AllExperts())
     forward_tokens(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
-    kept = [layer.keys[:, :, :prompt].clone() for layer in cache.layers]
+    prompt_keys = [layer.keys[:, :, :prompt].clone() for layer in cache.layers]
     for new in range(2):
         slots = cache.next_slots()
         assert slots.at_1.tolist() == [prompt + new]
@@ -73,7 +73,7 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
         expected[prompt : prompt + new + 1] = True
         assert torch.equal(slots.seen_ST, expected)
         for layer, keys in enumerate(slots.keys):
-            assert torch.equal(keys[:prompt].permute(1, 2, 0, 3), kept[layer])
+            assert torch.equal(keys[:prompt].permute(1, 2, 0, 3), prompt_keys[layer])
             assert keys[:prompt].abs().amin((2, 3)).min() > 0
             assert not keys[prompt:].any()
 

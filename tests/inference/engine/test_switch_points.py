@@ -56,8 +56,8 @@ def test_the_fastest_method_is_taken(
 ) -> None:
     clock.update(faster)
     twin = packed(one_decoder)
-    found = tuning.tune(twin, PLAN)
-    assert found == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
+    actual = tuning.tune(twin, PLAN)
+    assert actual == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
 
 
 @pytest.mark.parametrize("make", [rotary_mlp, lambda: learned_positions_glu(max_positions=6)])

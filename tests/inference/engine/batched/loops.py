@@ -127,7 +127,7 @@ def attended(heads: HeadGroups, context: Context, b: int, t: int, q_HC: Tensor) 
     """What the queries of one group find for a new token, in double precision."""
     at, first = context.x_BSD.shape[1] - context.x_BTD.shape[1] + t, context.firsts[b]
     seen = range(first, at + 1) if at >= first else [at]
-    found = []
+    outputs = []
     for h in range(heads.n_heads):
         query = placed(heads, heads.q_norm, q_HC[h], max(0, at - first))
         scores, values = [], []
@@ -138,8 +138,8 @@ def attended(heads: HeadGroups, context: Context, b: int, t: int, q_HC: Tensor) 
             key = placed(heads, heads.k_norm, key, max(0, s - first))
             scores.append(key @ query / heads.d_head**0.5)
             values.append(value)
-        found.append(torch.stack(scores).softmax(0) @ torch.stack(values))
-    return torch.stack(found)
+        outputs.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+    return torch.stack(outputs)
 
 
 def loop_over_heads(heads: HeadGroups, context: Context, gates_NE: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def grouped(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def assert_same_routings(found: Routings, expected: Routings) -> None:
-    for layers, others in zip(found, expected, strict=True):
+def assert_same_routings(actual: Routings, expected: Routings) -> None:
+    for layers, others in zip(actual, expected, strict=True):
         for layer, other in zip(layers, others, strict=True):
             assert (layer is None) == (other is None)
             if layer is not None and other is not None:
@@ -67,9 +67,9 @@ def test_logits_and_routings_are_those_of_the_plain_decoder(
     plan, twin, tokens = uniform(selection), packed(decoder), tokens[:batch]
     for some in (None, mask[-batch:]):
         expected = decoder(tokens, plan, mask=some)
-        found = forward_tokens(twin, tokens, plan, grouped=grouped, mask=some)
-        assert_near(found.logits, expected.logits)
-        assert_same_routings(found.routings, expected.routings)
+        actual = forward_tokens(twin, tokens, plan, grouped=grouped, mask=some)
+        assert_near(actual.logits, expected.logits)
+        assert_same_routings(actual.routings, expected.routings)
         last = forward_tokens(twin, tokens, plan, grouped=grouped, mask=some, only_last=True)
         assert last.logits.shape == (batch, 1, V)
         assert_near(last.logits, expected.logits[:, -1:])
@@ -103,9 +103,9 @@ def test_chunks_through_caches(
         some = masked if padded else None
         expected = decoder(part, plan, mask=some, caches=caches)
         for each in (cache.layers, own):
-            found = forward_tokens(twin, part, plan, grouped=grouped, mask=some, caches=each)
-            assert_near(found.logits, expected.logits)
-            assert_same_routings(found.routings, expected.routings)
+            actual = forward_tokens(twin, part, plan, grouped=grouped, mask=some, caches=each)
+            assert_near(actual.logits, expected.logits)
+            assert_same_routings(actual.routings, expected.routings)
     for layer, plain in zip(cache.layers, caches, strict=True):
         assert layer.length == plain.length == 14
         assert torch.equal(layer.valid, plain.valid)
@@ -116,8 +116,8 @@ def test_chunks_through_caches(
 @torch.no_grad()
 def test_layers_of_different_selections(grouped: bool, decoder: Decoder, tokens: Tensor) -> None:
     plan = SelectionPlan((TopK(1), AllExperts()), (TopP(0.5), Threshold(0.7)))
-    found = forward_tokens(packed(decoder), tokens, plan, grouped=grouped)
-    assert_near(found.logits, decoder(tokens, plan).logits)
+    actual = forward_tokens(packed(decoder), tokens, plan, grouped=grouped)
+    assert_near(actual.logits, decoder(tokens, plan).logits)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_eight_bits(
     twin = packed(decoder, int8=True)
     twin = twin.bfloat16() if half else twin
     expected = twin(tokens, uniform(chosen)).logits
-    found = forward_tokens(twin, tokens, uniform(chosen), grouped=grouped).logits
+    actual = forward_tokens(twin, tokens, uniform(chosen), grouped=grouped).logits
     if half:  # where a token's experts nearly tie, rounding can choose others
-        assert found.dtype == torch.bfloat16
-        assert (found - expected).abs().median() < 4e-3 * expected.abs().max()
+        assert actual.dtype == torch.bfloat16
+        assert (actual - expected).abs().median() < 4e-3 * expected.abs().max()
     else:
-        assert_near(found, expected)
+        assert_near(actual, expected)
 
 
 @pytest.mark.parametrize("chosen", [TopK(1), Threshold(1.0), TopP(0.3)], ids=str)
@@ -185,11 +185,11 @@ def test_layers_in_which_grouping_does_not_pay_run_all_experts(
 
     monkeypatch.setattr(forward, "grouping_pays", never)
     twin, plan, first = packed(one_decoder), uniform(TopK(1)), tokens[:1, :7]
-    found = forward_tokens(twin, first, plan, grouped=True)
-    assert torch.equal(found.logits, forward_tokens(twin, first, plan, grouped=False).logits)
+    actual = forward_tokens(twin, first, plan, grouped=True)
+    assert torch.equal(actual.logits, forward_tokens(twin, first, plan, grouped=False).logits)
     routings = [
         routing
-        for layer in zip(found.routings.attention, found.routings.experts, strict=True)
+        for layer in zip(actual.routings.attention, actual.routings.experts, strict=True)
         for routing in layer
     ]
     assert len(asked) == len(routings)
@@ -243,8 +243,8 @@ def test_a_model_without_unused_experts_takes_the_method_of_the_whole_one(
 @torch.no_grad()
 def test_no_tokens(chosen: Selection, shape: tuple[int, int], decoder: Decoder) -> None:
     tokens = torch.zeros(shape, dtype=torch.long)
-    found = forward_tokens(packed(decoder), tokens, uniform(chosen), grouped=False)
-    assert found.logits.shape == (*shape, V)
+    actual = forward_tokens(packed(decoder), tokens, uniform(chosen), grouped=False)
+    assert actual.logits.shape == (*shape, V)
 
 
 class Doubling(FeedForwardLayer):
@@ -253,13 +253,13 @@ class Doubling(FeedForwardLayer):
 
 
 @torch.no_grad()
-def test_a_layer_of_somebodys_own(make_decoder: MakeDecoder, grouped: bool, tokens: Tensor) -> None:
+def test_a_layer_of_another_class(make_decoder: MakeDecoder, grouped: bool, tokens: Tensor) -> None:
     decoder = make_decoder()
     decoder.blocks[0].feed_forward = Doubling()
-    found = forward_tokens(packed(decoder), tokens, uniform(TopK(1)), grouped=grouped)
+    actual = forward_tokens(packed(decoder), tokens, uniform(TopK(1)), grouped=grouped)
     expected = decoder(tokens, uniform(TopK(1)))
-    assert_near(found.logits, expected.logits)
-    assert_same_routings(found.routings, expected.routings)
+    assert_near(actual.logits, expected.logits)
+    assert_same_routings(actual.routings, expected.routings)
 
 
 class Unchanged(nn.Module):
@@ -268,15 +268,15 @@ class Unchanged(nn.Module):
 
 
 @torch.no_grad()
-def test_a_norm_that_gives_out_what_it_gets(
+def test_a_norm_that_returns_its_input(
     make_decoder: MakeDecoder, grouped: bool, tokens: Tensor
 ) -> None:
     decoder = make_decoder()
     for block in decoder.blocks:
         block.attention_norm, block.feed_forward_norm = Unchanged(), Unchanged()
     plan = uniform(TopK(2))
-    found = forward_tokens(packed(decoder), tokens, plan, grouped=grouped).logits
-    assert_near(found, decoder(tokens, plan).logits)
+    actual = forward_tokens(packed(decoder), tokens, plan, grouped=grouped).logits
+    assert_near(actual, decoder(tokens, plan).logits)
 
 
 def test_more_tokens_than_learned_positions_are_refused() -> None:

@@ -89,11 +89,11 @@ def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch)
     weight, hidden, gates = torch.randn(5, 24, 7), torch.randn(9, 5, 7), torch.rand(9, 5)
     gates[:, [1, 4]] = 0
     sums = []
-    for kept in (range(5), [0, 2, 3]):
+    for remaining in (range(5), [0, 2, 3]):
         sums.append(torch.zeros(9, 24))
-        rows = Rows(weight[list(kept)], transposed=True)
+        rows = Rows(weight[list(remaining)], transposed=True)
         masked_layers._add_gated_products(
-            sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None
+            sums[-1], rows, hidden[:, list(remaining)], gates[:, list(remaining)], None
         )
     assert torch.equal(*sums)
 
@@ -169,5 +169,5 @@ def test_any_number_of_groups_attends(
     expected = torch.zeros(batch, length, n_groups, 12)
     for b, t, e in torch.ones(batch, length, n_groups).nonzero().tolist():
         expected[b, t, e] = attended(heads, seen, b, t, q_BTEHC[b, t, e].double()).flatten()
-    found = attend_groups(heads, q_BTEHC, seen.scope, seen.keys, seen.values)
-    assert_near(found, expected, 2e-6)
+    actual = attend_groups(heads, q_BTEHC, seen.scope, seen.keys, seen.values)
+    assert_near(actual, expected, 2e-6)
