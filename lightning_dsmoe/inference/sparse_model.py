@@ -17,7 +17,7 @@ from lightning_dsmoe.inference.artifact.model_card import model_card
 from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
-from lightning_dsmoe.inference.engine.tuning import calibrate
+from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.generation import Tokens, generate
 from lightning_dsmoe.inference.option_names import check_names
@@ -140,7 +140,7 @@ class SparseModel(nn.Module):
         From then on the model runs by that, and `save` keeps it. Takes one to five minutes, most of
         it for compiling what this machine has not compiled yet.
         """
-        self.switch_points = calibrate(self.decoder, self.plan)
+        self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
 
     @torch.inference_mode()

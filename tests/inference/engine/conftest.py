@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.inference.engine.weights.packing import pack
@@ -149,7 +149,7 @@ def in_steps(
     if prompt:
         first = None if mask is None else mask[:, :prompt]
         start = tokens[:, :prompt]
-        run_many(decoder, start, plan, grouped=False, mask=first, caches=cache.layers)
+        forward_tokens(decoder, start, plan, grouped=False, mask=first, caches=cache.layers)
     step = Steps(decoder, plan)
     return torch.stack([step(tokens_T, cache) for tokens_T in tokens[:, prompt:].T], 1)
 
