@@ -6,10 +6,11 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu clean
+.PHONY: help demo test docs check format gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -19,6 +20,9 @@ demo: $(STAMP) ## set up, then train, evaluate and compile a small model on the 
 
 test: $(STAMP) ## set up, then run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+
+docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
+	$(BIN)/mkdocs build --strict
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode
 	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip 25 knows dependency groups; torch comes first so that nothing later chooses another one.
@@ -45,4 +49,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --upgrade pip setuptools
 	$(PIP) install --constraint constraints.txt torch==2.13.0 hatchling
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable . --group dev
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --constraint constraints.txt --group docs
 	@touch $@
