@@ -22,7 +22,7 @@ test: $(STAMP) ## set up, then run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
