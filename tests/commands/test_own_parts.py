@@ -10,7 +10,7 @@ import pytest
 from lightning_dsmoe.cli import main
 from lightning_dsmoe.inference import load_sparse
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "own_parts.md").read_text(encoding="utf-8")
 UNKNOWN = (
     r"'my_parts\.\w+' is not a known \w+; "
     "import the module that defines it first, if you trust it: "
@@ -19,7 +19,7 @@ HOW = "import my_parts in Python, --import my_parts on the command line"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return re.findall(rf"```{language}[^\n]*\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
