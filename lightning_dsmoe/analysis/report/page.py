@@ -10,10 +10,10 @@ from lightning_dsmoe.analysis.report.drift import Drift
 from lightning_dsmoe.analysis.report.escaping import escaped
 from lightning_dsmoe.analysis.report.gates import drift_maps, gate_maps
 from lightning_dsmoe.analysis.report.layers import layer_tables
+from lightning_dsmoe.analysis.report.lift import LEAST_COUNT, FrequentTokens
 from lightning_dsmoe.analysis.report.naming import count_experts, kinds, mean_effective
 from lightning_dsmoe.analysis.report.pairs import together
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
-from lightning_dsmoe.analysis.report.token_preferences import LEAST_COUNT, FrequentTokens
 from lightning_dsmoe.analysis.report.tokens import TokenText, favourites, sample
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
 from lightning_dsmoe.metrics import ParameterCounts

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lightning_dsmoe.analysis.report.escaping import escaped
-from lightning_dsmoe.analysis.report.expert_pairs import strongest_pairs
 from lightning_dsmoe.analysis.report.heat_map import level, level_scale
+from lightning_dsmoe.analysis.report.lift import strongest_pairs
 from lightning_dsmoe.analysis.report.naming import kinds
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse, routers
 
@@ -21,7 +21,9 @@ def together(use: ModelUse) -> str:
     """How often experts run together, for each layer as a square and its strongest pairs."""
     parts = []
     for name, layers in kinds(use):
-        strongest = [p.share for _, router in routers(layers) for p in strongest_pairs(router, 1)]
+        strongest = [
+            p.share for _, router in routers(layers) for p in strongest_pairs(router.together_NN, 1)
+        ]
         most = max(strongest, default=0.0)
         figures = "".join(_together(name, layer, router, most) for layer, router in routers(layers))
         parts.append(f'<h3>{name.capitalize()}</h3><div class="squares">{figures}</div>')
@@ -43,7 +45,7 @@ def _together(name: str, layer: int, use: RouterUse, most: float) -> str:
     rows = "".join(
         f"<tr><td>{pair.first} + {pair.second}</td>"
         f"<td>{pair.share:.2%}</td><td>{pair.lift:.1f}×</td></tr>"
-        for pair in strongest_pairs(use, _PAIRS)
+        for pair in strongest_pairs(use.together_NN, _PAIRS)
     )
     table = (
         '<table><thead><tr><th scope="col">Pair</th><th scope="col">Together</th>'

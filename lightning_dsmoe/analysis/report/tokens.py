@@ -6,13 +6,13 @@ from torch import Tensor
 
 from lightning_dsmoe.analysis.report.escaping import escaped, visible
 from lightning_dsmoe.analysis.report.heat_map import level, level_scale
-from lightning_dsmoe.analysis.report.naming import count_experts, kinds
-from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
-from lightning_dsmoe.analysis.report.token_preferences import (
+from lightning_dsmoe.analysis.report.lift import (
     FrequentTokens,
     Preference,
     preferences,
 )
+from lightning_dsmoe.analysis.report.naming import count_experts, kinds
+from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse, routers
 
 TokenText = Callable[[int], str]

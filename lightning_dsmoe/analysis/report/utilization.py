@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.analysis.held_out import HeldOut
-from lightning_dsmoe.analysis.report.token_preferences import FrequentTokens
+from lightning_dsmoe.analysis.report.lift import FrequentTokens
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel

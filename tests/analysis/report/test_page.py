@@ -14,9 +14,9 @@ from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.escaping import escaped, visible
 from lightning_dsmoe.analysis.report.heat_map import change, level
+from lightning_dsmoe.analysis.report.lift import FrequentTokens
 from lightning_dsmoe.analysis.report.naming import plan_label, selection_label
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
-from lightning_dsmoe.analysis.report.token_preferences import FrequentTokens
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
 from lightning_dsmoe.metrics import (
     ActiveShare,

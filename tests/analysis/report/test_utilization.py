@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.report.drift import drift
-from lightning_dsmoe.analysis.report.expert_pairs import strongest_pairs
-from lightning_dsmoe.analysis.report.sample_routing import sample_routing
-from lightning_dsmoe.analysis.report.token_preferences import (
+from lightning_dsmoe.analysis.report.lift import (
     FrequentTokens,
     frequent_tokens,
     preferences,
+    strongest_pairs,
 )
+from lightning_dsmoe.analysis.report.sample_routing import sample_routing
 from lightning_dsmoe.analysis.report.utilization import (
     ModelUse,
     RouterUse,
@@ -179,14 +179,13 @@ def test_dead_experts_have_no_share_or_never_run() -> None:
 
 def test_strongest_pairs() -> None:
     together = [[0.5, 0.1, 0.0], [0.1, 0.4, 0.3], [0.0, 0.3, 0.6]]
-    use = router_use(together, [0.3, 0.3, 0.4])
-    first, second = strongest_pairs(use, 3)
+    first, second = strongest_pairs(torch.tensor(together), 3)
     assert (first.first, first.second) == (1, 2)
     assert first.share == pytest.approx(0.3)
     assert first.lift == pytest.approx(0.3 / (0.4 * 0.6))
     assert (second.first, second.second) == (0, 1)
-    assert strongest_pairs(use, 1) == [first]
-    assert strongest_pairs(router_use([[1.0]], [1.0]), 3) == []
+    assert strongest_pairs(torch.tensor(together), 1) == [first]
+    assert strongest_pairs(torch.ones(1, 1), 3) == []
 
 
 def test_drift(

@@ -1,6 +1,6 @@
-"""The tokens that experts like.
+"""What occurs with an expert more often than by chance: tokens that it likes, and other experts.
 
-Shapes: X tokens, V vocabulary, N experts, K frequent tokens.
+Shapes: V vocabulary, N experts, K frequent tokens, P pairs of experts.
 """
 
 from typing import NamedTuple
@@ -69,4 +69,42 @@ def preferences(
             if lift > _LIKED
         ]
         for expert, order_K in enumerate(order_KN.T)
+    ]
+
+
+class Pair(NamedTuple):
+    """Two experts of a layer that run together.
+
+    `share` is that of the tokens for which both run, `lift` what it is a multiple of: the share if
+    each ran as often as it does but regardless of the other.
+    """
+
+    first: int
+    second: int
+    share: float
+    lift: float
+
+
+def strongest_pairs(together_NN: Tensor, most: int) -> list[Pair]:
+    """The pairs of experts that run together for most tokens, at most so many.
+
+    Args:
+        together_NN: share of the tokens for which two experts both run; the diagonal says how often
+            each one runs.
+        most: pairs.
+    """
+    n_experts, running_N = len(together_NN), together_NN.diagonal()
+    first_P, second_P = torch.triu_indices(n_experts, n_experts, offset=1)
+    share_P = together_NN[first_P, second_P]
+    order_P = share_P.argsort(descending=True, stable=True)[:most]
+    chance_P = running_N[first_P] * running_N[second_P]
+    return [
+        Pair(
+            int(first_P[pair]),
+            int(second_P[pair]),
+            share_P[pair].item(),
+            (share_P[pair] / chance_P[pair]).item(),
+        )
+        for pair in order_P
+        if share_P[pair] > 0
     ]
