@@ -1,6 +1,6 @@
 """The share of the hidden parameters that a token runs through.
 
-Shapes: X tokens, N experts; leading dimensions (tokens) are free.
+Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class ActiveShare(NamedTuple):
 def active_masks(
     routings: Routings, plan: SelectionPlan, decoder: Decoder | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The experts that run under a plan: for each layer bool `[..., N]`, None without a router.
+    """The experts that run under a plan: for each layer bool `[..., E]`, None without a router.
 
     Args:
         routings: what the routers say.
@@ -76,7 +76,7 @@ def active_parameters(
 
     Args:
         counts: parameters of the decoder, from `count_parameters`.
-        experts: for each layer the feed-forward experts that run, bool `[..., N]`, or None.
+        experts: for each layer the feed-forward experts that run, bool `[..., E]`, or None.
         attention: the same for the attention experts; `active_masks` gives both.
         mask: tokens that count, bool `[...]`.
 
@@ -159,10 +159,10 @@ def _update(
                 got = None if running is None else tuple(running.shape)
                 raise ValueError(f"{kind}, layer {layer}: a mask of shape {shape}, got {got}")
             active += running.sum(-1) * routed.per_expert
-    active_X = active[mask.bool()]
+    active_N = active[mask.bool()]
     hidden = max(counts.hidden, 1)
-    bins_X = (active_X * BINS + hidden // 2) // hidden
-    return active_X.sum(), bins_X.bincount(minlength=BINS + 1)
+    bins_N = (active_N * BINS + hidden // 2) // hidden
+    return active_N.sum(), bins_N.bincount(minlength=BINS + 1)
 
 
 def _compute(active: Tensor, histogram: Tensor, hidden: int) -> ActiveShare:

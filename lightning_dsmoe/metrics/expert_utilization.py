@@ -1,6 +1,6 @@
 """How a router uses its experts.
 
-Shapes: X tokens, N experts; leading dimensions (tokens) are free.
+Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,11 +27,11 @@ class Utilization(NamedTuple):
     Without any gate or token, shares, entropies and effective experts are 0 and all experts dead.
 
     Shape:
-        share: `[N]`, mean gate of each expert, p(e).
-        effective: number of evenly used experts with the same entropy, exp H(e), from 1 to N.
-        entropy: H(e), of the shares; ln N when the use is even.
+        share: `[E]`, mean gate of each expert, p(e).
+        effective: number of evenly used experts with the same entropy, exp H(e), from 1 to E.
+        entropy: H(e), of the shares; ln E when the use is even.
         conditional_entropy: mean of H(e|x) over tokens; 0 when every choice is sharp.
-        dead: bool `[N]`, the experts whose share is at most a small fraction of 1/N.
+        dead: bool `[E]`, the experts whose share is at most a small fraction of 1/E.
     """
 
     share: Tensor
@@ -53,9 +53,9 @@ def expert_utilization(
     """How a router with these probabilities uses its experts.
 
     Args:
-        probs: router probabilities, `[..., N]`.
+        probs: router probabilities, `[..., E]`.
         mask: tokens that count, `[...]`, bool or 0/1; None counts all.
-        dead_share: an expert is dead if its share is at most this fraction of 1/N.
+        dead_share: an expert is dead if its share is at most this fraction of 1/E.
 
     Raises:
         ValueError: if the mask does not cover the tokens.
@@ -67,8 +67,8 @@ class ExpertUtilization(Metric):
     """How a router uses its experts, over batches and over ranks.
 
     Args:
-        n_experts: number of experts N.
-        dead_share: an expert is dead if its share is at most this fraction of 1/N.
+        n_experts: number of experts E.
+        dead_share: an expert is dead if its share is at most this fraction of 1/E.
         **options: those of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
             metric that only one rank computes.
 
@@ -98,7 +98,7 @@ class ExpertUtilization(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probs: Tensor, mask: Tensor | None = None) -> None:
-        """Count tokens with router probabilities `[..., N]`, of which `mask` `[...]` count."""
+        """Count tokens with router probabilities `[..., E]`, of which `mask` `[...]` count."""
         gates, conditional_entropies, tokens = _update(probs, mask)
         self.gates += gates
         self.conditional_entropies += conditional_entropies
@@ -134,10 +134,10 @@ class ExpertUtilization(Metric):
 
 
 def _update(probs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the gates `[N]`, sum of the tokens' entropies, number of tokens."""
-    probs_XN, weight_X = flatten_tokens(probs.detach(), mask)
+    """Sum of the gates `[E]`, sum of the tokens' entropies, number of tokens."""
+    probs_NE, weight_N = flatten_tokens(probs.detach(), mask)
     with without_autocast(probs.device.type):
-        return weight_X @ probs_XN, weight_X @ entropy(probs_XN), weight_X.sum().long()
+        return weight_N @ probs_NE, weight_N @ entropy(probs_NE), weight_N.sum().long()
 
 
 def _compute(

@@ -1,6 +1,6 @@
 """How routing changed between two checkpoints of a training.
 
-Shapes: N experts.
+Shapes: E experts.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class RouterDrift(NamedTuple):
     """One router in two checkpoints.
 
     Args:
-        change_N: share of the gates of each expert, less that in the other checkpoint.
+        change_E: share of the gates of each expert, less that in the other checkpoint.
         moved: share of the tokens whose most probable expert is another one.
     """
 
-    change_N: Tensor
+    change_E: Tensor
     moved: float
 
 
@@ -59,5 +59,5 @@ def _layers(
 
 
 def _router(own: RouterUse, other: RouterUse) -> RouterDrift:
-    moved_X = own.best_X != other.best_X
-    return RouterDrift(own.gates.share - other.gates.share, moved_X.float().mean().item())
+    moved_N = own.best_N != other.best_N
+    return RouterDrift(own.gates.share - other.gates.share, moved_N.float().mean().item())

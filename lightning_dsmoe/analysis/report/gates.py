@@ -1,6 +1,6 @@
 """Shares of the gates of all experts as heat maps, and how they changed.
 
-Shapes: N experts.
+Shapes: E experts.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def _gate_map(name: str, layers: Sequence[RouterUse | None]) -> str:
 
 
 def _drift_map(name: str, layers: Sequence[RouterDrift | None]) -> str:
-    changes = [None if router is None else router.change_N for router in layers]
+    changes = [None if router is None else router.change_E for router in layers]
     most = max(_LEAST_CHANGE, *(float(c.abs().max()) for c in changes if c is not None))
     return (
         f"<h3>{name.capitalize()}</h3>"

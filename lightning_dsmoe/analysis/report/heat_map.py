@@ -3,7 +3,7 @@
 Colours are classes of the style sheet: s0 to s10 from nothing to the most, and for changes less1 to
 less5, s0 for none, and more1 to more5.
 
-Shapes: N experts.
+Shapes: E experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def heat_map(
     """HTML of a heat map of layers and experts.
 
     Args:
-        rows: for each layer the values `[N]` of its experts, or None.
+        rows: for each layer the values `[E]` of its experts, or None.
         colour: class of a cell, from its value and the number of experts.
         number: what a cell says where there is room, from its value.
         title: what it says at length, from its value and the number of experts.

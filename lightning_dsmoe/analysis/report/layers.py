@@ -44,12 +44,12 @@ def _layer_table(layers: Sequence[RouterUse | None], selections: Sequence[Select
 
 
 def _layer_row(layer: int, use: RouterUse, selection: Selection | None) -> str:
-    gates, n_experts = use.gates, len(use.running_N)
+    gates, n_experts = use.gates, len(use.running_E)
     effective = gates.effective.item()
     cells = [
         f"{gates.entropy.item():.2f}",
         f"{gates.conditional_entropy.item():.2f}",
-        f"{use.running_N.sum().item():.2f}",
+        f"{use.running_E.sum().item():.2f}",
         f"{len(use.dead_experts) or '–'}",
     ]
     if selection is not None:
@@ -87,5 +87,5 @@ def _dead(use: ModelUse) -> str:
 
 
 def _dead_expert(expert: int, use: RouterUse) -> str:
-    never = "" if use.running_N[expert] else ", never runs"
+    never = "" if use.running_E[expert] else ", never runs"
     return f"{expert} <small>({use.gates.share[expert].item():.2%}{never})</small>"

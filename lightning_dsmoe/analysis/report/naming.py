@@ -20,14 +20,14 @@ def kinds(use: ModelUse) -> list[tuple[str, list[RouterUse | None]]]:
 
 def count_experts(use: ModelUse) -> int:
     """Experts of all layers and of both kinds."""
-    return sum(len(router.running_N) for _, layers in kinds(use) for _, router in routers(layers))
+    return sum(len(router.running_E) for _, layers in kinds(use) for _, router in routers(layers))
 
 
 def mean_effective(layers: Sequence[RouterUse | None]) -> tuple[float, float]:
     """Effective experts and all experts, both in the mean over layers."""
     found = [router for _, router in routers(layers)]
     effective = sum(router.gates.effective.item() for router in found)
-    return effective / len(found), sum(len(router.running_N) for router in found) / len(found)
+    return effective / len(found), sum(len(router.running_E) for router in found) / len(found)
 
 
 def selection_label(selection: Selection) -> str:

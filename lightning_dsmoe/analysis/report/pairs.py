@@ -1,6 +1,6 @@
 """Experts that run together, as squares and tables.
 
-Shapes: N experts.
+Shapes: E experts.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def together(use: ModelUse) -> str:
     parts = []
     for name, layers in kinds(use):
         strongest = [
-            p.share for _, router in routers(layers) for p in strongest_pairs(router.together_NN, 1)
+            p.share for _, router in routers(layers) for p in strongest_pairs(router.together_EE, 1)
         ]
         most = max(strongest, default=0.0)
         figures = "".join(_together(name, layer, router, most) for layer, router in routers(layers))
@@ -41,11 +41,11 @@ def _together(name: str, layer: int, use: RouterUse, most: float) -> str:
     square = ""
     if _has_square(use):
         label = f"how often {name} of layer {layer} run together"
-        square = _square(use.together_NN, most, title, label=label)
+        square = _square(use.together_EE, most, title, label=label)
     rows = "".join(
         f"<tr><td>{pair.first} + {pair.second}</td>"
         f"<td>{pair.share:.2%}</td><td>{pair.lift:.1f}×</td></tr>"
-        for pair in strongest_pairs(use.together_NN, _PAIRS)
+        for pair in strongest_pairs(use.together_EE, _PAIRS)
     )
     table = (
         '<table><thead><tr><th scope="col">Pair</th><th scope="col">Together</th>'
@@ -57,14 +57,14 @@ def _together(name: str, layer: int, use: RouterUse, most: float) -> str:
 
 
 def _has_square(use: RouterUse) -> bool:
-    return len(use.together_NN) <= _LARGEST_SQUARE
+    return len(use.together_EE) <= _LARGEST_SQUARE
 
 
 def _square(
-    share_NN: Tensor, most: float, title: Callable[[int, int, float], str], *, label: str
+    share_EE: Tensor, most: float, title: Callable[[int, int, float], str], *, label: str
 ) -> str:
     """A square whose lower half says how often two experts run together."""
-    shares: list[list[float]] = share_NN.tolist()
+    shares: list[list[float]] = share_EE.tolist()
     cells = [
         _cell(first, second, share, most, title)
         for first, row in enumerate(shares)

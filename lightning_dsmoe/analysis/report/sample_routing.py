@@ -1,6 +1,6 @@
 """The experts that every token of a short text runs.
 
-Shapes: T tokens, N experts.
+Shapes: T tokens, E experts.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class SampleRouting(NamedTuple):
 
     Args:
         tokens: token numbers.
-        experts: of each layer bool `[T, N]`, None without a mixture of experts.
-        attention: of each layer bool `[T, N]`, None without a mixture of attention heads.
+        experts: of each layer bool `[T, E]`, None without a mixture of experts.
+        attention: of each layer bool `[T, E]`, None without a mixture of attention heads.
         left_out: further tokens of the text, which were not read.
     """
 

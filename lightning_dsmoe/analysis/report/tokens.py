@@ -8,8 +8,8 @@ from lightning_dsmoe.analysis.report.escaping import escaped, visible
 from lightning_dsmoe.analysis.report.heat_map import level, level_scale
 from lightning_dsmoe.analysis.report.lift import (
     FrequentTokens,
-    Preference,
-    preferences,
+    TokenLift,
+    over_represented,
 )
 from lightning_dsmoe.analysis.report.naming import count_experts, kinds
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
@@ -26,13 +26,13 @@ _MOST_QUANTILE = 0.98  # few tokens that need many more shall not make all other
 
 def favourites(use: ModelUse, frequent: FrequentTokens, text: TokenText) -> str:
     """The tokens that each expert likes, layer by layer; fewer of each where experts are many."""
-    if not len(frequent.numbers_K):
+    if not len(frequent.numbers_U):
         return '<p class="quiet">The text is too short: no token occurs often enough.</p>'
     most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // count_experts(use)))
     parts = []
     for name, layers in kinds(use):
         for layer, router in routers(layers):
-            likes = preferences(router.token_gates_KN, router.gates.share, frequent, most)
+            likes = over_represented(router.token_gates_UE, router.gates.share, frequent, most)
             dead = set(router.dead_experts)
             cards = "".join(
                 _card(expert, share, expert in dead, liked, text)
@@ -47,9 +47,7 @@ def favourites(use: ModelUse, frequent: FrequentTokens, text: TokenText) -> str:
     return "".join(parts)
 
 
-def _card(
-    expert: int, share: float, is_dead: bool, liked: list[Preference], text: TokenText
-) -> str:
+def _card(expert: int, share: float, is_dead: bool, liked: list[TokenLift], text: TokenText) -> str:
     chips = "".join(
         f'<span class="chip" title="lift {like.lift:.2f}, read {like.seen} times">'
         f"<bdi>{escaped(visible(text(like.token), like.token))}</bdi>"
@@ -76,8 +74,8 @@ def _coloured(
     routing: SampleRouting, running_T: Tensor, least: int, most: int, text: TokenText
 ) -> str:
     layers = [*_layers("feed-forward", routing.experts), *_layers("attention", routing.attention)]
-    total = sum(running_TN.shape[-1] for _, running_TN in layers)
-    names = [_names(name, running_TN) for name, running_TN in layers]
+    total = sum(running_TE.shape[-1] for _, running_TE in layers)
+    names = [_names(name, running_TE) for name, running_TE in layers]
     spans = []
     for place, (token, running) in enumerate(zip(routing.tokens, running_T.tolist(), strict=True)):
         token_text = text(token)
@@ -95,12 +93,12 @@ def _layers(name: str, masks: Sequence[Tensor | None]) -> list[tuple[str, Tensor
     return [(f"{name} {layer}", mask) for layer, mask in enumerate(masks) if mask is not None]
 
 
-def _names(name: str, running_TN: Tensor) -> list[str]:
+def _names(name: str, running_TE: Tensor) -> list[str]:
     """For every token the experts of a layer that run, their number alone if they are many."""
     rows = []
-    for running_N in running_TN:
-        experts: list[int] = running_N.nonzero().flatten().tolist()
+    for running_E in running_TE:
+        experts: list[int] = running_E.nonzero().flatten().tolist()
         many = len(experts) > _NAMED_EXPERTS
-        shown = f"{len(experts)} of {len(running_N)}" if many else ", ".join(map(str, experts))
+        shown = f"{len(experts)} of {len(running_E)}" if many else ", ".join(map(str, experts))
         rows.append(f"{name}: {shown}")
     return rows

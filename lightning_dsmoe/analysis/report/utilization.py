@@ -1,6 +1,6 @@
 """How a model uses its experts on a text: the gates of all of them, and who runs under a plan.
 
-Shapes: B windows, T tokens of a window, V vocabulary, X tokens, N experts, K frequent tokens.
+Shapes: B windows, T tokens of a window, V vocabulary, N tokens, E experts, U frequent tokens.
 """
 
 import math
@@ -34,26 +34,26 @@ class RouterUse(NamedTuple):
 
     Args:
         gates: shares and entropies of its gates, all experts running.
-        together_NN: share of the tokens for which two experts both run under the plan; the diagonal
+        together_EE: share of the tokens for which two experts both run under the plan; the diagonal
             says how often each one runs.
-        token_gates_KN: mean gate of each expert on each frequent token, all experts running.
-        best_X: the most probable expert of each token, all experts running.
+        token_gates_UE: mean gate of each expert on each frequent token, all experts running.
+        best_N: the most probable expert of each token, all experts running.
     """
 
     gates: Utilization
-    together_NN: Tensor
-    token_gates_KN: Tensor
-    best_X: Tensor
+    together_EE: Tensor
+    token_gates_UE: Tensor
+    best_N: Tensor
 
     @property
-    def running_N(self) -> Tensor:
+    def running_E(self) -> Tensor:
         """Share of the tokens for which each expert runs under the plan."""
-        return self.together_NN.diagonal()
+        return self.together_EE.diagonal()
 
     @property
     def dead_experts(self) -> list[int]:
         """Experts with hardly any share of the gates, or that never run under the plan."""
-        dead: list[int] = (self.gates.dead | (self.running_N == 0)).nonzero().flatten().tolist()
+        dead: list[int] = (self.gates.dead | (self.running_E == 0)).nonzero().flatten().tolist()
         return dead
 
 
@@ -104,7 +104,7 @@ def utilization(
     dense = SelectionPlan.uniform(plan.n_layers)
     row_V = frequent.rows(model.decoder.vocab_size).to(text.device)
     meters = [
-        [None if n is None else _Meter(n, len(frequent.numbers_K), text.device) for n in kind]
+        [None if n is None else _Meter(n, len(frequent.numbers_U), text.device) for n in kind]
         for kind in sizes
     ]
     active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
@@ -118,12 +118,12 @@ def utilization(
         running = active_masks(plan_routings, plan, model.decoder)
         active.update(*running, mask_BT)
         for kind, layers, masks in zip(meters, routings, running, strict=True):
-            for meter, routing, running_BTN in zip(kind, layers, masks, strict=True):
-                if meter is not None and routing is not None and running_BTN is not None:
-                    meter.update(routing, running_BTN, mask_BT, row_V[inputs_BT])
+            for meter, routing, running_BTE in zip(kind, layers, masks, strict=True):
+                if meter is not None and routing is not None and running_BTE is not None:
+                    meter.update(routing, running_BTE, mask_BT, row_V[inputs_BT])
         on_batch()
     experts, attention = (
-        [None if meter is None else meter.compute(frequent.counts_K) for meter in kind]
+        [None if meter is None else meter.compute(frequent.counts_U) for meter in kind]
         for kind in meters
     )
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
@@ -158,28 +158,28 @@ class _Meter:
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
         self.gates = ExpertUtilization(n_experts, sync_on_compute=False).to(device)
-        together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
-        token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
-        self.together_NN, self.token_gates_KN = together_NN.to(device), token_gates_KN.to(device)
+        together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64)
+        token_gates_UE = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
+        self.together_EE, self.token_gates_UE = together_EE.to(device), token_gates_UE.to(device)
         self.best: list[Tensor] = []
 
     def update(
-        self, routing: Routing, running_BTN: Tensor, mask_BT: Tensor, row_BT: Tensor
+        self, routing: Routing, running_BTE: Tensor, mask_BT: Tensor, row_BT: Tensor
     ) -> None:
-        probs_XN = routing.probs[mask_BT].float()
-        running_XN = running_BTN[mask_BT].float()
-        self.gates.update(probs_XN)
-        self.together_NN += running_XN.T @ running_XN
-        self.token_gates_KN.index_add_(0, row_BT[mask_BT], probs_XN)
-        self.best.append(probs_XN.argmax(-1).short())
+        probs_NE = routing.probs[mask_BT].float()
+        running_NE = running_BTE[mask_BT].float()
+        self.gates.update(probs_NE)
+        self.together_EE += running_NE.T @ running_NE
+        self.token_gates_UE.index_add_(0, row_BT[mask_BT], probs_NE)
+        self.best.append(probs_NE.argmax(-1).short())
 
-    def compute(self, counts_K: Tensor) -> RouterUse:
-        best_X = torch.cat(self.best)
+    def compute(self, counts_U: Tensor) -> RouterUse:
+        best_N = torch.cat(self.best)
         return RouterUse(
             self.gates.cpu().compute(),
-            (self.together_NN / len(best_X)).cpu(),
-            self.token_gates_KN[:-1].cpu() / counts_K[:, None],
-            best_X.cpu(),
+            (self.together_EE / len(best_N)).cpu(),
+            self.token_gates_UE[:-1].cpu() / counts_U[:, None],
+            best_N.cpu(),
         )
 
 

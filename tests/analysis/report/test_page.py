@@ -158,7 +158,7 @@ def test_numbers_of_the_heat_map() -> None:
         assert sum(str(title).startswith(expected) for title in titles) == 1
     for first in range(5):
         for second in range(first):
-            share = use.together_NN[first, second].item()
+            share = use.together_EE[first, second].item()
             words = f"layer 0, experts {second} and {first} run together for {share:.2%}"
             assert (words in titles) == (share > 0)
 
@@ -167,10 +167,10 @@ def test_dead_experts_are_named() -> None:
     report = made([6, 6], [3, None])
     use = report.use.experts[1]
     assert use is not None
-    use.together_NN[:, 4] = use.together_NN[4, :] = 0
+    use.together_EE[:, 4] = use.together_EE[4, :] = 0
     page = " ".join("".join(Page(report_page(report)).texts).split())
     dead = ", ".join(
-        f"{e} ({use.gates.share[e].item():.2%}{'' if use.running_N[e] else ', never runs'})"
+        f"{e} ({use.gates.share[e].item():.2%}{'' if use.running_E[e] else ', never runs'})"
         for e in use.dead_experts
     )
     assert 4 in use.dead_experts

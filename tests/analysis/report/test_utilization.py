@@ -13,7 +13,7 @@ from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.lift import (
     FrequentTokens,
     frequent_tokens,
-    preferences,
+    over_represented,
     strongest_pairs,
 )
 from lightning_dsmoe.analysis.report.sample_routing import sample_routing
@@ -62,7 +62,7 @@ def counted(text: HeldOut) -> list[tuple[int, int, int]]:
 
 
 def seen(decoder: Decoder, text: HeldOut, plan: SelectionPlan) -> dict[str, list[Tensor]]:
-    """Probabilities `[N]` of every token that counts, by router."""
+    """Probabilities `[E]` of every token that counts, by router."""
     with torch.no_grad():
         routings = [decoder(inputs, plan).routings for inputs, _ in text.batches]
     return {
@@ -89,7 +89,7 @@ def test_gates_are_those_of_all_experts(decoder: Decoder, text: HeldOut, use: Mo
         router = by_name(use)[name]
         for found, value in zip(router.gates, expected, strict=True):
             torch.testing.assert_close(found, value)
-        assert router.best_X.tolist() == [int(p.argmax()) for p in probs]
+        assert router.best_N.tolist() == [int(p.argmax()) for p in probs]
 
 
 def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUse) -> None:
@@ -105,8 +105,8 @@ def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUs
                     together[first][second] += 1
         router = by_name(use)[name]
         expected = torch.tensor(together, dtype=torch.float64) / len(probs)
-        torch.testing.assert_close(router.together_NN, expected)
-        assert router.running_N.tolist() == pytest.approx(expected.diagonal().tolist())
+        torch.testing.assert_close(router.together_EE, expected)
+        assert router.running_E.tolist() == pytest.approx(expected.diagonal().tolist())
 
 
 def test_losses_and_active_share_are_those_of_the_plans(
@@ -136,11 +136,11 @@ def test_tokens_that_experts_like(
     tokens = [int(text.batches[b][0][row, column]) for b, row, column in counted(text)]
     often = [t for t in range(29) if tokens.count(t) >= LEAST]
     assert 1 < len(often) < 29
-    assert frequent.numbers_K.tolist() == often
-    assert frequent.counts_K.tolist() == [tokens.count(t) for t in often]
+    assert frequent.numbers_U.tolist() == often
+    assert frequent.counts_U.tolist() == [tokens.count(t) for t in often]
     for name, probs in seen(decoder, text, SelectionPlan.uniform(2)).items():
         router = by_name(use)[name]
-        liked = preferences(router.token_gates_KN, router.gates.share, frequent, most=3)
+        liked = over_represented(router.token_gates_UE, router.gates.share, frequent, most=3)
         for expert, found in enumerate(liked):
             mean = sum(p[expert].item() for p in probs) / len(probs)
             lifts = {}
@@ -160,7 +160,7 @@ def test_without_frequent_tokens_nothing_is_liked(
     nothing = frequent_tokens(text, 10_000)
     router = utilization(model, PLAN, text, counts, nothing).experts[0]
     assert router is not None
-    liked = preferences(router.token_gates_KN, router.gates.share, nothing, most=3)
+    liked = over_represented(router.token_gates_UE, router.gates.share, nothing, most=3)
     assert liked == [[]] * 5
 
 
@@ -208,8 +208,8 @@ def test_drift(
     for kind in ("experts", "attention"):
         for layer, router in enumerate(getattr(found, kind)):
             own, before = getattr(use, kind)[layer], getattr(other, kind)[layer]
-            torch.testing.assert_close(router.change_N, own.gates.share - before.gates.share)
-            moved = [a != b for a, b in zip(own.best_X, before.best_X, strict=True)]
+            torch.testing.assert_close(router.change_E, own.gates.share - before.gates.share)
+            moved = [a != b for a, b in zip(own.best_N, before.best_N, strict=True)]
             assert router.moved == pytest.approx(sum(moved) / len(moved))
             assert router.moved > 0
     still = drift(use, use)
