@@ -17,9 +17,9 @@ from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.lift import frequent_tokens
-from lightning_dsmoe.analysis.report.naming import plan_label
 from lightning_dsmoe.analysis.report.sample_routing import sample_routing
 from lightning_dsmoe.analysis.report.utilization import check_mixtures, utilization
+from lightning_dsmoe.analysis.report.view import plan_label
 from lightning_dsmoe.commands.evaluation_setup import (
     all_experts_model,
     open_trained,

@@ -93,7 +93,7 @@ def test_a_plan_a_sample_and_another_checkpoint(
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "experts TopK k=2, attention TopK k=1, from " in page
-    assert "a&#x27;b&lt;i&gt;.json" in page
+    assert "a&#39;b&lt;i&gt;.json" in page
     assert "&lt;b&gt;other.ckpt" in page
     assert "Change from the other checkpoint" in page
     assert "6 of 44 experts; feed-forward 0: " in page

@@ -8,16 +8,16 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor
 
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
-from lightning_dsmoe.analysis.report.escaping import escaped, visible
-from lightning_dsmoe.analysis.report.heat_map import change, level
 from lightning_dsmoe.analysis.report.lift import FrequentTokens
-from lightning_dsmoe.analysis.report.naming import plan_label, selection_label
+from lightning_dsmoe.analysis.report.page import change, level
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
+from lightning_dsmoe.analysis.report.view import plan_label, printable, selection_label, visible
 from lightning_dsmoe.metrics import (
     ActiveShare,
     ParameterCounts,
@@ -195,7 +195,7 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
     assert not [n for _, n, _ in found.attributes if n.startswith("on")]
     printed = "".join(found.texts)
     assert not [c for c in printed if c != "\n" and not c.isprintable()]
-    assert escaped(hostile) in page
+    assert escape(printable(hostile)) in page
 
 
 def test_nothing_is_loaded() -> None:
@@ -235,9 +235,12 @@ def test_many_experts_fit_in_a_page() -> None:
 
 
 def test_a_text_without_frequent_tokens() -> None:
-    report = made([4], [2])
+    report = made([4], [None])
+    [use] = report.use.experts
+    assert use is not None
+    unseen = report.use._replace(experts=[use._replace(token_gates_UE=torch.zeros(0, 4))])
     nothing = torch.zeros(0, dtype=torch.int64)
-    page = report_page(report._replace(frequent=FrequentTokens(nothing, nothing)))
+    page = report_page(report._replace(use=unseen, frequent=FrequentTokens(nothing, nothing)))
     assert "no token occurs often enough" in page
 
 
@@ -279,9 +282,8 @@ def test_tokens_are_visible(token: str, shown: str) -> None:
     assert visible(token, 7) == shown
 
 
-def test_escaping() -> None:
-    assert escaped("<a href=\"x\" & 'y'>") == "&lt;a href=&quot;x&quot; &amp; &#x27;y&#x27;&gt;"
-    assert escaped("a\nb\u2028\udcff") == "a\\nb\\u2028\\udcff"
+def test_what_cannot_be_printed() -> None:
+    assert printable("a\nb\u2028\udcff <é>") == "a\\nb\\u2028\\udcff <é>"
 
 
 def test_colours() -> None:

@@ -1,0 +1,238 @@
+"""What the page shows, as plain numbers and strings for its templates.
+
+Shapes: E experts, T tokens of the sample.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from lightning_dsmoe.analysis.report.drift import Drift
+from lightning_dsmoe.analysis.report.lift import (
+    ExpertPair,
+    FrequentTokens,
+    over_represented,
+    strongest_pairs,
+)
+from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
+from lightning_dsmoe.analysis.report.utilization import ModelUse
+from lightning_dsmoe.routing import Selection, SelectionPlan
+
+_PAIRS = 3
+_LEAST_CHANGE = 0.01
+_MOST_TOKENS, _LEAST_TOKENS = 8, 3
+_ALL_TOKENS = 24_000
+_NAMED_EXPERTS = 6
+_SYMBOLS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_DOTTED_CIRCLE = "\N{DOTTED CIRCLE}"
+
+
+class Chip(NamedTuple):
+    """A token that an expert likes."""
+
+    text: str
+    lift: float
+    seen: int
+
+
+class Layer(NamedTuple):
+    """What the page shows of a layer with a router.
+
+    Args:
+        number: number of the layer.
+        selection: which experts run, in words.
+        effective: effective experts, exp H(e).
+        entropy: H(e) in nats.
+        conditional_entropy: H(e|x) in nats.
+        shares: share of the gates of each expert.
+        dead: numbers of the dead experts.
+        together: share of the tokens for which two experts both run.
+        pairs: the strongest of them.
+        tokens: the tokens that each expert likes.
+        changes: change of the share of the gates of each expert; empty without another checkpoint.
+        moved: share of the tokens whose most probable expert is another one.
+    """
+
+    number: int
+    selection: str
+    effective: float
+    entropy: float
+    conditional_entropy: float
+    shares: list[float]
+    dead: list[int]
+    together: list[list[float]]
+    pairs: list[ExpertPair]
+    tokens: list[list[Chip]]
+    changes: list[float]
+    moved: float
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+        return len(self.shares)
+
+    @property
+    def running(self) -> list[float]:
+        """Share of the tokens for which each expert runs."""
+        return [row[expert] for expert, row in enumerate(self.together)]
+
+
+class Kind(NamedTuple):
+    """All layers of a model as to one kind of experts; None where there is no router."""
+
+    name: str
+    layers: list[Layer | None]
+
+    @property
+    def routed(self) -> list[Layer]:
+        """The layers with a router."""
+        return [layer for layer in self.layers if layer is not None]
+
+    @property
+    def most_share(self) -> float:
+        """The largest share of the gates, as a multiple of an even share, or 2 if that is more."""
+        return max(2.0, *(max(layer.shares) * layer.n_experts for layer in self.routed))
+
+    @property
+    def most_together(self) -> float:
+        """Share of the tokens of the strongest pair."""
+        return max((layer.pairs[0].share for layer in self.routed if layer.pairs), default=0.0)
+
+    @property
+    def most_change(self) -> float:
+        """The largest change, of either sign, or a percentage point if that is more."""
+        return max(_LEAST_CHANGE, *(abs(c) for layer in self.routed for c in layer.changes))
+
+
+class SampleToken(NamedTuple):
+    """A token of the sample.
+
+    Args:
+        text: what to show of it.
+        ends_line: whether a line ends after it.
+        n_running: experts that run, of all layers and of both kinds.
+        running: which of them, layer by layer.
+    """
+
+    text: str
+    ends_line: bool
+    n_running: int
+    running: list[str]
+
+
+def kinds_of(
+    use: ModelUse,
+    drift: Drift | None,
+    plan: SelectionPlan,
+    frequent: FrequentTokens,
+    token_text: Callable[[int], str],
+) -> list[Kind]:
+    """The kinds of experts that a model has.
+
+    Args:
+        use: how the model uses its experts.
+        drift: what differs from another checkpoint, if there is one.
+        plan: the experts that run.
+        frequent: the tokens that preferences are told of.
+        token_text: text of a token.
+    """
+    n_experts = sum(len(r.gates.share) for r in [*use.experts, *use.attention] if r is not None)
+    most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // n_experts))
+
+    def layers(name: str) -> Iterator[Layer | None]:
+        routers = getattr(use, name)
+        changes = [None] * len(routers) if drift is None else getattr(drift, name)
+        selections = getattr(plan, name)
+        for number, (router, change) in enumerate(zip(routers, changes, strict=True)):
+            if router is None:
+                yield None
+                continue
+            gates = router.gates
+            tokens = over_represented(router.token_gates_UE, gates.share, frequent, most)
+            yield Layer(
+                number,
+                selection_label(selections[number]),
+                gates.effective.item(),
+                gates.entropy.item(),
+                gates.conditional_entropy.item(),
+                gates.share.tolist(),
+                router.dead_experts,
+                router.together_EE.tolist(),
+                strongest_pairs(router.together_EE, _PAIRS),
+                [
+                    [Chip(visible(token_text(t.token), t.token), t.lift, t.seen) for t in liked]
+                    for liked in tokens
+                ],
+                [] if change is None else change.change_E.tolist(),
+                0.0 if change is None else change.moved,
+            )
+
+    kinds = [
+        Kind("feed-forward experts", list(layers("experts"))),
+        Kind("attention experts", list(layers("attention"))),
+    ]
+    return [kind for kind in kinds if kind.routed]
+
+
+def sample_tokens(sample: SampleRouting, token_text: Callable[[int], str]) -> Iterator[SampleToken]:
+    """The tokens of a sample, with the experts that run for each.
+
+    Args:
+        sample: the sample.
+        token_text: text of a token.
+    """
+    running = [
+        [_running(f"{name} {layer}", row_E) for row_E in mask_TE.tolist()]
+        for name, masks in (("feed-forward", sample.experts), ("attention", sample.attention))
+        for layer, mask_TE in enumerate(masks)
+        if mask_TE is not None
+    ]
+    for place, (token, n) in enumerate(
+        zip(sample.tokens, sample.n_running_T.tolist(), strict=True)
+    ):
+        text = token_text(token)
+        yield SampleToken(
+            visible(text, token), "\n" in text, n, [names[place] for names in running]
+        )
+
+
+def _running(name: str, row_E: list[bool]) -> str:
+    """The experts of a layer that run for a token, their number alone if they are many."""
+    experts = [str(expert) for expert, runs in enumerate(row_E) if runs]
+    many = len(experts) > _NAMED_EXPERTS
+    return f"{name}: {f'{len(experts)} of {len(row_E)}' if many else ', '.join(experts)}"
+
+
+def selection_label(selection: Selection) -> str:
+    """A selection in a few words, such as "Threshold eps=0.1"."""
+    options = {key: value for key, value in asdict(selection).items() if value is not False}
+    words = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items()]
+    return " ".join([type(selection).__name__, *words])
+
+
+def plan_label(selections: Sequence[Selection]) -> str:
+    """The selections of all layers in a few words."""
+    labels = {selection_label(selection) for selection in selections}
+    return labels.pop() if len(labels) == 1 else "a selection for each layer"
+
+
+def visible(token: str, number: int) -> str:
+    """What to show of a token: blanks as symbols, no text of its own as its number.
+
+    Args:
+        token: its text.
+        number: its number.
+    """
+    if not token or _REPLACEMENT in token:
+        return f"#{number}"
+    shown = printable(token.translate(_SYMBOLS))
+    return _DOTTED_CIRCLE + shown if unicodedata.combining(shown[0]) else shown
+
+
+def printable(text: str) -> str:
+    """A text whose characters that cannot be printed are shown as their codes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
