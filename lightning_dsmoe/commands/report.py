@@ -113,10 +113,10 @@ def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
     loaded = load_decoder(path)
     if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
-    found = all_experts_model(loaded.decoder)
-    if changes := differences(model.architecture, found.architecture):
+    other = all_experts_model(loaded.decoder)
+    if changes := differences(model.architecture, other.architecture):
         raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
-    return found
+    return other
 
 
 def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:

@@ -16,11 +16,11 @@ class RouterDrift(NamedTuple):
 
     Args:
         change_E: share of the gates of each expert, less that in the other checkpoint.
-        moved: share of the tokens whose most probable expert is another one.
+        changed: share of the tokens whose most probable expert is another one.
     """
 
     change_E: Tensor
-    moved: float
+    changed: float
 
 
 class Drift(NamedTuple):
@@ -59,5 +59,5 @@ def _layers(
 
 
 def _router(own: RouterUse, other: RouterUse) -> RouterDrift:
-    moved_N = own.best_N != other.best_N
-    return RouterDrift(own.gates.share - other.gates.share, moved_N.float().mean().item())
+    changed_N = own.best_N != other.best_N
+    return RouterDrift(own.gates.share - other.gates.share, changed_N.float().mean().item())

@@ -13,7 +13,7 @@ from lightning_dsmoe.data.windows import IGNORED
 
 LEAST_COUNT = 20
 """Tokens of a text that occur less often say little of an expert."""
-_LIKED = 1.05  # what is closer to 1 may be rounding
+_LEAST_LIFT = 1.05  # what is closer to 1 may be rounding
 
 
 class FrequentTokens(NamedTuple):
@@ -37,7 +37,7 @@ class TokenLift(NamedTuple):
 
     token: int
     lift: float
-    seen: int
+    occurrences: int
 
 
 def frequent_tokens(text: HeldOut, least: int = LEAST_COUNT) -> FrequentTokens:
@@ -66,7 +66,7 @@ def over_represented(
         [
             TokenLift(int(frequent.numbers_U[row]), lift.item(), int(frequent.counts_U[row]))
             for row, lift in zip(order_U, lift_UE[order_U, expert], strict=True)
-            if lift > _LIKED
+            if lift > _LEAST_LIFT
         ]
         for expert, order_U in enumerate(order_UE.T)
     ]

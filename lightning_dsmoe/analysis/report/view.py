@@ -34,7 +34,7 @@ class Chip(NamedTuple):
 
     text: str
     lift: float
-    seen: int
+    occurrences: int
 
 
 class Layer(NamedTuple):
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
         pairs: the strongest of them.
         tokens: the tokens that each expert likes.
         changes: change of the share of the gates of each expert; empty without another checkpoint.
-        moved: share of the tokens whose most probable expert is another one.
+        changed: share of the tokens whose most probable expert is another one.
     """
 
     number: int
@@ -66,7 +66,7 @@ class Layer(NamedTuple):
     pairs: list[ExpertPair]
     tokens: list[list[Chip]]
     changes: list[float]
-    moved: float
+    changed: float
 
     @property
     def n_experts(self) -> int:
@@ -150,7 +150,7 @@ def kinds_of(
                 yield None
                 continue
             gates = router.gates
-            tokens = over_represented(router.token_gates_UE, gates.share, frequent, most)
+            lifts = over_represented(router.token_gates_UE, gates.share, frequent, most)
             yield Layer(
                 number,
                 selection_label(selections[number]),
@@ -162,11 +162,14 @@ def kinds_of(
                 router.together_EE.tolist(),
                 strongest_pairs(router.together_EE, _PAIRS),
                 [
-                    [Chip(visible(token_text(t.token), t.token), t.lift, t.seen) for t in liked]
-                    for liked in tokens
+                    [
+                        Chip(visible(token_text(t.token), t.token), t.lift, t.occurrences)
+                        for t in tokens
+                    ]
+                    for tokens in lifts
                 ],
                 [] if change is None else change.change_E.tolist(),
-                0.0 if change is None else change.moved,
+                0.0 if change is None else change.changed,
             )
 
     kinds = [

@@ -82,7 +82,7 @@ def router(n_experts: int, n_frequent: int) -> RouterUse:
     return RouterUse(used, together, gates, probs.argmax(-1))
 
 
-def made(
+def make_report(
     experts: list[int | None],
     attention: list[int | None],
     *,
@@ -126,7 +126,7 @@ def made(
 
 
 def test_every_part_is_there() -> None:
-    page = report_page(made([5, 5], [3, 3]))
+    page = report_page(make_report([5, 5], [3, 3]))
     for words in (
         "Share of the gates",
         "Layer by layer",
@@ -145,11 +145,11 @@ def test_every_part_is_there() -> None:
     links = re.findall(r'href="#(\w+)"', page)
     assert len(links) == 6
     assert all(f'id="{link}"' in page for link in links)
-    assert "Change from" not in report_page(made([5], [3], with_drift=False))
+    assert "Change from" not in report_page(make_report([5], [3], with_drift=False))
 
 
 def test_numbers_of_the_heat_map() -> None:
-    report = made([5], [None])
+    report = make_report([5], [None])
     use = report.use.experts[0]
     assert use is not None
     titles = [v for _, name, v in Page(report_page(report)).attributes if name == "title"]
@@ -164,7 +164,7 @@ def test_numbers_of_the_heat_map() -> None:
 
 
 def test_dead_experts_are_named() -> None:
-    report = made([6, 6], [3, None])
+    report = make_report([6, 6], [3, None])
     use = report.use.experts[1]
     assert use is not None
     use.together_EE[:, 4] = use.together_EE[4, :] = 0
@@ -183,9 +183,11 @@ def test_dead_experts_are_named() -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
 def test_text_from_outside_stays_text(hostile: str) -> None:
-    plain = Page(report_page(made([4], [2], text=lambda token: "a", facts=(("a", "b"),))))
+    plain = Page(report_page(make_report([4], [2], text=lambda token: "a", facts=(("a", "b"),))))
     page = report_page(
-        made([4], [2], text=lambda token: hostile, title=hostile, facts=((hostile, hostile),))
+        make_report(
+            [4], [2], text=lambda token: hostile, title=hostile, facts=((hostile, hostile),)
+        )
     )
     page.encode("utf-8")
     found = Page(page)
@@ -199,7 +201,7 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
 
 
 def test_nothing_is_loaded() -> None:
-    page = report_page(made([4, 40], [2, 2]))
+    page = report_page(make_report([4, 40], [2, 2]))
     found = Page(page)
     for tag, name, value in found.attributes:
         assert name not in {"src", "srcset", "action", "data", "poster"}, tag
@@ -221,7 +223,7 @@ def test_nothing_is_loaded() -> None:
     [([4, None], [None, 3]), ([None, None], [3, 3]), ([5], [None]), ([1], [1]), ([33, 2], [2, 9])],
 )
 def test_layers_without_experts(experts: list[int | None], attention: list[int | None]) -> None:
-    page = report_page(made(experts, attention))
+    page = report_page(make_report(experts, attention))
     Page(page)
     assert page.count("no experts") == 2 * sum(
         kind.count(None) for kind in (experts, attention) if set(kind) != {None}
@@ -229,13 +231,13 @@ def test_layers_without_experts(experts: list[int | None], attention: list[int |
 
 
 def test_many_experts_fit_in_a_page() -> None:
-    page = report_page(made([256] * 6, [256] * 6, n_frequent=60))
+    page = report_page(make_report([256] * 6, [256] * 6, n_frequent=60))
     assert len(page.encode()) < 5_000_000
     assert len(Page(page).tags) > 6 * 2 * 256
 
 
 def test_a_text_without_frequent_tokens() -> None:
-    report = made([4], [None])
+    report = make_report([4], [None])
     [use] = report.use.experts
     assert use is not None
     unseen = report.use._replace(experts=[use._replace(token_gates_UE=torch.zeros(0, 4))])
@@ -246,14 +248,14 @@ def test_a_text_without_frequent_tokens() -> None:
 
 def test_plans_that_differ_from_layer_to_layer() -> None:
     plan = SelectionPlan((TopK(2), Threshold(0.25)), (AllExperts(), AllExperts()))
-    page = report_page(made([4, 4], [2, 2], plan=plan))
+    page = report_page(make_report([4, 4], [2, 2], plan=plan))
     assert "<td>TopK k=2</td>" in page
     assert "<td>Threshold eps=0.25</td>" in page
     assert "AllExperts" not in page
 
 
 def test_many_experts_of_a_token_are_counted_not_named() -> None:
-    report = made([20], [2])
+    report = make_report([20], [2])
     mask = torch.zeros(11, 20, dtype=torch.bool)
     mask[0, :7], mask[1, 3:5] = True, True
     sample = report.sample._replace(experts=[mask])
