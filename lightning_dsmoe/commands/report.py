@@ -1,4 +1,4 @@
-"""A page about how a trained model uses its experts."""
+"""The command that writes a page on how a trained model uses its experts."""
 
 import platform
 from collections.abc import Mapping
@@ -45,22 +45,23 @@ def report(
     sample: str | None = None,
     **options: Any,
 ) -> None:
-    """Write one HTML page on how a trained model uses its experts.
+    """Write an HTML page on how a trained model uses its experts.
 
-    It shows the share of the gates of every expert, entropies, dead experts, experts that run
-    together, the tokens that each expert likes, and a text coloured by the experts it needs.
+    It shows gate shares, effective and dead experts, the entropies of the routers, co-activation of
+    experts, the most over-represented tokens of each expert, and a sample text colored by the
+    number of experts that run for each token.
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        other: another checkpoint of the same model, to show what changed.
-        plan: JSON file of a selection plan; by default all experts with N*S above 0.1 run.
-        output: the page.
-        sample: a text to colour; by default the first tokens of the text.
+        other: another checkpoint of the same training run; the page then shows the difference.
+        plan: JSON file of a selection plan; by default experts with E·S above 0.1 run.
+        output: path of the page.
+        sample: text to color; by default the first tokens of the evaluated text.
         options: of the text and the device, see `open_trained`.
 
     Raises:
-        ValueError: if a checkpoint, the plan, a sample or the text is not fit for it, or the other
-            checkpoint is of another model.
+        ValueError: if a checkpoint, the plan, the sample or the text is invalid, or the other
+            checkpoint belongs to another model.
     """
     check_file(output)
     model, counts, text, tokenizer = open_trained(ckpt_path, **options)
@@ -68,7 +69,7 @@ def report(
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
     facts = _facts(ckpt_path, other, plan, selections, _text_name(options), text)
-    coloured = sample_routing(
+    sample_experts = sample_routing(
         model,
         selections,
         _tokens(sample, tokenizer, text),
@@ -92,7 +93,7 @@ def report(
             use=use,
             frequent=frequent,
             token_text=cache(tokenizer.piece),
-            sample=coloured,
+            sample=sample_experts,
             drift=drift(use, others[0]) if others else None,
         )
     )
@@ -109,7 +110,7 @@ def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
 
 
 def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
-    """Load the other checkpoint, if it is of the same model."""
+    """Load the other checkpoint and check that it belongs to the same model."""
     loaded = load_decoder(path)
     if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
@@ -120,7 +121,7 @@ def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
 
 
 def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
-    """Tokens of the text to colour; what is not UTF-8 is replaced."""
+    """Tokens of the sample; what is not UTF-8 is replaced."""
     if sample is None:
         inputs_BT, labels_BT = text.batches[0]
         return inputs_BT[labels_BT != IGNORED][:_SAMPLE_TOKENS]
@@ -143,9 +144,12 @@ def _facts(
     text_name: str,
     text: HeldOut,
 ) -> list[tuple[str, str]]:
-    """What was measured on what, by name."""
-    checkpoints = {"Checkpoint": ckpt_path, **({} if other is None else {"Other": other})}
-    source = "by default" if plan is None else f"from {plan}"
+    """Names and values of the head of the page: what was measured, and on which text."""
+    checkpoints = {
+        "Checkpoint": ckpt_path,
+        **({} if other is None else {"Other checkpoint": other}),
+    }
+    source = "default" if plan is None else f"from {plan}"
     return [
         *(
             (name, f"{path}, SHA-256 {_short(sha256(Path(path)))}")

@@ -41,14 +41,14 @@ def test_a_page_without_any_option(
     assert len(page) < 1_000_000
     for shown in (
         "How last.ckpt uses its experts",
-        "experts Threshold eps=0.1, attention Threshold eps=0.1, by default",
+        "experts Threshold eps=0.1, attention Threshold eps=0.1, default",
         "320 tokens, val split of ",
         f"lightning_dsmoe {__version__}",
         trained.checkpoint,
     ):
         assert shown in page
     assert re.search("SHA-256 [0-9a-f]{16}…", page)
-    assert "Change from the other checkpoint" not in page
+    assert "Difference from the other checkpoint" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -95,7 +95,7 @@ def test_a_plan_a_sample_and_another_checkpoint(
     assert "experts TopK k=2, attention TopK k=1, from " in page
     assert "a&#39;b&lt;i&gt;.json" in page
     assert "&lt;b&gt;other.ckpt" in page
-    assert "Change from the other checkpoint" in page
+    assert "Difference from the other checkpoint" in page
     assert "6 of 44 experts; feed-forward 0: " in page
     assert page.count('<p class="sample') == 1
     assert page.count("<script>") == 1

@@ -1,6 +1,6 @@
-"""How routing changed between two checkpoints of a training.
+"""How routing differs between two checkpoints of one training run.
 
-Shapes: E experts.
+Shapes: E experts, N tokens.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
 
 
 class RouterDrift(NamedTuple):
-    """One router in two checkpoints.
+    """Difference between a router and the same router in another checkpoint.
 
     Args:
-        change_E: share of the gates of each expert, less that in the other checkpoint.
-        changed: share of the tokens whose most probable expert is another one.
+        change_E: gate share of each expert minus its gate share in the other checkpoint.
+        changed: share of the tokens whose top-1 expert differs.
     """
 
     change_E: Tensor
@@ -24,13 +24,13 @@ class RouterDrift(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """A model in two checkpoints, on the same text.
+    """Difference between a model and another checkpoint of it, on the same text.
 
     Args:
         experts: of each layer, None without a mixture of experts.
         attention: of each layer, None without a mixture of attention heads.
-        loss: that of the other checkpoint with all experts, in nats per token.
-        plan_loss: that of the other checkpoint under the plan.
+        loss: loss of the other checkpoint with all experts, in nats per token.
+        plan_loss: loss of the other checkpoint under the plan, in nats per token.
     """
 
     experts: list[RouterDrift | None]
@@ -40,7 +40,7 @@ class Drift(NamedTuple):
 
 
 def drift(use: ModelUse, other: ModelUse) -> Drift:
-    """What differs in a model from another checkpoint of it, both measured on the same text."""
+    """Compare a model with another checkpoint of it, both measured on the same text."""
     return Drift(
         _layers(use.experts, other.experts),
         _layers(use.attention, other.attention),

@@ -1,7 +1,8 @@
-"""The whole page: what was measured, put into the templates beside this file."""
+"""The report as one HTML page, rendered from the templates beside this file."""
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import NamedTuple
@@ -20,22 +21,23 @@ from lightning_dsmoe.routing import SelectionPlan
 _PACKAGE = "lightning_dsmoe.analysis.report"
 _LEVELS, _CHANGES = 10, 5
 _LARGEST_SQUARE = 32
-_MOST_QUANTILE = 0.98  # few tokens that need many more shall not make all others look alike
+_SMALLEST = 0.001
+_MOST_QUANTILE = 0.98  # otherwise a few outliers would take most of the color scale
 
 
 class Report(NamedTuple):
-    """What the page is made of.
+    """Everything that the page shows.
 
     Args:
         title: name of the model.
-        facts: what was measured on what, as names and values.
-        counts: parameters of the decoder.
-        plan: the experts that run.
+        facts: names and values of the head of the page, such as the checkpoint and the text.
+        counts: parameter counts of the decoder.
+        plan: which experts run.
         use: how the model uses its experts.
-        frequent: the tokens that preferences are told of.
+        frequent: the tokens whose lift is shown.
         token_text: text of a token.
-        sample: the text to colour.
-        drift: what differs from another checkpoint; None without one.
+        sample: the text that is colored by the number of experts that run.
+        drift: the difference from another checkpoint; None without one.
     """
 
     title: str
@@ -50,7 +52,15 @@ class Report(NamedTuple):
 
 
 def report_page(report: Report) -> str:
-    """HTML of a report, which loads nothing and runs only its own script."""
+    """HTML of a report, which loads nothing and runs only its own script.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        The page. Titles, facts and tokens come from strangers' files: they are escaped, and
+        characters that cannot be printed appear as their codes.
+    """
     use, drift, counts, sample = report.use, report.drift, report.counts, report.sample
     kinds = kinds_of(use, drift, report.plan, report.frequent, report.token_text)
     script = _packaged("page.js")
@@ -83,26 +93,39 @@ def report_page(report: Report) -> str:
 
 
 def level(value: float, most: float) -> str:
-    """Class of the style sheet that colours a number from 0 to `most`: s0 to s10."""
+    """Style sheet class of the color of a number from 0 to `most`: s0 to s10."""
     return f"s{round(_LEVELS * min(1.0, value / most)) if most > 0 else 0}"
 
 
 def change(value: float, most: float) -> str:
-    """The same of a number from -`most` to `most`: less5 to less1, s0, more1 to more5."""
+    """The same for a number from -`most` to `most`: less5 to less1, s0, more1 to more5."""
     step = round(_CHANGES * min(1.0, abs(value) / most)) if most > 0 else 0
     return f"{'more' if value > 0 else 'less'}{step}" if step else "s0"
 
 
+def digits(value: float) -> str:
+    """A number with three significant digits and without an exponent."""
+    if 0 < abs(value) < _SMALLEST:
+        return f"<{_SMALLEST}"
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, such as "12.5 %"."""
+    return f"{digits(100 * share)} %"
+
+
 def size(number: float) -> str:
-    """A number of parameters, such as "1.5 M"."""
+    """A number of parameters, such as "1.50 M"."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
-            return f"{number / unit:.1f}{name}"
+            return f"{digits(number / unit)}{name}"
     return str(number)
 
 
 def _templates() -> Environment:
-    """Templates that escape whatever they are given, since names and tokens are from strangers."""
+    """Templates that escape every value, and show what cannot be printed as its code."""
     templates = Environment(
         loader=PackageLoader(_PACKAGE),
         autoescape=True,
@@ -112,7 +135,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters.update(level=level, change=change, size=size)
+    templates.filters.update(level=level, change=change, digits=digits, percent=percent, size=size)
     return templates
 
 

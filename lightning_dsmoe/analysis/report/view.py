@@ -30,7 +30,7 @@ _DOTTED_CIRCLE = "\N{DOTTED CIRCLE}"
 
 
 class Chip(NamedTuple):
-    """A token that an expert likes."""
+    """An over-represented token as it is shown."""
 
     text: str
     lift: float
@@ -38,21 +38,21 @@ class Chip(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the page shows of a layer with a router.
+    """What the page shows of a routed layer.
 
     Args:
         number: number of the layer.
-        selection: which experts run, in words.
+        selection: selection of the experts that run.
         effective: effective experts, exp H(e).
         entropy: H(e) in nats.
         conditional_entropy: H(e|x) in nats.
-        shares: share of the gates of each expert.
+        shares: gate share of each expert.
         dead: numbers of the dead experts.
         together: share of the tokens for which two experts both run.
-        pairs: the strongest of them.
-        tokens: the tokens that each expert likes.
-        changes: change of the share of the gates of each expert; empty without another checkpoint.
-        changed: share of the tokens whose most probable expert is another one.
+        pairs: the most frequent pairs.
+        tokens: the most over-represented tokens of each expert.
+        changes: difference of each gate share from the other checkpoint; empty without one.
+        changed: share of the tokens whose top-1 expert differs from the other checkpoint.
     """
 
     number: int
@@ -80,29 +80,29 @@ class Layer(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """All layers of a model as to one kind of experts; None where there is no router."""
+    """All layers of a model, seen as one kind of experts: None where a layer has no router."""
 
     name: str
     layers: list[Layer | None]
 
     @property
     def routed(self) -> list[Layer]:
-        """The layers with a router."""
+        """The routed layers."""
         return [layer for layer in self.layers if layer is not None]
 
     @property
     def most_share(self) -> float:
-        """The largest share of the gates, as a multiple of an even share, or 2 if that is more."""
+        """The largest gate share as a multiple of an even share, at least 2."""
         return max(2.0, *(max(layer.shares) * layer.n_experts for layer in self.routed))
 
     @property
     def most_together(self) -> float:
-        """Share of the tokens of the strongest pair."""
+        """Share of the tokens for which the most frequent pair runs."""
         return max((layer.pairs[0].share for layer in self.routed if layer.pairs), default=0.0)
 
     @property
     def most_change(self) -> float:
-        """The largest change, of either sign, or a percentage point if that is more."""
+        """The largest change of a gate share, at least a percentage point."""
         return max(_LEAST_CHANGE, *(abs(c) for layer in self.routed for c in layer.changes))
 
 
@@ -111,9 +111,9 @@ class SampleToken(NamedTuple):
 
     Args:
         text: what to show of it.
-        ends_line: whether a line ends after it.
-        n_running: experts that run, of all layers and of both kinds.
-        running: which of them, layer by layer.
+        ends_line: whether it contains a line break.
+        n_running: number of experts that run, over all layers and both kinds.
+        running: which experts run, by layer.
     """
 
     text: str
@@ -133,9 +133,9 @@ def kinds_of(
 
     Args:
         use: how the model uses its experts.
-        drift: what differs from another checkpoint, if there is one.
-        plan: the experts that run.
-        frequent: the tokens that preferences are told of.
+        drift: the difference from another checkpoint, if there is one.
+        plan: which experts run.
+        frequent: the tokens whose lift is shown.
         token_text: text of a token.
     """
     n_experts = sum(len(r.gates.share) for r in [*use.experts, *use.attention] if r is not None)
@@ -202,7 +202,7 @@ def sample_tokens(sample: SampleRouting, token_text: Callable[[int], str]) -> It
 
 
 def _running(name: str, row_E: list[bool]) -> str:
-    """The experts of a layer that run for a token, their number alone if they are many."""
+    """The experts of a layer that run for a token, or just their number if they are many."""
     experts = [str(expert) for expert, runs in enumerate(row_E) if runs]
     many = len(experts) > _NAMED_EXPERTS
     return f"{name}: {f'{len(experts)} of {len(row_E)}' if many else ', '.join(experts)}"
@@ -222,7 +222,7 @@ def plan_label(selections: Sequence[Selection]) -> str:
 
 
 def visible(token: str, number: int) -> str:
-    """What to show of a token: blanks as symbols, no text of its own as its number.
+    """A token as it is shown: spaces as symbols, or its number if it has no text of its own.
 
     Args:
         token: its text.
@@ -235,7 +235,7 @@ def visible(token: str, number: int) -> str:
 
 
 def printable(text: str) -> str:
-    """A text whose characters that cannot be printed are shown as their codes."""
+    """A text in which characters that cannot be printed are replaced by their codes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )

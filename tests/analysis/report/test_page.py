@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.lift import FrequentTokens
-from lightning_dsmoe.analysis.report.page import change, level
+from lightning_dsmoe.analysis.report.page import change, digits, level, percent, size
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
 from lightning_dsmoe.analysis.report.view import plan_label, printable, selection_label, visible
@@ -128,24 +128,24 @@ def make_report(
 def test_every_part_is_there() -> None:
     page = report_page(make_report([5, 5], [3, 3]))
     for words in (
-        "Share of the gates",
+        "Gate share",
         "Layer by layer",
-        "Experts that run together",
-        "What each expert likes",
-        "Where experts are needed",
-        "Change from the other checkpoint",
-        "and 7 more tokens",
-        "1.5000",
-        "1.6000",
-        "+6.67%",
-        "30.0%",
-        "p50 25.0%, p95 40.0%",
+        "Co-activation",
+        "Most over-represented tokens",
+        "Experts per token",
+        "Difference from the other checkpoint",
+        "7 more tokens are not shown",
+        ">1.500<",
+        ">1.600<",
+        "6.67 % above all experts",
+        ">30.0 %<",
+        "median 25.0 %, 95th percentile 40.0 %",
     ):
         assert words in page
     links = re.findall(r'href="#(\w+)"', page)
     assert len(links) == 6
     assert all(f'id="{link}"' in page for link in links)
-    assert "Change from" not in report_page(make_report([5], [3], with_drift=False))
+    assert "Difference from" not in report_page(make_report([5], [3], with_drift=False))
 
 
 def test_numbers_of_the_heat_map() -> None:
@@ -154,13 +154,13 @@ def test_numbers_of_the_heat_map() -> None:
     assert use is not None
     titles = [v for _, name, v in Page(report_page(report)).attributes if name == "title"]
     for expert, share in enumerate(use.gates.share.tolist()):
-        expected = f"layer 0, expert {expert}: {share:.2%} of the gates"
+        expected = f"layer 0, expert {expert}: {percent(share)} of the gates"
         assert sum(str(title).startswith(expected) for title in titles) == 1
     for first in range(5):
         for second in range(first):
             share = use.together_EE[first, second].item()
-            words = f"layer 0, experts {second} and {first} run together for {share:.2%}"
-            assert (words in titles) == (share > 0)
+            words = f"layer 0, experts {second} and {first} run together for {percent(share)} of"
+            assert sum(str(title).startswith(words) for title in titles) == (share > 0)
 
 
 def test_dead_experts_are_named() -> None:
@@ -170,7 +170,7 @@ def test_dead_experts_are_named() -> None:
     use.together_EE[:, 4] = use.together_EE[4, :] = 0
     page = " ".join("".join(Page(report_page(report)).texts).split())
     dead = ", ".join(
-        f"{e} ({use.gates.share[e].item():.2%}{'' if use.running_E[e] else ', never runs'})"
+        f"{e} ({percent(use.gates.share[e].item())}{'' if use.running_E[e] else ', never runs'})"
         for e in use.dead_experts
     )
     assert 4 in use.dead_experts
@@ -198,6 +198,14 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
     printed = "".join(found.texts)
     assert not [c for c in printed if c != "\n" and not c.isprintable()]
     assert escape(printable(hostile)) in page
+
+
+def test_quotes_and_tags_stay_inside_an_attribute() -> None:
+    hostile = """"'><script>alert("x")</script>"""
+    found = Page(report_page(make_report([4], [2], text=lambda token: hostile)))
+    titles = [value or "" for _, name, value in found.attributes if name == "title"]
+    assert sum(title.startswith(f"{hostile}: ") for title in titles) == 11
+    assert len(found.scripts) == 1
 
 
 def test_nothing_is_loaded() -> None:
@@ -243,7 +251,7 @@ def test_a_text_without_frequent_tokens() -> None:
     unseen = report.use._replace(experts=[use._replace(token_gates_UE=torch.zeros(0, 4))])
     nothing = torch.zeros(0, dtype=torch.int64)
     page = report_page(report._replace(use=unseen, frequent=FrequentTokens(nothing, nothing)))
-    assert "no token occurs often enough" in page
+    assert "No token occurs often enough" in page
 
 
 def test_plans_that_differ_from_layer_to_layer() -> None:
@@ -299,6 +307,21 @@ def test_colours() -> None:
         "more5",
     ]
     assert level(1, 0) == change(1, 0) == "s0"
+
+
+def test_three_significant_digits() -> None:
+    assert [digits(n) for n in (0, 0.0206, 0.5, 2.0947, 99.96, 1234567, -3.4, 1e-9)] == [
+        "0",
+        "0.0206",
+        "0.500",
+        "2.09",
+        "100.0",
+        "1,230,000",
+        "-3.40",
+        "<0.001",
+    ]
+    assert (percent(0.1234), percent(1), percent(0)) == ("12.3 %", "100 %", "0 %")
+    assert [size(n) for n in (999, 1500, 2.34e6, 1e9)] == ["999", "1.50 k", "2.34 M", "1.00 G"]
 
 
 def test_names_of_selections() -> None:
