@@ -107,11 +107,11 @@ def test_any_float_type(dtype: torch.dtype) -> None:
     )
 
 
-def test_sharp_choices_evenly_used_differ_from_no_choice() -> None:
+def test_confident_and_balanced_routing_differs_from_uncertain_routing() -> None:
     """Both use all experts; only the conditional entropy tells them apart."""
-    sharp, flat = (expert_utilization(loads()[name]) for name in ("one-hot", "uniform"))
-    torch.testing.assert_close(sharp.effective, flat.effective)
-    assert sharp.conditional_entropy < 1e-6 < flat.conditional_entropy
+    confident, uncertain = (expert_utilization(loads()[name]) for name in ("one-hot", "uniform"))
+    torch.testing.assert_close(confident.effective, uncertain.effective)
+    assert confident.conditional_entropy < 1e-6 < uncertain.conditional_entropy
 
 
 def test_dead_share_is_a_fraction_of_the_even_share() -> None:
