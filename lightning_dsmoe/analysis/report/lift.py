@@ -86,14 +86,15 @@ def over_represented(
         most: most tokens of an expert.
     """
     lift_UE = token_gates_UE / share_E.clamp_min(torch.finfo(share_E.dtype).tiny)
-    order_UE = lift_UE.argsort(dim=0, descending=True, stable=True)[:most]
+    lift_UE, row_UE = lift_UE.sort(dim=0, descending=True, stable=True)
+    numbers, counts = frequent.numbers_U.tolist(), frequent.counts_U.tolist()
     return [
         [
-            TokenLift(int(frequent.numbers_U[row]), lift.item(), int(frequent.counts_U[row]))
-            for row, lift in zip(order_U, lift_UE[order_U, expert], strict=True)
+            TokenLift(numbers[row], lift, counts[row])
+            for lift, row in zip(lift_U, row_U, strict=True)
             if lift > _LEAST_LIFT
         ]
-        for expert, order_U in enumerate(order_UE.T)
+        for lift_U, row_U in zip(lift_UE[:most].T.tolist(), row_UE[:most].T.tolist(), strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -124,6 +125,7 @@ def size(number: float) -> str:
     return str(number)
 
 
+@cache
 def _templates() -> Environment:
     """Templates that escape every value, and show what cannot be printed as its code."""
     templates = Environment(
