@@ -54,7 +54,9 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.ddp
 def test_two_ranks_measure_as_one_process(tmp_path: Path) -> None:
-    mp.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    # One process imports everything and both ranks are forked from it.
+    mp.set_forkserver_preload([run_rank.__module__])
+    mp.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     expected = measure(probs_of_all(), [16])
     for rank in range(2):
         measured = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

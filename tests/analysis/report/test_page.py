@@ -239,9 +239,9 @@ def test_layers_without_experts(experts: list[int | None], attention: list[int |
 
 
 def test_many_experts_fit_in_a_page() -> None:
-    page = report_page(make_report([256] * 6, [256] * 6, n_frequent=60))
-    assert len(page.encode()) < 5_000_000
-    assert len(Page(page).tags) > 6 * 2 * 256
+    page = report_page(make_report([256] * 2, [256] * 2, n_frequent=60))
+    assert len(page.encode()) < 5_000_000 / 3
+    assert len(Page(page).tags) > 2 * 2 * 256
 
 
 def test_a_text_without_frequent_tokens() -> None:
