@@ -19,7 +19,6 @@ from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.lift import frequent_tokens
 from lightning_dsmoe.analysis.report.sample_routing import sample_routing
 from lightning_dsmoe.analysis.report.utilization import check_mixtures, utilization
-from lightning_dsmoe.analysis.report.view import plan_label
 from lightning_dsmoe.commands.evaluation_setup import (
     all_experts_model,
     open_trained,
@@ -30,6 +29,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.routing import SelectionPlan, Threshold
+from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.serialization.architecture import differences
 from lightning_dsmoe.tokenizers import Tokenizer
 
@@ -157,8 +157,7 @@ def _facts(
         ),
         (
             "Plan",
-            f"experts {plan_label(selections.experts)}, "
-            f"attention {plan_label(selections.attention)}, {source}",
+            f"{describe(selections)} ({source})",
         ),
         ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
         ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),

@@ -57,7 +57,7 @@ def test_a_page_without_any_option(
     assert len(page) < 1_000_000
     for shown in (
         "How last.ckpt uses its experts",
-        "experts Threshold eps=0.1, attention Threshold eps=0.1, default",
+        "experts: threshold 0.1; attention: threshold 0.1 (default)",
         "320 tokens, val split of ",
         f"lightning_dsmoe {__version__}",
         trained.checkpoint,
@@ -108,7 +108,7 @@ def test_a_plan_a_sample_and_another_checkpoint(
     )
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "experts TopK k=2, attention TopK k=1, from " in page
+    assert "experts: top 2; attention: top 1 (from " in page
     assert "a&#39;b&lt;i&gt;.json" in page
     assert "&lt;b&gt;other.ckpt" in page
     assert "Difference from the other checkpoint" in page

@@ -4,8 +4,7 @@ Shapes: E experts, T tokens of the sample.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lightning_dsmoe.analysis.report.drift import Drift
@@ -17,7 +16,8 @@ from lightning_dsmoe.analysis.report.lift import (
 )
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse
-from lightning_dsmoe.routing import Selection, SelectionPlan
+from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import describe_selections
 
 _PAIRS = 3
 _LEAST_CHANGE = 0.01
@@ -153,7 +153,7 @@ def kinds_of(
             lifts = over_represented(router.token_gates_UE, gates.share, frequent, most)
             yield Layer(
                 number,
-                selection_label(selections[number]),
+                describe_selections([selections[number]]),
                 gates.effective.item(),
                 gates.entropy.item(),
                 gates.conditional_entropy.item(),
@@ -206,19 +206,6 @@ def _running(name: str, row_E: list[bool]) -> str:
     experts = [str(expert) for expert, runs in enumerate(row_E) if runs]
     many = len(experts) > _NAMED_EXPERTS
     return f"{name}: {f'{len(experts)} of {len(row_E)}' if many else ', '.join(experts)}"
-
-
-def selection_label(selection: Selection) -> str:
-    """A selection in a few words, such as "Threshold eps=0.1"."""
-    options = {key: value for key, value in asdict(selection).items() if value is not False}
-    words = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items()]
-    return " ".join([type(selection).__name__, *words])
-
-
-def plan_label(selections: Sequence[Selection]) -> str:
-    """The selections of all layers in a few words."""
-    labels = {selection_label(selection) for selection in selections}
-    return labels.pop() if len(labels) == 1 else "a selection for each layer"
 
 
 def visible(token: str, number: int) -> str:
