@@ -68,7 +68,12 @@ def report(
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
-    facts = _facts(ckpt_path, other, plan, selections, _text_name(options), text)
+    facts = _facts(
+        {"Checkpoint": ckpt_path, "Other checkpoint": other},
+        f"{describe(selections)} ({'default' if plan is None else f'from {plan}'})",
+        _text_name(options),
+        text,
+    )
     sample_experts = sample_routing(
         model,
         selections,
@@ -137,35 +142,20 @@ def _text_name(options: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    ckpt_path: str,
-    other: str | None,
-    plan: str | None,
-    selections: SelectionPlan,
-    text_name: str,
-    text: HeldOut,
+    checkpoints: Mapping[str, str | None], plan: str, text_name: str, text: HeldOut
 ) -> list[tuple[str, str]]:
     """Names and values of the head of the page: what was measured, and on which text."""
-    checkpoints = {
-        "Checkpoint": ckpt_path,
-        **({} if other is None else {"Other checkpoint": other}),
-    }
-    source = "default" if plan is None else f"from {plan}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return [
         *(
             (name, f"{path}, SHA-256 {_short(sha256(Path(path)))}")
             for name, path in checkpoints.items()
+            if path is not None
         ),
-        (
-            "Plan",
-            f"{describe(selections)} ({source})",
-        ),
+        ("Plan", plan),
         ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
         ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
-        (
-            "Versions",
-            f"lightning_dsmoe {__version__}, torch {torch.__version__}, "
-            f"Python {platform.python_version()}",
-        ),
+        ("Versions", f"lightning_dsmoe {__version__}, {versions}"),
     ]
 
 

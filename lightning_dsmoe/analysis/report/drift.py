@@ -1,6 +1,6 @@
 """How routing differs between two checkpoints of one training run.
 
-Shapes: E experts, N tokens.
+Shapes: E experts.
 """
 
 from collections.abc import Sequence
@@ -50,14 +50,14 @@ def drift(use: ModelUse, other: ModelUse) -> Drift:
 
 
 def _layers(
-    own: Sequence[RouterUse | None], other: Sequence[RouterUse | None]
+    layers: Sequence[RouterUse | None], other_layers: Sequence[RouterUse | None]
 ) -> list[RouterDrift | None]:
     return [
-        None if router is None or before is None else _router(router, before)
-        for router, before in zip(own, other, strict=True)
+        None
+        if own is None or other is None
+        else RouterDrift(
+            own.gates.share - other.gates.share,
+            (own.best_N != other.best_N).float().mean().item(),
+        )
+        for own, other in zip(layers, other_layers, strict=True)
     ]
-
-
-def _router(own: RouterUse, other: RouterUse) -> RouterDrift:
-    changed_N = own.best_N != other.best_N
-    return RouterDrift(own.gates.share - other.gates.share, changed_N.float().mean().item())

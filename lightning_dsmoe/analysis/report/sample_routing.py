@@ -54,16 +54,16 @@ def sample_routing(
     if not len(tokens_T):
         raise ValueError("a sample must be at least one token long, got an empty text")
     read_T = tokens_T[:most]
-    windows: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] = [], []
-    for part_T in read_T.split(context):
-        routings = model(part_T[None], plan).routings
-        running = active_masks(routings, plan, model.decoder)
-        for kind, masks in zip(windows, running, strict=True):
-            kind.append(masks)
-    experts, attention = ([_joined(parts) for parts in zip(*kind, strict=True)] for kind in windows)
+    windows = [
+        active_masks(model(window_T[None], plan).routings, plan, model.decoder)
+        for window_T in read_T.split(context)
+    ]
+    experts, attention = (
+        [_joined(masks) for masks in zip(*kind, strict=True)] for kind in zip(*windows, strict=True)
+    )
     return SampleRouting(read_T.tolist(), experts, attention, len(tokens_T) - len(read_T))
 
 
-def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    masks = [part[0].cpu() for part in parts if part is not None]
-    return torch.cat(masks) if masks else None
+def _joined(masks: tuple[Tensor | None, ...]) -> Tensor | None:
+    parts = [mask[0].cpu() for mask in masks if mask is not None]
+    return torch.cat(parts) if parts else None
