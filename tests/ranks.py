@@ -12,7 +12,9 @@ import torch.multiprocessing as mp
 
 def on_two_ranks(run: Callable[[int], Any], folder: Path) -> list[Any]:
     """What a function of a test module returns on each of two ranks."""
-    mp.start_processes(_run_rank, (run, str(folder)), nprocs=2, start_method="spawn")
+    # One process imports what takes seconds, and the ranks are forked from it.
+    mp.set_forkserver_preload(["lightning_dsmoe", "torch.testing"])
+    mp.start_processes(_run_rank, (run, str(folder)), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -38,7 +38,7 @@ def shipped_files(folder: Path) -> set[str]:
     """Names relative to `folder` of the files a user of the package needs."""
     return {
         path.relative_to(folder).as_posix()
-        for pattern in ("*.py", "*.yaml", "*.css", "*.js", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.css", "*.js", "*.jinja", "py.typed")
         for path in folder.rglob(pattern)
     }
 

@@ -7,7 +7,7 @@ from torchmetrics import MeanMetric
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.certificate.judgement import judge
-from lightning_dsmoe.analysis.report.token_preferences import frequent_tokens
+from lightning_dsmoe.analysis.report.lift import frequent_tokens
 from lightning_dsmoe.analysis.report.utilization import utilization
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel

@@ -15,17 +15,17 @@ from lightning_dsmoe.metrics import (
 
 from ..ranks import on_two_ranks
 
-N = 4
-COUNTS = ParameterCounts(7, 10, (RoutedParameters(N, 5),), (None,))
+E = 4
+COUNTS = ParameterCounts(7, 10, (RoutedParameters(E, 5),), (None,))
 
 
 def probs_of_all() -> Tensor:
     generator = torch.Generator().manual_seed(7)
-    return (3 * torch.randn(16, N, generator=generator)).softmax(-1)
+    return (3 * torch.randn(16, E, generator=generator)).softmax(-1)
 
 
 def measure(probs: Tensor, sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    utilization, active = ExpertUtilization(N), ActiveParameters(COUNTS)
+    utilization, active = ExpertUtilization(E), ActiveParameters(COUNTS)
     for part in probs.split(sizes):
         utilization.update(part)
         active.update([part > 0.3], [None], torch.ones(len(part), dtype=torch.bool))
