@@ -3,18 +3,16 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import math
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
+from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from lightning_dsmoe.decoder import (
     AttentionFactory,
@@ -23,9 +21,16 @@ from lightning_dsmoe.decoder import (
     FeedForwardFactory,
     NormFactory,
 )
-from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
-from lightning_dsmoe.training.checkpointed_model import CheckpointedModel
+from lightning_dsmoe.training.checkpoints import (
+    add_content,
+    check_content,
+    drop_objects,
+    load_checked,
+    use_safe_checkpoint_io,
+)
+from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
+from lightning_dsmoe.training.gradients import check_and_clip, scales_gradients
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
 from lightning_dsmoe.training.optimization import (
     check_validated,
@@ -33,19 +38,13 @@ from lightning_dsmoe.training.optimization import (
     schedule_options,
     step_plateaus,
 )
-from lightning_dsmoe.training.optimizer_settings import (
-    Settings,
-    apply_settings,
-    changed_settings,
-    describe,
-    group_settings,
-    saved_settings,
-)
+from lightning_dsmoe.training.optimizer_settings import ResumableSettings
+from lightning_dsmoe.training.random_state import ResumableRandomState
 from lightning_dsmoe.training.routing_losses import RoutingLossWeights
-from lightning_dsmoe.training.strategies import check_strategy, shard
+from lightning_dsmoe.training.strategies import check_strategy, data_parallel_group, shard
 
 
-class DSMoELanguageModel(CheckpointedModel):
+class DSMoELanguageModel(LightningModule):
     """Trains a decoder with every expert on every token, held in balance by mutual information.
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
@@ -125,7 +124,7 @@ class DSMoELanguageModel(CheckpointedModel):
         if min(weights) < 0:
             raise ValueError(f"loss weights must be 0 or more, got {weights}")
         self.save_hyperparameters()
-        self._keep_plain_hyperparameters()
+        drop_objects(self.hparams)
         self.vocab_size = vocab_size
         self.d_model = d_model
         self.n_layers = n_layers
@@ -147,11 +146,10 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self._settings: Settings | None = None
-        self._resumed: dict[str, Any] | None = None
-        self._resumed_settings: Settings | None = None
-        self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
-        self.test_loss = MeanMetric(nan_strategy=math.nan)
+        self._settings = ResumableSettings()
+        self._random_state = ResumableRandomState()
+        self.val_loss = EvaluationLoss()
+        self.test_loss = EvaluationLoss()
         self.decoder = Decoder(
             vocab_size,
             d_model,
@@ -166,10 +164,48 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.plan.check(*self.decoder.plan_sizes)
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[Any],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model from a checkpoint file, importing nothing that the file names.
+
+        Args:
+            checkpoint_path: the file, or one that is open, at its beginning.
+            map_location: device for the weights, or what else `torch.load` takes.
+            hparams_file: YAML with the arguments of the model instead of those in the file.
+            strict: as in Lightning; the names and shapes of the weights are always checked.
+            weights_only: refuse files that hold more than data. False trusts the file fully.
+            **kwargs: arguments of the model in place of those in the file; a model built in Python
+                needs its factories here.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a checkpoint of this class, is of another model, or names
+                a class that is not known.
+        """
+        return load_checked(
+            cls,
+            super().load_from_checkpoint,
+            checkpoint_path,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=weights_only is not False,
+            **kwargs,
+        )
+
     def setup(self, stage: str) -> None:
         """Prepare a run, without what an earlier one may have left of a checkpoint."""
-        super().setup(stage)
-        self._resumed = self._resumed_settings = None
+        self._settings.forget()
+        self._random_state.forget()
+        use_safe_checkpoint_io(self._trainer)
 
     def configure_model(self) -> None:
         """Shard the decoder where the strategy shards, then compile its blocks; each once."""
@@ -195,7 +231,7 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        weights, group = self._routing_loss_weights(), self._data_parallel_group()
+        weights, group = self._routing_loss_weights(), data_parallel_group(self.device_mesh)
         step = self._step(batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
@@ -229,11 +265,11 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def on_validation_epoch_start(self) -> None:
         """Begin the mean over the split, with state that later runs may change too."""
-        _begin(self.val_loss)
+        self.val_loss.begin()
 
     def on_test_epoch_start(self) -> None:
         """Begin the mean over the split."""
-        _begin(self.test_loss)
+        self.test_loss.begin()
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split, and step the schedules that watch a metric.
@@ -255,47 +291,36 @@ class DSMoELanguageModel(CheckpointedModel):
         every validation.
         """
         optimizer = make_optimizer(self.optimizer, self)
-        groups = group_settings(optimizer)
-        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
-        self._settings = describe(optimizer, groups, schedule)
+        schedule = self._settings.make_schedule(optimizer, self.lr_scheduler)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings of optimizer and schedule to what a checkpoint tells."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["optimizer_settings"] = self._settings
+        """Add what it takes to rebuild the decoder, to read its tokens and to resume exactly."""
+        add_content(checkpoint, self, self._data())
+        checkpoint["random_state"] = self._random_state.of_all_ranks(self._trainer)
+        checkpoint["optimizer_settings"] = self._settings.current
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check a checkpoint, and keep its settings until the optimizer has its state."""
-        super().on_load_checkpoint(checkpoint)
+        """Check a checkpoint, and note what `fit` is to resume with."""
+        check_content(checkpoint, self, self._trainer)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            self._resumed = checkpoint
+            self._random_state.load(checkpoint, self._trainer)
+            self._settings.load(checkpoint)
 
     def on_fit_start(self) -> None:
-        """Refuse an optimizer that cannot go on from the state which Lightning restores next."""
-        self._read_resumed_settings()
+        """Refuse an optimizer that cannot continue from the state which is restored next."""
+        self._settings.check()
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
         check_validated(self.trainer)
-        self._read_resumed_settings()  # strategies that shard load checkpoints after `on_fit_start`
-        before, now, self._resumed_settings = self._resumed_settings, self._settings, None
-        if before is None or now is None or not (changes := changed_settings(before, now)):
-            return
-        rank_zero_info(f"Resumed with new settings: {'; '.join(changes)}")
-        configs = self.trainer.lr_scheduler_configs
-        schedule = apply_settings(
-            before,
-            now,
-            self.trainer.optimizers[0],
-            configs[0].scheduler if configs else None,
-            self.lr_scheduler,
-            self.global_step,
-        )
-        if configs:
-            configs[0].scheduler = schedule
+        self._settings.apply(self.trainer, self.lr_scheduler)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Continue the random numbers of a resumed run, once its loaders are running."""
+        self._random_state.begin_batch()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule, unless it waits for a validation."""
@@ -308,45 +333,19 @@ class DSMoELanguageModel(CheckpointedModel):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Check that gradients are finite, then clip them, also those of a fused optimizer.
+        """Check that gradients are finite, then clip them.
+
+        Where the precision scales gradients, that is left to Lightning.
 
         Raises:
-            FloatingPointError: if they are not, unless the precision scales gradients, which then
-                leaves out the step by itself.
+            FloatingPointError: if a gradient is not finite.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if scales_gradients(self):
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
-            return
-        # Not by `super`: Lightning 2.6.6 refuses fused optimizers under mixed precision, since some
-        # scale gradients themselves, and would take the norm a second time.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = total_norm(p.grad for p in parameters if p.grad is not None)
-        if not is_finite(norm):
-            gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.global_step}, batch "
-                f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients) or 'its norm'}); "
-                "no step was taken"
-            )
-        gradient_clip_val = gradient_clip_val or self.trainer.gradient_clip_val
-        if not gradient_clip_val or gradient_clip_val < 0:
-            return
-        algorithm = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
-        if GradClipAlgorithmType(algorithm) == GradClipAlgorithmType.VALUE:
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-
-    def _read_resumed_settings(self) -> None:
-        checkpoint, now, self._resumed = self._resumed, self._settings, None
-        if checkpoint is None or now is None:
-            return
-        self._resumed_settings = saved_settings(checkpoint, now)
-        changed_settings(self._resumed_settings, now)
-        if self._resumed_settings["schedule"] != now["schedule"]:
-            checkpoint["lr_schedulers"] = []  # another one cannot read its state
+            check_and_clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _step(
         self,
@@ -356,7 +355,9 @@ class DSMoELanguageModel(CheckpointedModel):
     ) -> Step:
         return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
 
-    def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
+    def _evaluate(
+        self, batch: dict[str, Tensor], metric: EvaluationLoss, split: str
+    ) -> dict[str, Any]:
         step = self._step(batch, self.plan)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
@@ -368,18 +369,10 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         return {"loss": step.loss, **step.results()}
 
-    def _log_epoch(self, metric: MeanMetric, split: str) -> None:
-        loss = metric.compute()
-        bits = loss / math.log(2)
-        # Alike on all ranks already; Lightning warns where it is not told to average them.
-        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
-        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
-        data = self._data()
-        if hasattr(data, "bytes_per_token"):
-            per_byte = bits / data.bytes_per_token(split)
-            self.log(f"{split}/bits_per_byte", per_byte, sync_dist=True)
-            per_char = bits / data.chars_per_token(split)
-            self.log(f"{split}/bits_per_char", per_char, sync_dist=True)
+    def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
+        for name, value in metric.summary(split, self._data()).items():
+            # Alike on all ranks already; Lightning warns where it is not told to average them.
+            self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def _routing_loss_weights(self) -> RoutingLossWeights:
         return RoutingLossWeights(
@@ -396,17 +389,9 @@ class DSMoELanguageModel(CheckpointedModel):
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
 
-    def _data_parallel_group(self) -> dist.ProcessGroup | None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        mesh = self.device_mesh
-        return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
-
-
-def _begin(mean: MeanMetric) -> None:
-    """Begin a mean in full precision, from which half-precision training takes metrics too."""
-    mean.set_dtype(torch.promote_types(mean.mean_value.dtype, torch.float32))
-    mean.reset()
+    def _data(self) -> Any:
+        """The data module in use, if there is one."""
+        return getattr(self._trainer, "datamodule", None)
 
 
 def _format(terms: dict[str, Tensor]) -> str:
