@@ -7,8 +7,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.callbacks.run_folder import run_folder
-from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
 
@@ -111,8 +111,7 @@ class ExpertUtilizationMonitor(Callback):
             self._draw("val", trainer)
 
     def _start(self, stage: str, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         self._meters[stage] = {
             kind: [
                 None

@@ -18,6 +18,7 @@ from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED, EvaluationSampler
@@ -90,7 +91,7 @@ class SparseCompile(Callback):
         # `setup`, over that of an earlier run in the same folder.
         if stage != "fit":
             return
-        decoder = _decoder(pl_module)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         plan_for("SparseCompile", self.plan, decoder)
         describe_decoder(decoder)
         self._check_place(trainer)
@@ -104,7 +105,8 @@ class SparseCompile(Callback):
         if self._folder(trainer) is None:
             return
         folder: Path = trainer.strategy.broadcast(self._free_folder(trainer))  # type: ignore[assignment]
-        on_rank_zero(trainer, lambda: self._write(trainer, _decoder(pl_module), folder))
+        decoder = routed_model(self, pl_module, "decoder").decoder
+        on_rank_zero(trainer, lambda: self._write(trainer, decoder, folder))
         self.artifact = folder
 
     def _folder(self, trainer: Trainer) -> Path | None:
@@ -212,9 +214,3 @@ def _source(trainer: Trainer) -> TextSource:
         return TextSource("other", "val")
     source: Source = "standard library" if data.files is None else "files"
     return TextSource(source, "val", data.val_fraction, data.test_fraction)
-
-
-def _decoder(pl_module: LightningModule) -> Decoder:
-    decoder = pl_module.decoder
-    assert isinstance(decoder, Decoder)
-    return decoder

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
@@ -117,8 +117,7 @@ class SparseEvaluation(Callback):
                 "SparseEvaluation runs the model outside of Lightning's own steps, which FSDP does "
                 "not let it; use another strategy or leave it out"
             )
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         counts = count_parameters(decoder)
         self._dense_loss = _mean().to(pl_module.device)
         self._meters = {}

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -54,8 +54,7 @@ class SparseFinishing(Callback):
             raise ValueError("one SparseFinishing per trainer, since both would set the plan")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder", "plan").decoder
         self._sparse = [plan_for("SparseFinishing", plan, decoder) for plan in self.plans]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,7 +78,7 @@ class SparseFinishing(Callback):
         assert self._first is not None
         step = trainer.global_step - self._first
         if step >= 0:
-            model: Any = pl_module
+            model = routed_model(self, pl_module, "plan")
             self._configured = model.plan
             model.plan = self._sparse[step % len(self._sparse)]
 
@@ -98,7 +97,7 @@ class SparseFinishing(Callback):
     ) -> None:
         self._restore(pl_module)
 
-    def _restore(self, pl_module: Any) -> None:
+    def _restore(self, pl_module: LightningModule) -> None:
         if self._configured is not None:
-            pl_module.plan = self._configured
+            routed_model(self, pl_module, "plan").plan = self._configured
             self._configured = None

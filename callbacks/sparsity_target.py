@@ -6,9 +6,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dsmoe.callbacks.gate_mass_controller import check_steering, steered_factor, top_mass
-from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
+from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
 class SparsityTarget(MIWeightSetter):
@@ -106,16 +106,14 @@ class SparsityTarget(MIWeightSetter):
             self._start_afresh()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
-        sizes = dict(zip(WEIGHTS, decoder.plan_sizes, strict=True))
-        for kind, k in self.top_k.items():
-            weight = float(getattr(pl_module, WEIGHTS[kind]))
-            self._check(kind, k, [n for n in sizes[kind] if n is not None], weight)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         self._remember(pl_module, self.top_k)
+        sizes = dict(zip(MI_WEIGHTS, decoder.plan_sizes, strict=True))
+        for kind, k in self.top_k.items():
+            self._check(kind, k, [n for n in sizes[kind] if n is not None], self._configured[kind])
 
     def _check(self, kind: str, k: int, n_experts: list[int], weight: float) -> None:
-        name = f"SparsityTarget, {WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
+        name = f"SparsityTarget, {MI_WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
         if not n_experts:
             raise ValueError(f"{name}: the model has no router of this kind")
         if k >= min(n_experts):
@@ -126,7 +124,7 @@ class SparsityTarget(MIWeightSetter):
                 f"{k / min(n_experts):.4g} already, and mass must be above it, got {self.mass}"
             )
         if not weight > 0:
-            raise ValueError(f"{name}: {WEIGHTS[kind]} must be above 0 to be steered, got {weight}")
+            raise ValueError(f"{name}: {MI_WEIGHTS[kind]} must be above 0, got {weight}")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
