@@ -1,4 +1,4 @@
-"""What sets the weights of the mutual-information loss while a model trains."""
+"""Base of the callbacks that set the weights of the mutual-information loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
 class MIWeightSetter(Callback, ABC):
-    """Base of callbacks that scale a model's weights in training, and give them back at its end."""
+    """Scales a model's MI weights in training, and restores them at its end."""
 
     def __init__(self) -> None:
         self._configured: dict[str, float] = {}

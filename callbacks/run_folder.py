@@ -1,4 +1,4 @@
-"""The folder in which callbacks write what a run leaves behind."""
+"""The folder for the files that callbacks write."""
 
 from pathlib import Path
 from weakref import WeakKeyDictionary

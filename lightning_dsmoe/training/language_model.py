@@ -1,6 +1,6 @@
 """The language model as a LightningModule.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences, T positions, V vocabulary.
 """
 
 from pathlib import Path
@@ -45,48 +45,71 @@ from lightning_dsmoe.training.strategies import check_strategy, data_parallel_gr
 
 
 class DSMoELanguageModel(LightningModule):
-    """Trains a decoder with every expert on every token, held in balance by mutual information.
+    """Language model that trains all experts on every token, with a mutual-information loss.
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
     (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
 
     Where training runs a plan, with `SparseFinishing` or a selection below, and delta is not 0,
     every batch runs with all experts too, in about twice the time and with twice the activations in
-    memory, and what is trained is
+    memory, and the loss is
 
     (L under the plan + L with all experts) / 2 + delta L_consistency
     (R-Drop, arXiv 2106.14448, eq. 4, halved)
 
     Means are over the tokens of a batch that count, on all data-parallel ranks together, so that
-    several processes train as one would. Accumulated batches weigh alike, however many tokens count
-    in each.
+    several processes train as one would. Accumulated batches have equal weights, however many
+    tokens count in each.
 
     Args:
-        vocab_size: number of tokens of the vocabulary.
-        d_model: width of the model.
-        n_layers: number of blocks.
-        attention: makes the attention of a block, called as `attention(d_model)`.
-        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`.
-        norm: makes a normalisation, called as `norm(d_model)`.
-        max_positions: size of a learned table of positions; None for none.
-        tie_embeddings: whether the head shares the weights of the embeddings.
-        dropout: probability of dropping embeddings and layer outputs in training.
+        vocab_size: vocabulary size V; the command line takes it from the data.
+        d_model: model width D.
+        n_layers: number of blocks L.
+        attention: factory of the attention layer of a block, called as `attention(d_model)`.
+        feed_forward: factory of its feed-forward layer, called as `feed_forward(d_model)`.
+        norm: factory of a normalisation layer, called as `norm(d_model)`.
+        max_positions: size of a table of learned position embeddings; None for none.
+        tie_embeddings: whether the output head shares the weights of the embeddings.
+        dropout: dropout probability of embeddings and layer outputs.
         checkpoint_activations: recompute each block in the backward pass to save memory.
-        compile_blocks: compile each block with `torch.compile`, from `configure_model` on.
-        expert_mi_weight: alpha of each feed-forward router.
+        compile_blocks: compile each block with `torch.compile` before training.
+        expert_mi_weight: alpha, weight of the MI loss of each feed-forward router.
         attention_mi_weight: alpha of each attention router.
-        load_balancing_weight: beta, for mixtures trained sparsely.
-        router_z_weight: gamma.
-        consistency_weight: delta, to keep predictions under a plan and with all experts alike;
-            without effect where training runs all experts.
+        load_balancing_weight: beta, weight of the load-balancing loss of each router, for
+            mixtures trained sparsely.
+        router_z_weight: gamma, weight of the z-loss of each router.
+        consistency_weight: delta, weight of the loss between predictions under a plan and with all
+            experts; without effect where training runs all experts.
         expert_selection: feed-forward experts that run in training, and in evaluation without a
-            plan; all of them unless a sparsely trained baseline is wanted.
+            plan; all of them, except for a sparsely trained baseline.
         attention_selection: the same for attention experts.
-        optimizer: makes the optimizer from parameter groups.
-        lr_scheduler: makes a learning-rate schedule, stepped after every optimizer step.
+        optimizer: factory of the optimizer, called with parameter groups.
+        lr_scheduler: factory of a learning-rate schedule, stepped after every optimizer step.
 
     Raises:
-        ValueError: if a loss weight is negative.
+        ValueError: if a loss weight is negative or a selection does not fit a layer.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import DSMoELanguageModel, MixtureOfAttentionHeads
+        >>> from lightning_dsmoe import MixtureOfExperts, SelectionPlan, TopK
+        >>> model = DSMoELanguageModel(
+        ...     vocab_size=100,
+        ...     d_model=16,
+        ...     n_layers=2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
+        ... )
+        >>> tokens = torch.arange(12).reshape(2, 6)
+        >>> logits, routings = model(tokens)
+        >>> logits.shape
+        torch.Size([2, 6, 100])
+        >>> routings.experts[0].probs.shape
+        torch.Size([2, 6, 4])
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(1))
+        >>> model(tokens, plan).logits.shape
+        torch.Size([2, 6, 100])
     """
 
     def __init__(
@@ -202,7 +225,7 @@ class DSMoELanguageModel(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Prepare a run, without what an earlier one may have left of a checkpoint."""
+        """Prepare a run, and drop what an earlier one has left of a checkpoint."""
         self._settings.forget()
         self._random_state.forget()
         use_safe_checkpoint_io(self._trainer)
@@ -215,16 +238,20 @@ class DSMoELanguageModel(LightningModule):
             shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             for block in self.decoder.blocks:
-                # Set by `compile`, and gone after a copy or in a spawned process.
+                # What `compile` sets is lost in a deep copy, as weight averaging makes one, and in
+                # a spawned process; a second `compile` of the same block would compile again.
                 if block._compiled_call_impl is None:
                     block.compile()
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
-        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
+        """Logits and routings of token sequences.
 
         Args:
-            tokens: whole numbers below V.
+            tokens: token ids `[B, T]`, below V.
             plan: the experts that run; None runs those of training, by default all.
+
+        Returns:
+            Logits `[B, T, V]` and the routing of every layer.
         """
         output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output

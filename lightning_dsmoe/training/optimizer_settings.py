@@ -1,7 +1,7 @@
 """Optimizer and schedule settings that changed between a run and the one that resumes it.
 
-PyTorch's and Lightning's checkpoints restore the settings of the old run with its state, without
-a word about those that were asked for.
+PyTorch's and Lightning's checkpoints restore the settings of the old run with its state, and
+silently drop those of the new configuration.
 """
 
 import warnings

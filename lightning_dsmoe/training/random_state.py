@@ -70,8 +70,8 @@ class ResumableRandomState:
 def random_state() -> dict[str, Any]:
     """The state of the generators of Python, NumPy and PyTorch, on the CPU and on CUDA if in use.
 
-    It is data that `torch.load` takes with `weights_only=True`. NumPy's is None where another kind
-    of generator was put into its place.
+    It is data that `torch.load` reads with `weights_only=True`, so NumPy's key is a tensor. NumPy's
+    state is None where another kind of generator was put into its place.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     found: dict[str, Any] = np.random.get_state(legacy=False)

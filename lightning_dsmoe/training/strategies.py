@@ -1,4 +1,4 @@
-"""How Lightning's strategies spread a decoder over processes."""
+"""Which of Lightning's strategies are supported, and how a decoder is sharded."""
 
 import torch.distributed as dist
 from lightning import Trainer
