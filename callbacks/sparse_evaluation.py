@@ -1,4 +1,4 @@
-"""Evaluates a model under sparse plans beside the dense one."""
+"""Loss and active share of a model under sparse plans, beside the dense one."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
@@ -37,20 +37,32 @@ class SparseResult(NamedTuple):
 
 
 class SparseEvaluation(Callback):
-    """Runs validation and test also under sparse plans, and logs their loss, active share and gap.
+    """Runs validation and test under sparse plans too, and logs their loss, active share and gap.
 
-    The names are `val/sparse/<plan>/loss`, `.../active_share` (of the hidden parameters, mean over
-    tokens) and `.../gap` (relative to the loss without the plan). `results` holds the last
-    evaluation: a `SparseResult` for each plan.
+    The names are `val/sparse/<plan>/loss`, `.../active_share` (share of the hidden parameters that
+    run, mean over tokens) and `.../gap` (loss relative to that without the plan, minus 1).
+    `results` holds the last evaluation: a `SparseResult` for each plan.
 
     Args:
-        plans: by name, either selections for all layers, a plan, or the path of a saved plan.
-            Names are made of letters, digits, `_`, `.`, `+` and `-`.
+        plans: by name, selections for all layers, a plan, or the path of a saved plan. Names
+            consist of letters, digits, `_`, `.`, `+` and `-`.
 
     Raises:
-        ValueError: if there is no plan, a name is no name or a file is not a plan, and before the
+        ValueError: if there is no plan, a name is invalid or a file is not a plan, and before the
             first batch if another SparseEvaluation has a plan of the same name, a plan does not fit
             the model or the strategy is FSDP.
+
+    Example:
+        >>> from lightning_dsmoe import Threshold, TopK
+        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
+        >>> evaluation = SparseEvaluation(
+        ...     {
+        ...         "top_1": LayerSelections(experts=TopK(1)),
+        ...         "threshold_0.1": LayerSelections(Threshold(0.1), Threshold(0.1)),
+        ...     }
+        ... )
+        >>> sorted(evaluation.plans)
+        ['threshold_0.1', 'top_1']
     """
 
     def __init__(self, plans: Mapping[str, PlanSpec]) -> None:
@@ -117,8 +129,7 @@ class SparseEvaluation(Callback):
                 "SparseEvaluation runs the model outside of Lightning's own steps, which FSDP does "
                 "not let it; use another strategy or leave it out"
             )
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         counts = count_parameters(decoder)
         self._dense_loss = _mean().to(pl_module.device)
         self._meters = {}

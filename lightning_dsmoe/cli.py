@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import torch
 from jsonargparse import Namespace
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -28,6 +28,7 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
+from lightning_dsmoe.callbacks.console import with_console_callbacks
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
 from lightning_dsmoe.commands.configuration_file import options_in
@@ -125,6 +126,9 @@ class DSMoECLI(LightningCLI):
         options.weights_only = options.weights_only is not False
         _check_processes(options.trainer)
         _look_into(options.ckpt_path, weights_only=options.weights_only)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        return super()._instantiate_trainer(with_console_callbacks(config), callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Find what `--ckpt_path last` stands for, which Lightning does in a new folder only."""

@@ -21,7 +21,7 @@ MOVED = {
     "inference.archive": "serialization.archive",
     "inference.pruning": "serialization.pruning",
     "language_model": "training.language_model",
-    "checkpointed_model": "training.checkpointed_model",
+    "checkpointed_model": "training.checkpoints",
     "objective": "training.objective",
     "routing_losses": "training.routing_losses",
     "parameter_groups": "training.parameter_groups",

@@ -25,7 +25,7 @@ class Finishing(NamedTuple):
         plan, *others = self.plans
         arguments = {"plan": plan, "steps": max(1, int(self.part * steps))}
         if others:
-            arguments["turns_with"] = others
+            arguments["alternate_with"] = others
         class_path = "lightning_dsmoe.callbacks.SparseFinishing"
         return {"class_path": class_path, "init_args": arguments}
 

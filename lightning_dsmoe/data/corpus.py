@@ -1,4 +1,4 @@
-"""A corpus: text files read in order as one stretch of UTF-8."""
+"""A corpus: text files, read in order as one UTF-8 text."""
 
 import codecs
 import glob

@@ -114,8 +114,8 @@ class LongWork(Callback):
             on_rank_zero(trainer, fail)
 
 
-def steer(folder: Path, devices: int, callbacks: list[Callback], **options: Any) -> dict[str, str]:
-    """What is logged after the first step of a fit that steers the weights at each step."""
+def fit(folder: Path, devices: int, callbacks: list[Callback], **options: Any) -> dict[str, str]:
+    """What is logged after the first step of a fit that controls the weights at each step."""
     target = SparsityTarget(expert_top_k=2, attention_top_k=1, mass=0.9, rate=1.5, every=1, delay=0)
     trainer = make_trainer(
         folder,
@@ -144,13 +144,13 @@ def test_two_ranks_report_as_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.ddp
-def test_two_ranks_steer_as_one_process(tmp_path: Path) -> None:
+def test_two_ranks_control_the_weights_as_one_process(tmp_path: Path) -> None:
     """A step on two batches of each rank, against one on all their windows; then two more."""
     finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
-    two = steer(
+    two = fit(
         tmp_path / "two", 2, [SameOnAllRanks(), finishing], max_steps=3, accumulate_grad_batches=2
     )
-    one = steer(tmp_path / "one", 1, [], max_steps=1)
+    one = fit(tmp_path / "one", 1, [], max_steps=1)
     for kind in ("expert", "attention"):
         name = f"train/{kind}_mi_weight"
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)

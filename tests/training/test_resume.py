@@ -317,7 +317,7 @@ def test_settings_hold_where_checkpoints_are_loaded_later(
     assert {group["lr"] for group in run(2, 0.2, path).optimizers[0].param_groups} == {0.2}
 
 
-def test_settings_that_are_none_are_refused(
+def test_invalid_settings_are_refused(
     make_one_model: MakeModel,
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
@@ -327,7 +327,7 @@ def test_settings_that_are_none_are_refused(
     first.fit(make_one_model(), make_loader(3), make_loader(3))
     first.save_checkpoint(path := tmp_path / "first.ckpt")
     torch.save({**torch.load(path), "optimizer_settings": {"optimizer": 1}}, path)
-    with pytest.raises(ValueError, match="optimizer_settings of the checkpoint are none"):
+    with pytest.raises(ValueError, match="optimizer_settings of the checkpoint are invalid"):
         make_trainer(max_steps=2).fit(
             make_one_model(), make_loader(3), make_loader(3), ckpt_path=path, weights_only=True
         )

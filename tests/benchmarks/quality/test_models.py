@@ -102,7 +102,7 @@ def test_some_models_are_finished_under_two_plans_by_turns(models: ModuleType) -
     name = "DS-MoE, light MI, finished consistently"
     once, turns = (models.further_callbacks(each, 9)[0] for each in (name, f"{name} by turns"))
     kept = {"class_path": "lightning_dsmoe.Threshold", "init_args": {"eps": 1.0}}
-    assert turns["init_args"].pop("turns_with") == [{"experts": kept, "attention": kept}]
+    assert turns["init_args"].pop("alternate_with") == [{"experts": kept, "attention": kept}]
     assert turns == once
 
 
