@@ -69,5 +69,5 @@ def _model_of_checkpoint(path: str) -> SparseModel:
         SelectionPlan.uniform(loaded.decoder.n_layers),
         switch_points=SwitchPoints(gather_up_to=0),  # nothing to compile for one text
         tokenizer=loaded.tokenizer,
-        context=loaded.context,
+        context_length=loaded.context,
     )

@@ -11,6 +11,7 @@ from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, is_packed, pack
 from lightning_dsmoe.inference.engine.weights.row_major import Rows
 from lightning_dsmoe.inference.sparse_model import SparseModel
+from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.serialization.architecture import build_decoder, describe_decoder
@@ -18,6 +19,7 @@ from lightning_dsmoe.serialization.checkpoint import LoadedDecoder, fill, load_d
 from lightning_dsmoe.tokenizers import Tokenizer
 
 
+@renamed_options(context="context_length")
 def compile_sparse(
     model: nn.Module | LoadedDecoder | str | Path,
     plan: SelectionPlan,
@@ -25,7 +27,7 @@ def compile_sparse(
     quantization: Quantization | None = None,
     quantize_head: bool = False,
     switch_points: SwitchPoints = SwitchPoints(),
-    context: int | None = None,
+    context_length: int | None = None,
     tokenizer: Tokenizer | dict[str, Any] | None = None,
 ) -> SparseModel:
     """Make a model for sparse inference out of a trained one, which stays as it is.
@@ -38,9 +40,9 @@ def compile_sparse(
         quantize_head: put the last projection into 8 bits too.
         switch_points: numbers of tokens at which one way of running the experts gives way to the
             next; `SwitchPoints(gather_up_to=0)` never compiles anything, and the model's
-            `calibrate` measures them.
-        context: tokens the model can look back on; None takes that of a checkpoint or sparse model,
-            or the decoder's learned positions.
+            `tune` measures them.
+        context_length: tokens the model can look back on; None takes that of a checkpoint or sparse
+            model, or the decoder's learned positions.
         tokenizer: the tokenizer or its description, kept with the model; None takes that of a
             checkpoint or sparse model.
 
@@ -67,7 +69,7 @@ def compile_sparse(
         quantization=quantization,
         quantize_head=quantize_head,
         switch_points=switch_points,
-        context=source.context if context is None else context,
+        context_length=source.context if context_length is None else context_length,
         tokenizer=source.tokenizer if tokenizer is None else tokenizer,
     )
 
@@ -89,7 +91,7 @@ def _source(model: nn.Module | LoadedDecoder | str | Path) -> LoadedDecoder:
     if isinstance(model, LoadedDecoder):
         return model
     if isinstance(model, SparseModel):
-        return LoadedDecoder(_unpacked(model), model.tokenizer_description, model.context)
+        return LoadedDecoder(_unpacked(model), model.tokenizer_description, model.context_length)
     decoder = model if isinstance(model, Decoder) else getattr(model, "decoder", None)
     if not isinstance(decoder, Decoder):
         raise ValueError(

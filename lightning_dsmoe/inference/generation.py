@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.reader import Context, DecoderContext
+from lightning_dsmoe.inference.reader import DecoderReader, Reader
+from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 
@@ -25,6 +26,7 @@ Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[i
 _COLDEST, _HOTTEST = 1e-6, 1e6  # beyond which probabilities are no numbers in float32
 
 
+@renamed_options(context="context_length")
 @torch.inference_mode()
 def generate(
     model: Decoder | Engine,
@@ -33,7 +35,7 @@ def generate(
     *,
     plan: SelectionPlan | None = None,
     mask: Tensor | None = None,
-    context: int | None = None,
+    context_length: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -53,7 +55,7 @@ def generate(
         max_new_tokens: tokens to add at the most.
         plan: the experts that run; None runs all.
         mask: bool `[B, T]`, false for padding; None for no padding.
-        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        context_length: tokens the model can look back on; None takes `decoder.max_positions`.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the fewest most probable tokens that hold this much probability only.
@@ -80,7 +82,7 @@ def generate(
         max_new_tokens,
         plan=plan,
         mask=mask,
-        context=context,
+        context_length=context_length,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -101,7 +103,7 @@ def new_tokens(
     *,
     plan: SelectionPlan | None = None,
     mask: Tensor | None = None,
-    context: int | None = None,
+    context_length: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -113,14 +115,15 @@ def new_tokens(
     Options are checked at once, and a token is computed when it is asked for.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
-    context = decoder.max_positions if context is None else context
-    _check_prompts(decoder, tokens, mask, context, stop)
+    if context_length is None:
+        context_length = decoder.max_positions
+    _check_prompts(decoder, tokens, mask, context_length, stop)
     _check_options(max_new_tokens, temperature, top_k, top_p)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
     check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _columns(model, tokens, max_new_tokens, plan, mask, context, stop, draw)
+    return _columns(model, tokens, max_new_tokens, plan, mask, context_length, stop, draw)
 
 
 @torch.inference_mode()
@@ -130,12 +133,12 @@ def _columns(
     max_new_tokens: int,
     plan: SelectionPlan,
     mask: Tensor | None,
-    context: int | None,
+    context_length: int | None,
     stop: Collection[int],
     draw: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
     batch, length = tokens.shape
-    capacity = min(length + max_new_tokens, context or length + max_new_tokens)
+    capacity = min(length + max_new_tokens, context_length or length + max_new_tokens)
     stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     text = tokens.new_empty(batch, length + max_new_tokens)
@@ -186,10 +189,10 @@ def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:
     return tokens.to(decoder.embedding.weight.device, torch.long)
 
 
-def _open(model: Decoder | Engine, batch: int, capacity: int, plan: SelectionPlan) -> Context:
+def _open(model: Decoder | Engine, batch: int, capacity: int, plan: SelectionPlan) -> Reader:
     if isinstance(model, Engine):
         return model.open(batch, capacity, plan)
-    return DecoderContext(model, batch, capacity, plan)
+    return DecoderReader(model, batch, capacity, plan)
 
 
 def sample(
@@ -265,7 +268,7 @@ def _check_prompts(
     decoder: Decoder,
     tokens: Tensor,
     mask: Tensor | None,
-    context: int | None,
+    context_length: int | None,
     stop: Collection[int],
 ) -> None:
     if not isinstance(stop, Collection) or not all(
@@ -277,10 +280,12 @@ def _check_prompts(
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
     most = decoder.max_positions
-    if context is not None and most is not None and context > most:
-        raise ValueError(f"a context of {context}, but the model has {most} positions")
-    if context is not None and tokens.shape[1] > context:
-        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, the context holds {context}")
+    if context_length is not None and most is not None and context_length > most:
+        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
+    if context_length is not None and tokens.shape[1] > context_length:
+        raise ValueError(
+            f"the prompt has {tokens.shape[1]} tokens, the context holds {context_length}"
+        )
     if mask is None:
         return
     if mask.shape != tokens.shape:

@@ -11,7 +11,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.routing import SelectionPlan
 
 
-class Context(Protocol):
+class Reader(Protocol):
     """Sequences as far as a model has read them."""
 
     @property
@@ -29,8 +29,8 @@ class Context(Protocol):
         ...
 
 
-class DecoderContext:
-    """A context of a plain decoder.
+class DecoderReader:
+    """A reader of a plain decoder.
 
     Args:
         decoder: the decoder.

@@ -22,6 +22,7 @@ from lightning_dsmoe.inference.engine.weights.packing import Quantization, quant
 from lightning_dsmoe.inference.generation import Tokens, generate
 from lightning_dsmoe.inference.option_names import check_names
 from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
+from lightning_dsmoe.moved import renamed_options, warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
@@ -49,7 +50,7 @@ class SparseModel(nn.Module):
         quantization: "int8" if the routed experts are quantised.
         quantize_head: whether the last projection is.
         switch_points: where one way of running the experts gives way to the next.
-        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        context_length: tokens the model can look back on; None takes `decoder.max_positions`.
         tokenizer: the tokenizer or its description, kept with the model.
 
     Raises:
@@ -60,6 +61,7 @@ class SparseModel(nn.Module):
     tokenizer_description: dict[str, Any] | None
     """What files hold of the tokenizer."""
 
+    @renamed_options(context="context_length")
     def __init__(
         self,
         decoder: Decoder,
@@ -69,15 +71,17 @@ class SparseModel(nn.Module):
         quantization: Quantization | None = None,
         quantize_head: bool = False,
         switch_points: SwitchPoints = SwitchPoints(),
-        context: int | None = None,
+        context_length: int | None = None,
         tokenizer: Tokenizer | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         plan.check(*decoder.plan_sizes)
-        context = decoder.max_positions if context is None else context
-        if context is not None and not 1 <= context <= (decoder.max_positions or context):
+        longest = decoder.max_positions
+        if context_length is None:
+            context_length = longest
+        elif not 1 <= context_length <= (longest or context_length):
             raise ValueError(
-                f"context must be from 1 to {decoder.max_positions or 'any length'}, got {context}"
+                f"context_length must be from 1 to {longest or 'any length'}, got {context_length}"
             )
         self.decoder = decoder
         self.engine = Engine(decoder, switch_points)
@@ -86,7 +90,7 @@ class SparseModel(nn.Module):
         self.architecture = architecture
         self.quantization = quantization
         self.quantize_head = quantize_head
-        self.context = context
+        self.context_length = context_length
         self.tokenizer = tokenizer
 
     @property
@@ -122,7 +126,8 @@ class SparseModel(nn.Module):
             ValueError: if a file was changed or is not what it should be.
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
-        options = {key: config[key] for key in (*_CONFIG_OPTIONS, "tokenizer")}
+        options = {name: config[key] for key, name in _CONFIG_OPTIONS.items()}
+        options["tokenizer"] = config["tokenizer"]
         return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
 
     @property
@@ -134,7 +139,7 @@ class SparseModel(nn.Module):
     def switch_points(self, points: SwitchPoints) -> None:
         self.engine = Engine(self.decoder, points)
 
-    def calibrate(self) -> SwitchPoints:
+    def tune(self) -> SwitchPoints:
         """Measure on this machine where one way of running experts gives way to the next.
 
         From then on the model runs by that, and `save` keeps it. Takes one to five minutes, most of
@@ -142,6 +147,22 @@ class SparseModel(nn.Module):
         """
         self.switch_points = calibrate(self.decoder, self.plan)
         return self.switch_points
+
+    def calibrate(self) -> SwitchPoints:
+        """Old name of `tune`, until version 0.3."""
+        warn_renamed("SparseModel.calibrate", "SparseModel.tune")
+        return self.tune()
+
+    @property
+    def context(self) -> int | None:
+        """Old name of `context_length`, until version 0.3."""
+        warn_renamed("SparseModel.context", "SparseModel.context_length")
+        return self.context_length
+
+    @context.setter
+    def context(self, context_length: int | None) -> None:
+        warn_renamed("SparseModel.context", "SparseModel.context_length")
+        self.context_length = context_length
 
     @torch.inference_mode()
     def forward(
@@ -173,6 +194,7 @@ class SparseModel(nn.Module):
     @overload
     def generate(self, prompts: Tokens, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
 
+    @renamed_options(context="context_length")
     def generate(
         self,
         prompts: str | Sequence[str] | Tokens | None = None,
@@ -218,6 +240,7 @@ class SparseModel(nn.Module):
         tokens = cast(Tokens, prompts)
         return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
 
+    @renamed_options(context="context_length")
     def stream(
         self,
         prompt: str,
@@ -251,7 +274,7 @@ class SparseModel(nn.Module):
     ) -> dict[str, Any]:
         """Options of `generate`, with the context of this model unless there is one."""
         check_names(call, options, _GENERATE_OPTIONS - {*without})
-        return {"context": self.context, **options}
+        return {"context_length": self.context_length, **options}
 
     def _text_tokenizer(self) -> Tokenizer:
         tokenizer = self.tokenizer
@@ -289,7 +312,7 @@ class SparseModel(nn.Module):
             ValueError: if the artifact could not be loaded again, or the certificate is of another
                 model.
         """
-        config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
+        config = {key: getattr(self, name) for key, name in _CONFIG_OPTIONS.items()}
         config["tokenizer"] = self.tokenizer_description
         config["switch_points"] = self.engine.given_points._asdict()
         card = self.card(certificate or {})
@@ -330,7 +353,13 @@ class SparseModel(nn.Module):
         export_step(layout, self._plan(plan), Path(path), n_sequences)
 
 
-_CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context")
+_CONFIG_OPTIONS = {
+    "architecture": "architecture",
+    "quantization": "quantization",
+    "quantize_head": "quantize_head",
+    "context": "context_length",
+}
+"""Options by their names in an artifact's configuration."""
 _GENERATE_OPTIONS = {*inspect.signature(generate).parameters} - {"model", "tokens"}
 
 

@@ -314,7 +314,7 @@ def test_eight_bits(certify: Certify, artifact: Path, trained: Run, tmp_path: Pa
         plan,
         quantization="int8",
         tokenizer=loaded.tokenizer,
-        context=loaded.context,
+        context_length=loaded.context,
     )
     model.save(artifact)
     checkpoint = f"--ckpt_path={trained.checkpoint}"

@@ -36,7 +36,7 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
 
 def test_a_checkpoint_is_compiled_by_its_path(cli: Any, trained: Any) -> None:
     model = compile_sparse(trained.checkpoint, SelectionPlan.uniform(2))
-    assert model.context == 16
+    assert model.context_length == 16
     text = model.generate("def f", 30, temperature=0)
     assert cli("generate", f"--ckpt={trained.checkpoint}", *GREEDY).out == text + "\n"
     with pytest.raises(FileNotFoundError, match="no checkpoint at absent"):

@@ -70,7 +70,7 @@ def test_a_prompt_continues_in_a_batch_as_it_does_alone(
 def test_a_full_context_forgets_its_older_half(
     context: int, decoder: Decoder, tokens: Tensor
 ) -> None:
-    continued = greedy(decoder, tokens[:, :4], 15, context=context)
+    continued = greedy(decoder, tokens[:, :4], 15, context_length=context)
     seen = tokens[:, :4]
     with torch.no_grad():
         for at in range(4, 19):
@@ -85,8 +85,8 @@ def test_padding_fills_the_context_too_and_is_then_forgotten(
     decoder: Decoder, tokens: Tensor
 ) -> None:
     prompts, mask = left_pad([tokens[0, :1].tolist(), tokens[1, :6].tolist()])
-    continued = greedy(decoder, prompts, 10, mask=mask, context=6)
-    assert torch.equal(continued[1], greedy(decoder, tokens[1:2, :6], 10, context=6)[0])
+    continued = greedy(decoder, prompts, 10, mask=mask, context_length=6)
+    assert torch.equal(continued[1], greedy(decoder, tokens[1:2, :6], 10, context_length=6)[0])
     with torch.no_grad():
         first = decoder(tokens[:1, :1]).logits[:, -1].argmax(-1)
         assert continued[0, 6] == first
@@ -100,15 +100,15 @@ def test_learned_positions_are_the_context_unless_told(tokens: Tensor) -> None:
     decoder = learned_positions_mlp(max_positions=9)
     continued = greedy(decoder, tokens[:, :9], 12)
     assert continued.shape == (3, 21)
-    assert torch.equal(continued, greedy(decoder, tokens[:, :9], 12, context=9))
-    assert not torch.equal(continued[:1], greedy(decoder, tokens[:1, :8], 13, context=8))
+    assert torch.equal(continued, greedy(decoder, tokens[:, :9], 12, context_length=9))
+    assert not torch.equal(continued[:1], greedy(decoder, tokens[:1, :8], 13, context_length=8))
     with pytest.raises(ValueError, match="a context of 10, but the model has 9 positions"):
-        greedy(decoder, tokens[:, :9], 1, context=10)
+        greedy(decoder, tokens[:, :9], 1, context_length=10)
 
 
 @torch.no_grad()
 def test_a_context_of_one_token(one_decoder: Decoder, tokens: Tensor) -> None:
-    continued = greedy(one_decoder, tokens[:, :1], 5, context=1)
+    continued = greedy(one_decoder, tokens[:, :1], 5, context_length=1)
     for at in range(5):
         logits = one_decoder(continued[:, at : at + 1]).logits[:, 0]
         assert torch.equal(logits.argmax(-1), continued[:, at + 1])
@@ -174,8 +174,8 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
         ({"tokens": torch.tensor([[3, -1]])}, "token -1 is not in 0 to 28"),
         ({"stop": [29]}, "token 29 is not in 0 to 28"),
         ({"stop": "."}, "stop must be tokens for prompts of tokens, got '.'"),
-        ({"context": 15}, "the prompt has 16 tokens, the context holds 15"),
-        ({"context": 0}, "the prompt has 16 tokens, the context holds 0"),
+        ({"context_length": 15}, "the prompt has 16 tokens, the context holds 15"),
+        ({"context_length": 0}, "the prompt has 16 tokens, the context holds 0"),
         ({"mask": torch.ones(3, 15)}, r"a mask of \(3, 15\) for prompts of \(3, 16\)"),
         ({"mask": torch.zeros(3, 16)}, "a prompt is empty, or its padding is not on the left"),
         ({"mask": torch.arange(16).expand(3, 16) != 5}, "its padding is not on the left"),

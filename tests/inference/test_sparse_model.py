@@ -148,7 +148,7 @@ def test_saved_and_loaded_it_is_the_same(
         "quantization": quantization,
         "quantize_head": quantization is not None,
         "switch_points": SwitchPoints(gather_up_to=0, grouped_from=7),
-        "context": 18,
+        "context_length": 18,
         "tokenizer": TOKENIZER,
     }
     model = compile_sparse(decoder, plan, **options)
@@ -217,13 +217,15 @@ def test_report_counts_bytes(make: MakeDecoder, quantization: Any) -> None:
 
 def test_generating_looks_back_on_the_context(decoder: Decoder, tokens: Tensor) -> None:
     everyone = SelectionPlan.uniform(2)
-    model = compile_sparse(decoder, everyone, context=6, switch_points=UNCOMPILED)
+    model = compile_sparse(decoder, everyone, context_length=6, switch_points=UNCOMPILED)
     short = model.generate(tokens[:, :5], 9, temperature=0)
-    assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=6))
-    assert not torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=14))
+    assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context_length=6))
+    assert not torch.equal(
+        short, model.generate(tokens[:, :5], 9, temperature=0, context_length=14)
+    )
     with pytest.raises(ValueError, match="16 tokens, the context holds 6"):
         model.generate(tokens, 1)
-    assert compile_sparse(decoder, everyone).context == decoder.max_positions
+    assert compile_sparse(decoder, everyone).context_length == decoder.max_positions
 
 
 def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
@@ -261,12 +263,12 @@ def test_a_sparse_model_is_compiled_again_from_whole_weights(
     as_path: bool, decoder: Decoder, plan: SelectionPlan, tmp_path: Path
 ) -> None:
     pruned = prune(decoder, Remaining(((0, 2, 3), None), (None, (1,))))
-    first = compile_sparse(pruned, SelectionPlan.uniform(2), context=9, tokenizer=TOKENIZER)
+    first = compile_sparse(pruned, SelectionPlan.uniform(2), context_length=9, tokenizer=TOKENIZER)
     first.save(tmp_path / "model")
     source = tmp_path / "model" if as_path else first
     again = compile_sparse(source, plan, quantization="int8", quantize_head=True)
     expected = compile_sparse(pruned, plan, quantization="int8", quantize_head=True)
-    assert (again.plan, again.context, again.tokenizer_description) == (plan, 9, TOKENIZER)
+    assert (again.plan, again.context_length, again.tokenizer_description) == (plan, 9, TOKENIZER)
     assert again.architecture == expected.architecture
     assert again.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():

@@ -109,7 +109,10 @@ def test_the_lines_of_the_card_run(
         (lambda m: m.generate([1], attention_mask=None), "'attention_mask'; mask="),
         (lambda m: m.stream("a", num_return_sequences=2), "stream has no 'num_return_sequences'"),
         (lambda m: m.generate("a", mask=torch.ones(1, 1)), "'mask'; texts are padded"),
-        (lambda m: m.generate([1], beams=2), "'beams'; its options are context, .*top_k, top_p"),
+        (
+            lambda m: m.generate([1], beams=2),
+            "'beams'; its options are context_length, .*top_k, top_p",
+        ),
         (lambda m: m.generate(), "needs prompts"),
         (lambda m: m.stream([1, 2]), "one text"),
     ],

@@ -73,7 +73,7 @@ def with_measured(card: str, certificate: dict[str, Any]) -> str:
 
 def _measured(certificate: dict[str, Any]) -> list[str]:
     facts = [
-        f"- {name}: {_spelled(value)}"
+        f"- {name}: {_format(value)}"
         for name, value in _flat(certificate)
         if name != "format_version"
     ]
@@ -113,9 +113,9 @@ def _flat(certificate: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _spelled(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return " to ".join(map(_spelled, value))
+        return " to ".join(map(_format, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -132,7 +132,7 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
         f"| layer | {' | '.join(name.replace('_', ' ') for name in names)} |",
         f"|{' ---: |' * (len(names) + 1)}",
         *(
-            f"| {layer} | {' | '.join(_spelled(errors[name]) for name in names)} |"
+            f"| {layer} | {' | '.join(_format(errors[name]) for name in names)} |"
             for layer, errors in rows.items()
         ),
         "",
