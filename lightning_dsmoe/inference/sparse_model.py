@@ -178,28 +178,43 @@ class SparseModel(nn.Module):
         return self.engine.forward(tokens, self._plan(plan), mask=mask)
 
     def logits(
-        self, tokens: Tensor, *, mask: Tensor | None = None, plan: SelectionPlan | None = None
+        self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
         """Logits `[B, T, V]` of the token after each of `[B, T]`; see `forward`."""
         return self.forward(tokens, plan, mask=mask).logits
 
     @overload
-    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(
+        self,
+        prompts: str,
+        max_new_tokens: int = ...,
+        plan: SelectionPlan | None = ...,
+        **options: Any,
+    ) -> str: ...
 
     @overload
     def generate(
-        self, prompts: list[str] | tuple[str, ...], max_new_tokens: int = ..., **options: Any
+        self,
+        prompts: list[str] | tuple[str, ...],
+        max_new_tokens: int = ...,
+        plan: SelectionPlan | None = ...,
+        **options: Any,
     ) -> list[str]: ...
 
     @overload
-    def generate(self, prompts: Tokens, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
+    def generate(
+        self,
+        prompts: Tokens,
+        max_new_tokens: int = ...,
+        plan: SelectionPlan | None = ...,
+        **options: Any,
+    ) -> Tensor: ...
 
     @renamed_options(context="context_length")
     def generate(
         self,
         prompts: str | Sequence[str] | Tokens | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        *,
         plan: SelectionPlan | None = None,
         **options: Any,
     ) -> str | list[str] | Tensor:
@@ -245,7 +260,6 @@ class SparseModel(nn.Module):
         self,
         prompt: str,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        *,
         plan: SelectionPlan | None = None,
         **options: Any,
     ) -> Iterator[str]:

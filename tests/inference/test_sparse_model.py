@@ -237,6 +237,9 @@ def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
     dense = model.generate(prompts, 3, temperature=0, plan=SelectionPlan.uniform(2))
     assert torch.equal(dense[:, 4], decoder(prompts).logits[:, -1].argmax(-1))
     assert not torch.equal(own, dense)
+    everyone = SelectionPlan.uniform(2)
+    assert torch.equal(model.generate(prompts, 3, everyone, temperature=0), dense)
+    assert torch.equal(model.logits(prompts, everyone), model(prompts, everyone).logits)
 
 
 def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> None:
