@@ -20,7 +20,7 @@ def generate(
     artifact: str | None = None,
     prompt: str = "\n",
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
+    temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 1234,

@@ -51,6 +51,13 @@ def test_seed_repeats(cli: Any, trained: Any) -> None:
     assert first == again != other
 
 
+def test_the_command_and_python_sample_alike(cli: Any, trained: Any) -> None:
+    words = ["generate", f"--artifact={trained.artifact}", PROMPT, "--max_new_tokens=12"]
+    model, generator = load_sparse(trained.artifact), torch.Generator().manual_seed(1234)
+    pieces = model.stream("def f", 12, generator=generator)
+    assert cli(*words).out == f"def f{''.join(pieces)}\n"
+
+
 def test_narrow_sampling_is_greedy(cli: Any, trained: Any) -> None:
     words = ["generate", f"--artifact={trained.artifact}", PROMPT, "--max_new_tokens=9"]
     greedy = cli(*words, "--temperature=0").out
