@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.artifact.directory import read_artifact, write_artifact
+from lightning_dsmoe.inference.artifact.hashes import FRONTIER
 from lightning_dsmoe.inference.artifact.model_card import model_card
 from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
@@ -314,12 +315,20 @@ class SparseModel(nn.Module):
         tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
         return WeightReport(sum(t.nbytes for t in tensors), quantized_bytes(self.decoder))
 
-    def save(self, path: str | Path, *, certificate: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        certificate: dict[str, Any] | None = None,
+        frontier: str | Path | None = None,
+    ) -> None:
         """Write an artifact directory, whole or not at all; an earlier artifact is replaced.
 
         Args:
             path: the directory.
             certificate: what was measured of this model; plain data.
+            frontier: a picture for the model card, the `frontier.png` of `lightning-dsmoe sweep`;
+                None leaves the one of an earlier artifact.
 
         Raises:
             FileExistsError: if something else than an artifact is in the way.
@@ -329,19 +338,29 @@ class SparseModel(nn.Module):
         config = {key: getattr(self, name) for key, name in _CONFIG_OPTIONS.items()}
         config["tokenizer"] = self.tokenizer_description
         config["switch_points"] = self.engine.given_points._asdict()
-        card = self.card(certificate or {})
+        has_frontier = frontier is not None or (Path(path) / FRONTIER).is_file()
         write_artifact(
-            Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
+            Path(path),
+            self.decoder,
+            self.plan,
+            config,
+            card=self.card(certificate or {}, frontier=has_frontier),
+            certificate=certificate,
+            frontier=None if frontier is None else Path(frontier),
         )
 
-    def card(self, certificate: dict[str, Any]) -> str:
+    def card(self, certificate: dict[str, Any], *, frontier: bool = False) -> str:
         """The model card, in Markdown.
 
         Args:
             certificate: what was measured of this model, empty for nothing.
+            frontier: show the `frontier.png` that is beside the card.
         """
         prompt = example_prompt(self.tokenizer_description)
-        return model_card(self.decoder, self.plan, *self.report(), certificate, prompt=prompt)
+        report = self.report()
+        return model_card(
+            self.decoder, self.plan, *report, certificate, prompt=prompt, frontier=frontier
+        )
 
     def export_step(
         self, path: str | Path, *, plan: SelectionPlan | None = None, n_sequences: int = 1

@@ -144,7 +144,7 @@ def test_a_first_certificate(
         "README.md",
         "SHA256SUMS",
     }
-    assert f"- sparse_loss: {made['sparse_loss']:.6g}" in (bare / "README.md").read_text()
+    assert f"- loss {made['sparse_loss']:.3f} nats per token, " in (bare / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
     load_sparse(bare)
     outcome = certify(f"--ckpt_path={trained.checkpoint}")

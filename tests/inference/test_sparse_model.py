@@ -303,9 +303,9 @@ def test_the_card_tells_people_what_they_have(
     model.save(tmp_path / "model", certificate={"loss": 1.25, "tokens": 96})
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"2 layers of width {decoder.d_model}, vocabulary of 29" in card
-    assert "4 in 2 layers; running: TopK(renormalize=False, k=2) in 1 layers" in card
-    assert "3 in 2 layers; running: TopK(renormalize=True, k=1) in 1 layers" in card
-    assert "- loss: 1.25\n- tokens: 96\n" in card
+    assert "experts: 4 in 2 layers; running: top 2 in 1 layer, threshold 0.9 in 1 layer" in card
+    assert "experts: 3 in 2 layers; running: top 1 renormalized in 1 layer, threshold 0.8" in card
+    assert "- loss: 1.25\n- predicted tokens: 96\n" in card
     eight_bits = "- in 8 bits: attention.heads.w_o, attention.heads.w_q, feed_forward.experts.w_in"
     assert (eight_bits in card) == (quantization == "int8")
     assert ("- in 8 bits: nothing" in card) == (quantization is None)

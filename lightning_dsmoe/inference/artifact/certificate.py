@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_dsmoe.files import hidden_beside, read_json
 from lightning_dsmoe.inference.artifact.directory import check_files, copy_linked, finish
-from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, SUMS
+from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, FRONTIER, SUMS
 from lightning_dsmoe.inference.artifact.model_card import with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
 
@@ -37,9 +37,10 @@ def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]
     check_files(path)
     path = path.resolve()
     if (path / CARD).is_file() and not (path / CARD).is_symlink():
-        card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
+        card = (path / CARD).read_text(encoding="utf-8")
+        card = with_measured(card, certificate, frontier=(path / FRONTIER).is_file())
     else:
-        card = model.card(certificate)
+        card = model.card(certificate, frontier=(path / FRONTIER).is_file())
     folder = hidden_beside(path)
     try:
         copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})

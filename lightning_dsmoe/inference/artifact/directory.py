@@ -25,6 +25,7 @@ from lightning_dsmoe.inference.artifact.hashes import (
     CARD,
     CERTIFICATE,
     CONFIG,
+    FRONTIER,
     PLAN,
     SUMS,
     WEIGHTS,
@@ -71,6 +72,7 @@ def write_artifact(
     *,
     card: str,
     certificate: dict[str, Any] | None = None,
+    frontier: Path | None = None,
 ) -> None:
     """Write an artifact directory, whole or not at all; an earlier artifact there is replaced.
 
@@ -88,6 +90,10 @@ def write_artifact(
     folder = hidden_beside(path)
     try:
         _keep_others(path, folder)
+        if frontier is not None:
+            # What is there may be a link to the earlier artifact's own picture.
+            (folder / FRONTIER).unlink(missing_ok=True)
+            shutil.copyfile(frontier, folder / FRONTIER)
         state = {
             name: tensor.detach().contiguous().cpu()
             for name, tensor in decoder.state_dict().items()

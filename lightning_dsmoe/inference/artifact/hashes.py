@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_dsmoe.files import read_json, sha256
 
 CONFIG, PLAN, WEIGHTS, SUMS = "config.json", "plan.json", "model.safetensors", "SHA256SUMS"
-CERTIFICATE, CARD = "certificate.json", "README.md"
+CERTIFICATE, CARD, FRONTIER = "certificate.json", "README.md", "frontier.png"
 _KINDS = {CONFIG: "another configuration", PLAN: "another plan", WEIGHTS: "other weights"}
 
 

@@ -144,9 +144,11 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
     assert "loss: 1.25" not in card
     lines = card.splitlines()
     assert lines.count("## Measured") == lines.count("## Use") == 1
-    assert "- kl: 0.0123457\n- relative_gap_95: -0.1 to 0.1\n- data, split: val\n" in card
-    assert "| layer | dropped mass mean | bound max |" in lines
-    assert "| 0 | 0.125 | 0.5 |" in lines
+    assert (
+        "tokens: 0.0123 nats\n- 95 % interval of that: -10 % to 10 %\n- text, split: val\n" in card
+    )
+    assert "| layer | dropped gate mass, mean, % | its bound, max, % |" in lines
+    assert "| 0 | 12.5 | 50 |" in lines
     assert "routing_agreement" not in card
     assert "attention experts of each layer" not in card
     save_certificate(path, model, CERTIFICATE)
@@ -156,7 +158,11 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
 def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> None:
     (path / "README.md").write_text("My own words.")
     save_certificate(path, model, CERTIFICATE)
-    assert (path / "README.md").read_text().startswith("My own words.\n\n## Measured\n\n- kl: ")
+    assert (
+        (path / "README.md")
+        .read_text()
+        .startswith("My own words.\n\n## Measured\n\n- KL divergence")
+    )
     (path / "README.md").write_text("## Measured\n\n- old\n\n# Notes\n\nMine.\n")
     save_certificate(path, model, CERTIFICATE)
     card = (path / "README.md").read_text()
