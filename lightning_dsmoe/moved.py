@@ -37,6 +37,7 @@ MOVED = {
     "inference.artifact_hashes": "inference.artifact.hashes",
     "inference.model_card": "inference.artifact.model_card",
     "inference.context": "inference.reader",
+    "inference.option_names": "inference.prompts",
     "inference.engine.calibration": "inference.engine.tuning",
     "inference.engine.rows": "inference.engine.weights.row_major",
     "inference.engine.tiles": "inference.engine.weights.tiled",

@@ -3,10 +3,9 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeGuard, cast, overload
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import calibrate
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.generation import Tokens, generate
-from lightning_dsmoe.inference.option_names import check_names
-from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
+from lightning_dsmoe.inference.generation import Tokens
+from lightning_dsmoe.inference.prompts import Prompts, continue_prompts, stream_prompt
+from lightning_dsmoe.inference.text import example_prompt
 from lightning_dsmoe.moved import renamed_options, warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
@@ -214,7 +213,7 @@ class SparseModel(nn.Module):
     @renamed_options(context="context_length")
     def generate(
         self,
-        prompts: str | Sequence[str] | Tokens | None = None,
+        prompts: Prompts | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         plan: SelectionPlan | None = None,
         **options: Any,
@@ -242,19 +241,8 @@ class SparseModel(nn.Module):
                 or there is a text but no tokenizer.
             TypeError: if there is no such option.
         """
-        if isinstance(prompts, str):
-            return self.generate([prompts], max_new_tokens, plan=plan, **options)[0]
-        if _are_texts(prompts):
-            options = self._checked("generate", options, without=("mask", "on_tokens"))
-            tokenizer, plan = self._text_tokenizer(), self._plan(plan)
-            return continue_texts(
-                self.engine, tokenizer, prompts, max_new_tokens, plan=plan, **options
-            )
-        options = self._checked("generate", options)
-        if prompts is None:
-            raise TypeError("generate needs prompts: a text, texts or tokens")
-        tokens = cast(Tokens, prompts)
-        return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return continue_prompts(self.engine, prompts, max_new_tokens, options, self._text_tokenizer)
 
     @renamed_options(context="context_length")
     def stream(
@@ -276,20 +264,8 @@ class SparseModel(nn.Module):
             ValueError: as `generate` does.
             TypeError: if there is no such option, or the prompt is not one text.
         """
-        if not isinstance(prompt, str):
-            raise TypeError(
-                "stream needs one text; for tokens, generate calls on_tokens with each new one"
-            )
-        options = self._checked("stream", options, without=("mask", "on_tokens"))
-        tokenizer, plan = self._text_tokenizer(), self._plan(plan)
-        return stream_text(self.engine, tokenizer, prompt, max_new_tokens, plan=plan, **options)
-
-    def _checked(
-        self, call: str, options: dict[str, Any], *, without: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Options of `generate`, with the context of this model unless there is one."""
-        check_names(call, options, _GENERATE_OPTIONS - {*without})
-        return {"context_length": self.context_length, **options}
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return stream_prompt(self.engine, prompt, max_new_tokens, options, self._text_tokenizer)
 
     def _text_tokenizer(self) -> Tokenizer:
         tokenizer = self.tokenizer
@@ -393,13 +369,6 @@ _CONFIG_OPTIONS = {
     "context": "context_length",
 }
 """Options by their names in an artifact's configuration."""
-_GENERATE_OPTIONS = {*inspect.signature(generate).parameters} - {"model", "tokens"}
-
-
-def _are_texts(prompts: object) -> TypeGuard[Sequence[str]]:
-    if not isinstance(prompts, list | tuple) or not prompts:
-        return False
-    return all(isinstance(prompt, str) for prompt in prompts)
 
 
 def _forget_compiled(model: SparseModel, keys: object) -> None:
