@@ -41,19 +41,19 @@ def generate(
     generator: torch.Generator | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Continue prompts.
+    """Continue prompts of tokens.
 
-    A full context forgets its older half, so texts may be of any length; padding fills it too. A
+    A full context drops its older half, so sequences may be of any length; padding counts too. A
     sequence that has met a stop token repeats it until all have ended.
 
     Args:
         model: the model, in evaluation mode.
         tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths; or
             one prompt `[T]`. Arrays and lists will do.
-        max_new_tokens: tokens to add at the most.
-        plan: the experts that run; None runs all.
+        max_new_tokens: most tokens to add.
+        plan: the experts that run in this call; None runs all.
         mask: bool `[B, T]`, false for padding; None for no padding.
-        context_length: tokens the model can look back on; None takes `decoder.max_positions`.
+        context_length: most tokens that the model attends to; None takes `decoder.max_positions`.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the fewest most probable tokens that hold this much probability only.
@@ -68,6 +68,19 @@ def generate(
         ValueError: if the prompt is empty, longer than the context or not of whole numbers, or an
             option is out of range.
         FloatingPointError: if the logits are not finite.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+        >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+        >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+        >>> generate(decoder.eval(), [72, 105, 32], max_new_tokens=5, temperature=0).shape
+        torch.Size([8])
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> generate(decoder, [[1, 2], [3, 4]], 6, top_p=0.9, generator=generator).shape
+        torch.Size([2, 8])
     """
     prompts_BT = as_tokens(model, tokens)
     mask = None if mask is None else torch.as_tensor(mask, device=prompts_BT.device)
@@ -192,8 +205,21 @@ def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:
 def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Pad prompts on the left to one length.
 
+    Args:
+        sequences: the tokens of each prompt.
+        pad: the token to pad with, which the mask hides.
+
     Returns:
         Tokens `[B, T]` and the mask `[B, T]`, false for padding.
+
+    Example:
+        >>> tokens, mask = left_pad([[5], [1, 2, 3]])
+        >>> tokens
+        tensor([[0, 0, 5],
+                [1, 2, 3]])
+        >>> mask
+        tensor([[False, False,  True],
+                [ True,  True,  True]])
     """
     longest = max(map(len, sequences), default=0)
     tokens = torch.full((len(sequences), longest), pad)
