@@ -1,4 +1,4 @@
-"""The certificate in an artifact: plain data that tells which model it is of."""
+"""The certificate in an artifact: plain data with the hashes of the model it belongs to."""
 
 import shutil
 from pathlib import Path
@@ -14,6 +14,9 @@ from lightning_dsmoe.inference.sparse_model import SparseModel
 def load_certificate(path: Path) -> Any:
     """The certificate of an artifact, JSON of any kind; None without one.
 
+    Args:
+        path: the artifact.
+
     Raises:
         ValueError: if the file is not JSON or too large.
     """
@@ -21,21 +24,22 @@ def load_certificate(path: Path) -> Any:
 
 
 def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]) -> None:
-    """Give an artifact another certificate, and say so in its card; both or none is written.
+    """Replace the certificate of an artifact and the measurements in its card, atomically.
 
     All other files and what people wrote in the card stay.
 
     Args:
         path: the artifact.
-        model: what it holds.
-        certificate: what was measured of it; plain data.
+        model: the model in it.
+        certificate: measurements of the model; plain data.
 
     Raises:
         FileNotFoundError: if there is no artifact.
-        ValueError: if the certificate says that it is of other files.
+        ValueError: if the certificate belongs to other files.
     """
     check_files(path)
     path = path.resolve()
+    # What a linked card links to, perhaps somebody's private file, is not copied into the artifact.
     if (path / CARD).is_file() and not (path / CARD).is_symlink():
         card = (path / CARD).read_text(encoding="utf-8")
         card = with_measured(card, certificate, frontier=(path / FRONTIER).is_file())

@@ -57,15 +57,15 @@ def model_card(
     prompt: str | None = None,
     frontier: bool = False,
 ) -> str:
-    """Markdown: what the model is, which experts run, what was measured, how to use it.
+    """Markdown: the model, the experts that run, measurements and how to use it.
 
     Args:
         decoder: the model.
         plan: the experts that run.
         n_bytes: bytes of all weights.
         quantized: bytes of each quantised weight, by its name.
-        certificate: what was measured, by its name.
-        prompt: a text that the model's tokenizer can read; None for a model of tokens only.
+        certificate: measurements, by their names.
+        prompt: a text that the model's tokenizer can encode; None for a model of tokens only.
         frontier: show the picture of loss against active share that is in the artifact.
     """
     all_remain = (None,) * decoder.n_layers
@@ -88,11 +88,11 @@ def model_card(
 
 
 def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = False) -> str:
-    """A card with what was measured in place of what stood there, or at the end; no other change.
+    """Replace the section "Measured" of a card, or add it at the end; nothing else changes.
 
     Args:
         card: the card, which people may have edited.
-        certificate: what was measured, by its name.
+        certificate: measurements, by their names.
         frontier: show the picture of loss against active share that is in the artifact.
     """
     lines = card.rstrip().splitlines()

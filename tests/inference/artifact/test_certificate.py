@@ -73,13 +73,13 @@ def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path
     )
     for other, name in zip(others, ("model.safetensors", "plan.json"), strict=True):
         before = sorted(tmp_path.iterdir())
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             other.save(tmp_path / "other", certificate=found)
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             other.save(path, certificate=found)
         assert sorted(tmp_path.iterdir()) == before
         other.save(tmp_path / name)
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             save_certificate(tmp_path / name, other, found)
         assert load_certificate(tmp_path / name) is None
 
@@ -183,7 +183,7 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "sums", "_move"])
+@pytest.mark.parametrize("fails", ["_write_json", "sum_lines", "_move"])
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
