@@ -1,7 +1,7 @@
 """What a sparse model continues: text or tokens, with options whose names are checked."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard, cast
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from lightning_dsmoe.inference.generation import Tokens, generate
 from lightning_dsmoe.inference.text import continue_texts, stream_text
 from lightning_dsmoe.tokenizers import Tokenizer
 
-Prompts = str | Sequence[str] | Tokens
+Texts = list[str] | tuple[str, ...]
+Prompts = str | Texts | Tokens
 
 _OPTIONS = {*inspect.signature(generate).parameters} - {"model", "tokens"}
 _OF_TOKENS_ONLY = {"mask", "on_tokens"}
@@ -86,7 +87,7 @@ def stream_prompt(
     return stream_text(engine, tokenizer(), prompt, max_new_tokens, **options)
 
 
-def _are_texts(prompts: object) -> TypeGuard[Sequence[str]]:
+def _are_texts(prompts: object) -> TypeGuard[Texts]:
     if not isinstance(prompts, list | tuple) or not prompts:
         return False
     return all(isinstance(prompt, str) for prompt in prompts)

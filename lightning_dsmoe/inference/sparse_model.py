@@ -21,7 +21,7 @@ from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import calibrate
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.generation import Tokens
-from lightning_dsmoe.inference.prompts import Prompts, continue_prompts, stream_prompt
+from lightning_dsmoe.inference.prompts import Prompts, Texts, continue_prompts, stream_prompt
 from lightning_dsmoe.inference.text import example_prompt
 from lightning_dsmoe.moved import renamed_options, warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
@@ -29,6 +29,7 @@ from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
+_Plan = SelectionPlan | None
 
 
 class WeightReport(NamedTuple):
@@ -168,9 +169,10 @@ class SparseModel(nn.Module):
             True
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
-        options = {name: config[key] for key, name in _CONFIG_OPTIONS.items()}
-        options["tokenizer"] = config["tokenizer"]
-        return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
+        del config["format_version"]
+        points = SwitchPoints(**config.pop("switch_points"))
+        context_length = config.pop("context")
+        return cls(decoder, plan, **config, context_length=context_length, switch_points=points)
 
     @property
     def switch_points(self) -> SwitchPoints:
@@ -280,29 +282,17 @@ class SparseModel(nn.Module):
 
     @overload
     def generate(
-        self,
-        prompts: str,
-        max_new_tokens: int = ...,
-        plan: SelectionPlan | None = ...,
-        **options: Any,
+        self, prompts: str, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
     ) -> str: ...
 
     @overload
     def generate(
-        self,
-        prompts: list[str] | tuple[str, ...],
-        max_new_tokens: int = ...,
-        plan: SelectionPlan | None = ...,
-        **options: Any,
+        self, prompts: Texts, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
     ) -> list[str]: ...
 
     @overload
     def generate(
-        self,
-        prompts: Tokens,
-        max_new_tokens: int = ...,
-        plan: SelectionPlan | None = ...,
-        **options: Any,
+        self, prompts: Tokens, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
     ) -> Tensor: ...
 
     @renamed_options(context="context_length")
@@ -475,9 +465,14 @@ class SparseModel(nn.Module):
             ...     sorted(os.listdir(f"{folder}/model"))
             ['README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'plan.json']
         """
-        config = {key: getattr(self, name) for key, name in _CONFIG_OPTIONS.items()}
-        config["tokenizer"] = self.tokenizer_description
-        config["switch_points"] = self.engine.given_points._asdict()
+        config = {
+            "architecture": self.architecture,
+            "quantization": self.quantization,
+            "quantize_head": self.quantize_head,
+            "context": self.context_length,
+            "tokenizer": self.tokenizer_description,
+            "switch_points": self.engine.given_points._asdict(),
+        }
         has_frontier = frontier is not None or (Path(path) / FRONTIER).is_file()
         write_artifact(
             Path(path),
@@ -540,15 +535,6 @@ class SparseModel(nn.Module):
         """
         layout = self.engine.layout(n_sequences)
         export_step(layout, self._plan(plan), Path(path), n_sequences)
-
-
-_CONFIG_OPTIONS = {
-    "architecture": "architecture",
-    "quantization": "quantization",
-    "quantize_head": "quantize_head",
-    "context": "context_length",
-}
-"""Options by their names in an artifact's configuration."""
 
 
 def _forget_compiled(model: SparseModel, keys: object) -> None:

@@ -42,7 +42,6 @@ from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.checkpoint import check_state, fill
 
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_TIED_HEAD = "head.weight"
 _MAX_HEADER_BYTES = 100_000_000 + 8  # of safetensors
 _DTYPES = {
     "F64": torch.float64,
@@ -104,11 +103,7 @@ def write_artifact(
             # What is there may be a link to the earlier artifact's own picture.
             (folder / FRONTIER).unlink(missing_ok=True)
             shutil.copyfile(frontier, folder / FRONTIER)
-        state = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in decoder.state_dict().items()
-            if not (decoder.tie_embeddings and name == _TIED_HEAD)
-        }
+        state = {n: t.detach().contiguous().cpu() for n, t in _stored_state(decoder).items()}
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
         # The checks of loading, so that no artifact is written that nobody can read.
@@ -264,12 +259,15 @@ def _check_header(artifact: Artifact, path: Path) -> None:
         quantization=config["quantization"],
         quantize_head=config["quantize_head"],
     )
-    expected = {
-        name: tensor
-        for name, tensor in decoder.state_dict().items()
-        if not (decoder.tie_embeddings and name == _TIED_HEAD)
-    }
-    check_state(expected, headers)
+    check_state(_stored_state(decoder), headers)
+
+
+def _stored_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The tensors in the file of weights, which has tied embeddings once."""
+    state = decoder.state_dict()
+    if decoder.tie_embeddings:
+        del state["head.weight"]
+    return state
 
 
 def _load_weights(decoder: Decoder, path: Path) -> None:
