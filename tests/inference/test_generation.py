@@ -13,7 +13,14 @@ from lightning_dsmoe.inference.compilation import compile_sparse
 from lightning_dsmoe.inference.generation import generate, left_pad
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
-from .conftest import SAMPLINGS, UNCOMPILED, learned_positions_mlp, without_routers
+from ..pairwise import pairwise
+from .conftest import (
+    SAMPLINGS,
+    UNCOMPILED,
+    learned_positions_mlp,
+    rotary_glu,
+    without_routers,
+)
 
 PLANS = [
     SelectionPlan.uniform(2),
@@ -53,8 +60,11 @@ def test_without_a_plan_all_experts_run(decoder: Decoder, tokens: Tensor) -> Non
     assert not torch.equal(dense, greedy(decoder, tokens[:, :5], 12, plan=sparse))
 
 
-@pytest.mark.parametrize("row", [0, 7])
-@pytest.mark.parametrize("plan", PLANS, ids=["dense", "top k", "threshold"])
+@pytest.mark.parametrize(
+    ("make_decoder", "plan", "row"),
+    pairwise(make_decoder=[rotary_glu, learned_positions_mlp], plan=PLANS, row=[0, 7]),
+    indirect=["make_decoder"],
+)
 def test_a_prompt_continues_in_a_batch_as_it_does_alone(
     row: int, plan: SelectionPlan, decoder: Decoder, tokens: Tensor
 ) -> None:
