@@ -120,7 +120,7 @@ def new_tokens(
 ) -> Iterator[Tensor]:
     """Each new column of tokens `[B]` of prompts `[B, T]`, under the options of `generate`.
 
-    Options are checked at once, and a token is computed when it is asked for.
+    Options are checked now, and each token is computed when the iterator is advanced.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
     if context_length is None:

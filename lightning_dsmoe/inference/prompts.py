@@ -55,7 +55,7 @@ def continue_prompts(
     Args:
         engine: runs the model.
         prompts: a text, several or tokens.
-        max_new_tokens: tokens to add at the most.
+        max_new_tokens: most tokens to add.
         options: those of `lightning_dsmoe.inference.generate`.
         tokenizer: gives the tokenizer when there is a text.
     """

@@ -17,7 +17,7 @@ from lightning_dsmoe.tokenizers import Tokenizer
 Stop = str | Sequence[str]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
-"""Bytes, and thus tokens at the most, of a character in UTF-8."""
+"""Most bytes of a character in UTF-8, and thus most tokens."""
 
 
 def continue_texts(

@@ -44,7 +44,7 @@ _LABELS = {
     "lightning_dsmoe": ("lightning_dsmoe", ""),
     "checkpoint_sha256": ("SHA-256 of the checkpoint", ""),
 }
-"""What the fields of a certificate are called, and their unit; those of others keep their names."""
+"""Label and unit of the fields of a certificate; other fields keep their names."""
 
 
 def model_card(
@@ -116,7 +116,7 @@ def _measured(certificate: dict[str, Any], frontier: bool) -> list[str]:
 
 
 def _headline(facts: dict[str, Any]) -> list[str]:
-    """The loss and its distance from that of all experts, which are taken out of the facts."""
+    """The loss and its distance from that of all experts, which leave the facts."""
     loss, gap, interval = map(facts.get, _GAP)
     if not isinstance(loss, float) or not isinstance(gap, float):
         return []
