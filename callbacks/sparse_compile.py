@@ -26,6 +26,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.artifact.directory import check_free
 from lightning_dsmoe.inference.engine.weights.packing import Quantization
+from lightning_dsmoe.moved import warn_renamed
 from lightning_dsmoe.serialization.architecture import describe_decoder
 
 _RESERVED = {"checkpoints", "utilization"}
@@ -44,8 +45,9 @@ class SparseCompile(Callback):
         plan: selections for all layers, a plan, or the path of a saved plan.
         quantization: "int8" quantizes the routed experts to 8 bits with bitsandbytes.
         quantize_head: quantize the output head to 8 bits too.
-        calibrate: measure on this machine which way of running experts is the fastest for how many
+        tune: measure on this machine which method of running experts is the fastest for how many
             tokens, which takes about a minute, and keep that in the artifact.
+        calibrate: old name of `tune`, until version 0.3.
         name: name of the artifact in the log directory of the run; several of these callbacks need
             different ones.
         path: directory of the artifact instead. An earlier artifact there is replaced.
@@ -72,6 +74,7 @@ class SparseCompile(Callback):
         *,
         quantization: Quantization | None = None,
         quantize_head: bool = False,
+        tune: bool = False,
         calibrate: bool = False,
         name: str = "sparse",
         path: str | None = None,
@@ -87,7 +90,9 @@ class SparseCompile(Callback):
         self.plan = load_plan("SparseCompile", plan)
         self.quantization = quantization
         self.quantize_head = quantize_head
-        self.calibrate = calibrate
+        if calibrate:
+            warn_renamed("SparseCompile(calibrate=)", "tune=")
+        self.tune = tune or calibrate
         self.name = name
         self.path = path
         self.max_batches = max_batches
@@ -162,11 +167,11 @@ class SparseCompile(Callback):
             plan_for("SparseCompile", self.plan, decoder),
             quantization=self.quantization,
             quantize_head=self.quantize_head,
-            context=getattr(data, "context", None),
+            context_length=getattr(data, "context", None),
             tokenizer=None if tokenizer is None else tokenizer.to_dict(),
         )
-        if self.calibrate:
-            rank_zero_info(f"Measured for the sparse model: {model.calibrate()}")
+        if self.tune:
+            rank_zero_info(f"Measured for the sparse model: {model.tune()}")
         model.save(folder, certificate=self._measure(trainer, decoder, model))
         rank_zero_info(f"The sparse model is in {folder}")
 

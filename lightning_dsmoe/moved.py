@@ -1,12 +1,17 @@
-"""Modules that had other names in version 0.1; the old names go with version 0.3."""
+"""Modules and options that had other names in version 0.1; the old names go with version 0.3."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
 _PACKAGE = "lightning_dsmoe."
 MOVED = {
@@ -37,6 +42,7 @@ MOVED = {
     "inference.artifact_hashes": "inference.artifact.hashes",
     "inference.model_card": "inference.artifact.model_card",
     "inference.context": "inference.reader",
+    "inference.option_names": "inference.prompts",
     "inference.engine.calibration": "inference.engine.tuning",
     "inference.engine.rows": "inference.engine.weights.row_major",
     "inference.engine.tiles": "inference.engine.weights.tiled",
@@ -91,8 +97,7 @@ class _Moved(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = _PACKAGE + MOVED[module.__name__.removeprefix(_PACKAGE)]
-        message = f"{module.__name__} is now {new}; the old name goes with version 0.3"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        warn_renamed(module.__name__, new)
         names = vars(import_module(new)).items()
         vars(module).update({name: value for name, value in names if not name.startswith("__")})
 
@@ -101,3 +106,32 @@ def find_moved_modules() -> None:
     """Let imports of old module names work, after a search for modules of that name failed."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn whoever called the caller that a public name has changed."""
+    message = f"{old} is now {new}; the old name goes with version 0.3"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+def renamed_options(
+    **new_names: str,
+) -> Callable[[Callable[Options, Result]], Callable[Options, Result]]:
+    """Let a function take keyword options by their old names too, with a warning.
+
+    Args:
+        new_names: the present name of each old one.
+    """
+
+    def decorate(function: Callable[Options, Result]) -> Callable[Options, Result]:
+        @wraps(function)
+        def call(*args: Options.args, **options: Options.kwargs) -> Result:
+            for old in new_names.keys() & options.keys():
+                name = function.__qualname__.removesuffix(".__init__")
+                warn_renamed(f"{name}({old}=)", f"{new_names[old]}=")
+                options[new_names[old]] = options.pop(old)
+            return function(*args, **options)
+
+        return call
+
+    return decorate

@@ -95,7 +95,9 @@ def certify(
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
     }
-    trained_on = loaded or LoadedDecoder(model.decoder, model.tokenizer_description, model.context)
+    trained_on = loaded or LoadedDecoder(
+        model.decoder, model.tokenizer_description, model.context_length
+    )
     text, source = _text(trained_on, files, given, recorded)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -1,4 +1,4 @@
-"""Text from a checkpoint or a sparse model."""
+"""Continues a text with a checkpoint or a sparse model."""
 
 from itertools import chain
 
@@ -20,7 +20,7 @@ def generate(
     artifact: str | None = None,
     prompt: str = "\n",
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
+    temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 1234,
@@ -33,16 +33,17 @@ def generate(
         ckpt: checkpoint of `fit`; all its experts run unless there is a plan.
         artifact: directory of a sparse model, instead of a checkpoint.
         prompt: text to continue.
-        max_new_tokens: tokens to add at the most.
+        max_new_tokens: most tokens to add.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the fewest most probable tokens with this much probability only.
         seed: seed of the sampling.
         stop: a text that ends the output.
-        plan: JSON file of a selection plan, in place of the model's own.
+        plan: JSON file of a selection plan; by default the model's own.
 
     Raises:
-        ValueError: if not exactly one of ckpt and artifact is given, or an option is impossible.
+        ValueError: if not exactly one of ckpt and artifact is given, or an option is out of
+            range.
     """
     if (ckpt is None) == (artifact is None):
         raise ValueError("generate needs either --ckpt or --artifact")
@@ -65,9 +66,7 @@ def generate(
 def _model_of_checkpoint(path: str) -> SparseModel:
     loaded = load_decoder(path)
     return compile_sparse(
-        loaded.decoder,
+        loaded,
         SelectionPlan.uniform(loaded.decoder.n_layers),
-        switch_points=SwitchPoints(gather_up_to=0),  # nothing to compile for one text
-        tokenizer=loaded.tokenizer,
-        context=loaded.context,
+        switch_points=SwitchPoints(gather_up_to=0),  # one text is done before a step is compiled
     )

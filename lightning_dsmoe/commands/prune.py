@@ -90,7 +90,7 @@ def _compiled(
         decoder,
         plan,
         quantization=quantization,
-        context=loaded.context,
+        context_length=loaded.context,
         tokenizer=loaded.tokenizer,
     )
 

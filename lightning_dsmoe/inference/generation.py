@@ -1,9 +1,8 @@
-"""Sampling tokens from a model, one after another, with a KV cache.
+"""Generating tokens with a KV cache, one after another.
 
-Shapes: B batch, T tokens of the prompt, V vocabulary.
+Shapes: B sequences in a batch, T positions of the prompt, S all positions so far.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,25 +14,26 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.reader import Context, DecoderContext
+from lightning_dsmoe.inference.reader import DecoderReader, Reader
+from lightning_dsmoe.inference.sampling import Sampler
+from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
 """Prompts of whole numbers: several of one length `[B, T]`, or one `[T]`."""
 
-_COLDEST, _HOTTEST = 1e-6, 1e6  # beyond which probabilities are no numbers in float32
 
-
+@renamed_options(context="context_length")
 @torch.inference_mode()
 def generate(
     model: Decoder | Engine,
     tokens: Tokens,
     max_new_tokens: int,
-    *,
     plan: SelectionPlan | None = None,
+    *,
     mask: Tensor | None = None,
-    context: int | None = None,
+    context_length: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -41,19 +41,19 @@ def generate(
     generator: torch.Generator | None = None,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Continue prompts.
+    """Continue prompts of tokens.
 
-    A full context forgets its older half, so texts may be of any length; padding fills it too. A
+    A full context drops its older half, so sequences may be of any length; padding counts too. A
     sequence that has met a stop token repeats it until all have ended.
 
     Args:
         model: the model, in evaluation mode.
         tokens: prompts `[B, T]`, one token or more, padded on the left if of different lengths; or
             one prompt `[T]`. Arrays and lists will do.
-        max_new_tokens: tokens to add at the most.
-        plan: the experts that run; None runs all.
+        max_new_tokens: most tokens to add.
+        plan: the experts that run in this call; None runs all.
         mask: bool `[B, T]`, false for padding; None for no padding.
-        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        context_length: most tokens that the model attends to; None takes `decoder.max_positions`.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample from the k most probable tokens only.
         top_p: sample from the fewest most probable tokens that hold this much probability only.
@@ -68,97 +68,113 @@ def generate(
         ValueError: if the prompt is empty, longer than the context or not of whole numbers, or an
             option is out of range.
         FloatingPointError: if the logits are not finite.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+        >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+        >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+        >>> generate(decoder.eval(), [72, 105, 32], max_new_tokens=5, temperature=0).shape
+        torch.Size([8])
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> generate(decoder, [[1, 2], [3, 4]], 6, top_p=0.9, generator=generator).shape
+        torch.Size([2, 8])
     """
-    prompts = as_tokens(model, tokens)
-    mask = None if mask is None else torch.as_tensor(mask, device=prompts.device)
-    if is_one := prompts.ndim == 1:
-        prompts, mask = prompts[None], None if mask is None else mask[None]
-    columns = [prompts]
-    for chosen_B in new_tokens(
+    prompts_BT = as_tokens(model, tokens)
+    mask = None if mask is None else torch.as_tensor(mask, device=prompts_BT.device)
+    if is_one := prompts_BT.ndim == 1:
+        prompts_BT, mask = prompts_BT[None], None if mask is None else mask[None]
+    columns = [prompts_BT]
+    for new_B in new_tokens(
         model,
-        prompts,
+        prompts_BT,
         max_new_tokens,
         plan=plan,
         mask=mask,
-        context=context,
+        context_length=context_length,
+        stop=stop,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=stop,
         generator=generator,
     ):
-        columns.append(chosen_B[:, None])
+        columns.append(new_B[:, None])
         if on_tokens is not None:
-            on_tokens(chosen_B)
-    texts = torch.cat(columns, dim=1)
-    return texts[0] if is_one else texts
+            on_tokens(new_B)
+    sequences_BS = torch.cat(columns, dim=1)
+    return sequences_BS[0] if is_one else sequences_BS
 
 
 def new_tokens(
     model: Decoder | Engine,
-    tokens: Tensor,
+    prompts_BT: Tensor,
     max_new_tokens: int,
     *,
     plan: SelectionPlan | None = None,
     mask: Tensor | None = None,
-    context: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    context_length: int | None = None,
     stop: Collection[int] = (),
-    generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Iterator[Tensor]:
     """Each new column of tokens `[B]` of prompts `[B, T]`, under the options of `generate`.
 
-    Options are checked at once, and a token is computed when it is asked for.
+    Options are checked now, and each token is computed when the iterator is advanced.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
-    context = decoder.max_positions if context is None else context
-    _check_prompts(decoder, tokens, mask, context, stop)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    if context_length is None:
+        context_length = decoder.max_positions
+    _check_prompts(decoder, prompts_BT, mask, context_length, stop)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
+    sampler = Sampler(**sampling)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
     check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
-    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _columns(model, tokens, max_new_tokens, plan, mask, context, stop, draw)
+    longest = prompts_BT.shape[1] + max_new_tokens
+    capacity = min(longest, context_length or longest)
+    reads = model.open if isinstance(model, Engine) else partial(DecoderReader, model)
+    open_reader = partial(reads, len(prompts_BT), capacity, plan)
+    return _columns(open_reader, prompts_BT, max_new_tokens, mask, capacity, stop, sampler)
 
 
 @torch.inference_mode()
 def _columns(
-    model: Decoder | Engine,
-    tokens: Tensor,
+    open_reader: Callable[[], Reader],
+    prompts_BT: Tensor,
     max_new_tokens: int,
-    plan: SelectionPlan,
-    mask: Tensor | None,
-    context: int | None,
+    mask_BT: Tensor | None,
+    capacity: int,
     stop: Collection[int],
-    draw: Callable[[Tensor], Tensor],
+    sampler: Sampler,
 ) -> Iterator[Tensor]:
-    batch, length = tokens.shape
-    capacity = min(length + max_new_tokens, context or length + max_new_tokens)
-    stops = torch.tensor(sorted(stop), dtype=tokens.dtype, device=tokens.device)
-    ended = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    text = tokens.new_empty(batch, length + max_new_tokens)
-    text[:, :length] = tokens
-    unpadded = text.new_ones(text.shape, dtype=torch.bool)
-    if mask is not None:
-        unpadded[:, :length] = mask.bool()
-    reader = _open(model, batch, capacity, plan)
+    batch_size, length = prompts_BT.shape
+    stops = torch.tensor(sorted(stop), dtype=prompts_BT.dtype, device=prompts_BT.device)
+    ended_B = prompts_BT.new_zeros(batch_size, dtype=torch.bool)
+    sequences_BS = prompts_BT.new_empty(batch_size, length + max_new_tokens)
+    sequences_BS[:, :length] = prompts_BT
+    valid_BS = sequences_BS.new_ones(sequences_BS.shape, dtype=torch.bool)
+    if mask_BT is not None:
+        valid_BS[:, :length] = mask_BT.bool()
+    reader = open_reader()
     start = 0
     for end in range(length, length + max_new_tokens):
         if reader.length + end - start > capacity:
-            reader = _open(model, batch, capacity, plan)
+            # Half is forgotten at once: a window that moved with every token would shift all
+            # positions, and so need all of it to be read again for each of them.
+            reader = open_reader()
             start = end - max(1, capacity // 2)
-        padding = None if mask is None or start >= length else unpadded[:, start:end]
-        logits_BV = reader.read(text[:, start:end], padding)
-        chosen_B = draw(logits_BV)
+        # Without a mask single tokens may take the compiled step, which knows no padding.
+        new_mask = None if mask_BT is None or start >= length else valid_BS[:, start:end]
+        new_B = sampler(reader.read(sequences_BS[:, start:end], new_mask))
         if len(stops):
-            chosen_B = torch.where(ended, text[:, end - 1], chosen_B)
-            ended |= torch.isin(chosen_B, stops)
-        text[:, end] = chosen_B
+            new_B = torch.where(ended_B, sequences_BS[:, end - 1], new_B)
+            ended_B |= torch.isin(new_B, stops)
+        sequences_BS[:, end] = new_B
         start = end
-        yield chosen_B
-        if len(stops) and bool(ended.all()):
+        yield new_B
+        if len(stops) and bool(ended_B.all()):
             return
 
 
@@ -186,70 +202,24 @@ def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:
     return tokens.to(decoder.embedding.weight.device, torch.long)
 
 
-def _open(model: Decoder | Engine, batch: int, capacity: int, plan: SelectionPlan) -> Context:
-    if isinstance(model, Engine):
-        return model.open(batch, capacity, plan)
-    return DecoderContext(model, batch, capacity, plan)
-
-
-def sample(
-    logits_BV: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token `[B]` for each row of logits `[B, V]`; the options are those of `generate`.
-
-    A logit of minus infinity rules a token out.
-
-    Raises:
-        FloatingPointError: if logits are NaN or infinite, or rule out all tokens.
-    """
-    if temperature == 0:
-        most_B, chosen_B = logits_BV.max(-1)
-        if not all(map(math.isfinite, most_B.tolist())):  # a NaN is the largest of any numbers
-            raise _not_finite()
-        return chosen_B
-    logits = logits_BV.float()
-    order = None
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(~_largest(logits, top_k), -torch.inf)
-    if top_p is not None:
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if top_p is not None:
-        dropped = probs.cumsum(-1) - probs >= top_p
-        dropped[:, 0] = False
-        probs = probs.masked_fill(dropped, 0.0)
-    try:
-        drawn = torch.multinomial(probs, 1, generator=generator)
-    except RuntimeError:  # it looks for NaN itself, so looking here would only cost time
-        if probs.isfinite().all():
-            raise
-        raise _not_finite() from None
-    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
-
-
-def _not_finite() -> FloatingPointError:
-    return FloatingPointError(
-        "the logits are not finite: weights hold NaN or infinity, or products of them overflow"
-    )
-
-
-def _largest(logits_BV: Tensor, k: int) -> Tensor:
-    """The k largest of each row; of equal ones those of lower number."""
-    least_B1 = logits_BV.topk(k, dim=-1).values[:, -1:]
-    above_BV, equal_BV = ~(logits_BV <= least_B1), logits_BV == least_B1  # a NaN stays to be seen
-    return above_BV | (equal_BV & (equal_BV.cumsum(-1) <= k - above_BV.sum(-1, keepdim=True)))
-
-
 def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Pad prompts on the left to one length.
 
+    Args:
+        sequences: the tokens of each prompt.
+        pad: the token to pad with, which the mask hides.
+
     Returns:
         Tokens `[B, T]` and the mask `[B, T]`, false for padding.
+
+    Example:
+        >>> tokens, mask = left_pad([[5], [1, 2, 3]])
+        >>> tokens
+        tensor([[0, 0, 5],
+                [1, 2, 3]])
+        >>> mask
+        tensor([[False, False,  True],
+                [ True,  True,  True]])
     """
     longest = max(map(len, sequences), default=0)
     tokens = torch.full((len(sequences), longest), pad)
@@ -265,7 +235,7 @@ def _check_prompts(
     decoder: Decoder,
     tokens: Tensor,
     mask: Tensor | None,
-    context: int | None,
+    context_length: int | None,
     stop: Collection[int],
 ) -> None:
     if not isinstance(stop, Collection) or not all(
@@ -277,10 +247,12 @@ def _check_prompts(
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
     most = decoder.max_positions
-    if context is not None and most is not None and context > most:
-        raise ValueError(f"a context of {context}, but the model has {most} positions")
-    if context is not None and tokens.shape[1] > context:
-        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, the context holds {context}")
+    if context_length is not None and most is not None and context_length > most:
+        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
+    if context_length is not None and tokens.shape[1] > context_length:
+        raise ValueError(
+            f"the prompt has {tokens.shape[1]} tokens, the context holds {context_length}"
+        )
     if mask is None:
         return
     if mask.shape != tokens.shape:
@@ -288,20 +260,3 @@ def _check_prompts(
     valid = mask.bool()
     if not valid[:, -1].all() or (valid[:, :-1] & ~valid[:, 1:]).any():
         raise ValueError("a prompt is empty, or its padding is not on the left")
-
-
-def _check_options(
-    max_new_tokens: object, temperature: object, top_k: int | None, top_p: float | None
-) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
-    if not isinstance(temperature, int | float):
-        raise ValueError(f"temperature must be a number, got {temperature!r}")
-    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
-        raise ValueError(
-            f"temperature must be 0 or from {_COLDEST:g} to {_HOTTEST:g}, got {temperature}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

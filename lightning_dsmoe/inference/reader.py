@@ -1,6 +1,6 @@
-"""Sequences as far as a model has read them.
+"""Reading sequences with a cache: what generation needs of a model.
 
-Shapes: B batch, T new tokens, V vocabulary.
+Shapes: B sequences in a batch, T new positions of a sequence, V vocabulary.
 """
 
 from typing import Protocol
@@ -11,8 +11,8 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.routing import SelectionPlan
 
 
-class Context(Protocol):
-    """Sequences as far as a model has read them."""
+class Reader(Protocol):
+    """A batch of sequences and the keys and values of what a model has read of them."""
 
     @property
     def length(self) -> int:
@@ -20,22 +20,25 @@ class Context(Protocol):
         ...
 
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Read new tokens and give the logits `[B, V]` of the one after them.
+        """Read new tokens.
 
         Args:
             tokens_BT: new tokens.
             mask_BT: false for padding, on the left of what is read first; None for no padding.
+
+        Returns:
+            The logits `[B, V]` of the token after them.
         """
         ...
 
 
-class DecoderContext:
-    """A context of a plain decoder.
+class DecoderReader:
+    """Reads with a plain decoder, without an engine.
 
     Args:
         decoder: the decoder.
-        batch_size: sequences B.
-        capacity: tokens per sequence.
+        batch_size: number of sequences B.
+        capacity: most tokens of a sequence.
         plan: the experts that run.
     """
 

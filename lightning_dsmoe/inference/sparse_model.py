@@ -1,65 +1,95 @@
 """A trained decoder that runs only the experts of a plan.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences in a batch, T positions in a sequence, S all positions so far, H KV heads, C
+head width, V vocabulary.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeGuard, cast, overload
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.artifact.directory import read_artifact, write_artifact
+from lightning_dsmoe.inference.artifact.hashes import FRONTIER
 from lightning_dsmoe.inference.artifact.model_card import model_card
 from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.generation import Tokens, generate
-from lightning_dsmoe.inference.option_names import check_names
-from lightning_dsmoe.inference.text import continue_texts, example_prompt, stream_text
+from lightning_dsmoe.inference.generation import Tokens
+from lightning_dsmoe.inference.prompts import Prompts, Texts, continue_prompts, stream_prompt
+from lightning_dsmoe.inference.text import example_prompt
+from lightning_dsmoe.moved import renamed_options, warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
+_Plan = SelectionPlan | None
 
 
 class WeightReport(NamedTuple):
-    """Bytes of all weights, and of each quantised one by its name, scales included."""
+    """Sizes of a model's weights.
+
+    Args:
+        n_bytes: bytes of all weights.
+        quantized: bytes of each quantised weight by its name, scales included.
+    """
 
     n_bytes: int
     quantized: dict[str, int]
 
 
 class SparseModel(nn.Module):
-    """A decoder for inference under a selection plan; made by `compile_sparse` or `load_sparse`.
+    """A decoder for inference under a selection plan; built by `compile_sparse` or `load_sparse`.
 
-    Move it and load weights into it as a whole: what is compiled does not see changes made to its
+    Move it and load weights into it as a whole: compiled steps do not see changes made to its
     `decoder` alone.
 
     Args:
         decoder: the packed decoder, which this model takes over.
-        plan: the experts that run unless a call says otherwise.
-        architecture: what `describe_decoder` said of the decoder before it was packed.
+        plan: the experts that run unless a call has a plan of its own.
+        architecture: description of the decoder before it was packed, from `describe_decoder`.
         quantization: "int8" if the routed experts are quantised.
         quantize_head: whether the last projection is.
-        switch_points: where one way of running the experts gives way to the next.
-        context: tokens the model can look back on; None takes `decoder.max_positions`.
+        switch_points: numbers of tokens at which the engine changes its mode of running experts.
+        context_length: most tokens that the model attends to; None takes `decoder.max_positions`.
         tokenizer: the tokenizer or its description, kept with the model.
 
     Raises:
-        ValueError: if the plan or the context does not fit the decoder.
+        ValueError: if the plan or the context length does not match the decoder.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+        >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+        >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+        >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+        >>> from lightning_dsmoe.inference import SwitchPoints
+        >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
+        >>> model = compile_sparse(decoder, plan, switch_points=uncompiled)
+        >>> tokens = torch.tensor([[72, 105, 32], [72, 111, 32]])
+        >>> model.logits(tokens).shape
+        torch.Size([2, 3, 256])
+        >>> model.generate(tokens, max_new_tokens=5).shape
+        torch.Size([2, 8])
+        >>> dense = SelectionPlan.uniform(2)  # another plan for one call
+        >>> model.generate(tokens, 5, dense).shape
+        torch.Size([2, 8])
     """
 
     _tokenizer: Tokenizer | None
     tokenizer_description: dict[str, Any] | None
     """What files hold of the tokenizer."""
 
+    @renamed_options(context="context_length")
     def __init__(
         self,
         decoder: Decoder,
@@ -69,15 +99,17 @@ class SparseModel(nn.Module):
         quantization: Quantization | None = None,
         quantize_head: bool = False,
         switch_points: SwitchPoints = SwitchPoints(),
-        context: int | None = None,
+        context_length: int | None = None,
         tokenizer: Tokenizer | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         plan.check(*decoder.plan_sizes)
-        context = decoder.max_positions if context is None else context
-        if context is not None and not 1 <= context <= (decoder.max_positions or context):
+        longest = decoder.max_positions
+        if context_length is None:
+            context_length = longest
+        elif not 1 <= context_length <= (longest or context_length):
             raise ValueError(
-                f"context must be from 1 to {decoder.max_positions or 'any length'}, got {context}"
+                f"context_length must be from 1 to {longest or 'any length'}, got {context_length}"
             )
         self.decoder = decoder
         self.engine = Engine(decoder, switch_points)
@@ -86,18 +118,18 @@ class SparseModel(nn.Module):
         self.architecture = architecture
         self.quantization = quantization
         self.quantize_head = quantize_head
-        self.context = context
+        self.context_length = context_length
         self.tokenizer = tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, None for a model of tokens only; it can be set by its description too.
+        """The tokenizer, None for a model of tokens only; its description can be assigned too.
 
         Raises:
             ValueError: if its description in a file is not that of a tokenizer.
             ImportError: if it needs a package that is not installed.
         """
-        # Made when it is asked for, so that a model of tokens never needs the package.
+        # Built at its first use, so that a model of tokens never needs the tokenizer's package.
         if self._tokenizer is None and self.tokenizer_description is not None:
             self._tokenizer = Tokenizer.from_dict(self.tokenizer_description)
         return self._tokenizer
@@ -111,89 +143,180 @@ class SparseModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, certified: bool = True) -> Self:
-        """Read an artifact directory.
+        """Load an artifact directory; it is data only, verified before it takes memory.
 
         Args:
             path: the directory.
-            certified: refuse a certificate of other files; off, it is left aside.
+            certified: refuse a certificate that belongs to other files; false ignores it.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file was changed or is not what it should be.
+            ValueError: if a file was changed or is invalid.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from functools import partial
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> with TemporaryDirectory() as folder:
+            ...     model.save(f"{folder}/model")
+            ...     loaded = SparseModel.load(f"{folder}/model")
+            >>> loaded.plan == model.plan
+            True
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
-        options = {key: config[key] for key in (*_CONFIG_OPTIONS, "tokenizer")}
-        return cls(decoder, plan, **options, switch_points=SwitchPoints(**config["switch_points"]))
+        del config["format_version"]
+        points = SwitchPoints(**config.pop("switch_points"))
+        context_length = config.pop("context")
+        return cls(decoder, plan, **config, context_length=context_length, switch_points=points)
 
     @property
     def switch_points(self) -> SwitchPoints:
-        """Numbers of tokens at which one way of running experts gives way to the next, here."""
+        """Numbers of tokens at which the engine changes its mode of running experts, here."""
         return self.engine.switch_points
 
     @switch_points.setter
     def switch_points(self, points: SwitchPoints) -> None:
         self.engine = Engine(self.decoder, points)
 
-    def calibrate(self) -> SwitchPoints:
-        """Measure on this machine where one way of running experts gives way to the next.
+    def tune(self) -> SwitchPoints:
+        """Measure which mode of running experts is the fastest for how many tokens, here.
 
-        From then on the model runs by that, and `save` keeps it. Takes one to five minutes, most of
-        it for compiling what this machine has not compiled yet.
+        The model uses the measured switch points from then on, and `save` stores them. Takes one to
+        five minutes, most of them for compiling what this machine has not compiled yet.
+
+        Returns:
+            The switch points, which hold on machines like this one.
+
+        Example:
+            >>> model = load_sparse("sparse_model")  # doctest: +SKIP
+            >>> model.tune()  # doctest: +SKIP
+            SwitchPoints(gather_up_to=16, grouped_from=1, measured_on='cpu with AVX512, 2 threads')
         """
         self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
+
+    def calibrate(self) -> SwitchPoints:
+        """Old name of `tune`, until version 0.3."""
+        warn_renamed("SparseModel.calibrate", "SparseModel.tune")
+        return self.tune()
+
+    @property
+    def context(self) -> int | None:
+        """Old name of `context_length`, until version 0.3."""
+        warn_renamed("SparseModel.context", "SparseModel.context_length")
+        return self.context_length
+
+    @context.setter
+    def context(self, context_length: int | None) -> None:
+        warn_renamed("SparseModel.context", "SparseModel.context_length")
+        self.context_length = context_length
 
     @torch.inference_mode()
     def forward(
         self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
     ) -> DecoderOutput:
-        """Logits `[B, T, V]` of the token after each of `[B, T]`, and the routing of every layer.
+        """Logits of the token after each token, and the routing of every layer.
 
         Args:
-            tokens: whole numbers below V.
+            tokens: `[B, T]`, whole numbers below V.
             plan: the experts that run in this call; None takes the model's plan.
             mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+
+        Returns:
+            The logits `[B, T, V]`, and the routings as `Decoder.forward` gives them.
+
+        Raises:
+            ValueError: if the plan does not match the model.
+            TypeError: if the plan is no `SelectionPlan`.
+
+        Example:
+            >>> from functools import partial
+            >>> import torch
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> logits, routings = model(torch.tensor([[72, 105, 32]]))
+            >>> logits.shape, routings.experts[0].probs.shape
+            (torch.Size([1, 3, 256]), torch.Size([1, 3, 4]))
         """
         return self.engine.forward(tokens, self._plan(plan), mask=mask)
 
     def logits(
-        self, tokens: Tensor, *, mask: Tensor | None = None, plan: SelectionPlan | None = None
+        self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """Logits `[B, T, V]` of the token after each of `[B, T]`; see `forward`."""
+        """Logits of the token after each token.
+
+        Args:
+            tokens: `[B, T]`, whole numbers below V.
+            plan: the experts that run in this call; None takes the model's plan.
+            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+
+        Returns:
+            The logits `[B, T, V]`.
+
+        Raises:
+            ValueError: if the plan does not match the model.
+            TypeError: if the plan is no `SelectionPlan`.
+
+        Example:
+            >>> from functools import partial
+            >>> import torch
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> model.logits(torch.tensor([[72, 105, 32]])).shape
+            torch.Size([1, 3, 256])
+        """
         return self.forward(tokens, plan, mask=mask).logits
 
     @overload
-    def generate(self, prompts: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(
+        self, prompts: str, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
+    ) -> str: ...
 
     @overload
     def generate(
-        self, prompts: list[str] | tuple[str, ...], max_new_tokens: int = ..., **options: Any
+        self, prompts: Texts, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
     ) -> list[str]: ...
 
     @overload
-    def generate(self, prompts: Tokens, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
+    def generate(
+        self, prompts: Tokens, max_new_tokens: int = ..., plan: _Plan = ..., **options: Any
+    ) -> Tensor: ...
 
+    @renamed_options(context="context_length")
     def generate(
         self,
-        prompts: str | Sequence[str] | Tokens | None = None,
+        prompts: Prompts | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        *,
         plan: SelectionPlan | None = None,
         **options: Any,
     ) -> str | list[str] | Tensor:
         """Continue prompts: text gives text, and tokens give tokens.
 
-        Up to `switch_points.gather_up_to` prompts at once use the compiled decode step, which
-        takes some seconds to compile when a machine first meets a model, a plan and a number of
-        prompts. `ThresholdTopK` counts over what runs at once: up to 16 prompts in the compiled
+        Batches of up to `switch_points.gather_up_to` prompts use the compiled decode step. It takes
+        some seconds to compile at the first use of a model, a plan and a batch size on a machine.
+        `ThresholdTopK` averages over what runs in one step: up to 16 sequences of the compiled
         step, up to 2,048 tokens of prompts.
 
         Args:
             prompts: a text, or texts of any lengths; or tokens `[T]` or `[B, T]`.
-            max_new_tokens: tokens to add at the most.
-            plan: the experts that run; None takes the model's plan.
-            options: those of `lightning_dsmoe.inference.generate`. With texts, `stop` is one text
-                or several, and padding and its mask are added here.
+            max_new_tokens: most tokens to add.
+            plan: the experts that run in this call; None takes the model's plan.
+            options: those of `lightning_dsmoe.inference.generate`, such as `temperature` (1 unless
+                given) and `top_p`. With texts, `stop` is one text or several, and padding and its
+                mask are added here.
 
         Returns:
             Prompts and continuations, in the form of the prompts. A continuation ends with the stop
@@ -201,61 +324,79 @@ class SparseModel(nn.Module):
 
         Raises:
             ValueError: if a prompt is empty or longer than the context, an option is out of range,
-                or there is a text but no tokenizer.
-            TypeError: if there is no such option.
-        """
-        if isinstance(prompts, str):
-            return self.generate([prompts], max_new_tokens, plan=plan, **options)[0]
-        if _are_texts(prompts):
-            options = self._checked("generate", options, without=("mask", "on_tokens"))
-            tokenizer, plan = self._text_tokenizer(), self._plan(plan)
-            return continue_texts(
-                self.engine, tokenizer, prompts, max_new_tokens, plan=plan, **options
-            )
-        options = self._checked("generate", options)
-        if prompts is None:
-            raise TypeError("generate needs prompts: a text, texts or tokens")
-        tokens = cast(Tokens, prompts)
-        return generate(self.engine, tokens, max_new_tokens, plan=self._plan(plan), **options)
+                the plan does not match the model, or there is a text but no tokenizer.
+            TypeError: if there is no such option, or the plan is no `SelectionPlan`.
 
+        Example:
+            >>> from functools import partial
+            >>> import torch
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> from lightning_dsmoe.inference import SwitchPoints
+            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
+            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
+            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
+            >>> model = compile_sparse(
+            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
+            ... )
+            >>> model.generate("def ", 5, temperature=0).startswith("def ")
+            True
+            >>> model.generate([[72, 105, 32], [72, 111, 32]], 5, top_p=0.9).shape
+            torch.Size([2, 8])
+        """
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return continue_prompts(self.engine, prompts, max_new_tokens, options, self._text_tokenizer)
+
+    @renamed_options(context="context_length")
     def stream(
         self,
         prompt: str,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        *,
         plan: SelectionPlan | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """What `generate` adds to a text, in pieces as it comes.
+        """Continue one text, piece by piece as it is generated.
 
         Args:
             prompt: a text.
-            max_new_tokens: tokens to add at the most.
-            plan: the experts that run; None takes the model's plan.
+            max_new_tokens: most tokens to add.
+            plan: the experts that run in this call; None takes the model's plan.
             options: those of `generate`, such as `stop`.
+
+        Returns:
+            An iterator over what is added to the prompt: whole characters, up to and with the first
+            stop text.
 
         Raises:
             ValueError: as `generate` does.
-            TypeError: if there is no such option, or the prompt is not one text.
-        """
-        if not isinstance(prompt, str):
-            raise TypeError(
-                "stream needs one text; for tokens, generate calls on_tokens with each new one"
-            )
-        options = self._checked("stream", options, without=("mask", "on_tokens"))
-        tokenizer, plan = self._text_tokenizer(), self._plan(plan)
-        return stream_text(self.engine, tokenizer, prompt, max_new_tokens, plan=plan, **options)
+            TypeError: as `generate` does, and if the prompt is not one text.
 
-    def _checked(
-        self, call: str, options: dict[str, Any], *, without: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Options of `generate`, with the context of this model unless there is one."""
-        check_names(call, options, _GENERATE_OPTIONS - {*without})
-        return {"context": self.context, **options}
+        Example:
+            >>> from functools import partial
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> from lightning_dsmoe.inference import SwitchPoints
+            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
+            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
+            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
+            >>> model = compile_sparse(
+            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
+            ... )
+            >>> pieces = list(model.stream("def ", 5, temperature=0))
+            >>> "def " + "".join(pieces) == model.generate("def ", 5, temperature=0)
+            True
+        """
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return stream_prompt(self.engine, prompt, max_new_tokens, options, self._text_tokenizer)
 
     def _text_tokenizer(self) -> Tokenizer:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
+        if (tokenizer := self.tokenizer) is None:
             raise ValueError(
                 "this model was saved without a tokenizer, so it continues tokens and not text"
             )
@@ -263,7 +404,7 @@ class SparseModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.switch_points = self.engine.given_points
+        self.switch_points = self.engine.given_points  # compiled steps hold the weights of before
         return self
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
@@ -273,38 +414,99 @@ class SparseModel(nn.Module):
         return self.plan if plan is None else plan
 
     def report(self) -> WeightReport:
-        """What the weights take, and which of them are quantised."""
+        """Bytes of the weights, and which of them are quantised.
+
+        Example:
+            >>> from functools import partial
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> model.report()
+            WeightReport(n_bytes=36160, quantized={})
+        """
         tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
         return WeightReport(sum(t.nbytes for t in tensors), quantized_bytes(self.decoder))
 
-    def save(self, path: str | Path, *, certificate: dict[str, Any] | None = None) -> None:
-        """Write an artifact directory, whole or not at all; an earlier artifact is replaced.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        certificate: dict[str, Any] | None = None,
+        frontier: str | Path | None = None,
+    ) -> None:
+        """Write an artifact directory atomically; an earlier artifact there is replaced.
 
         Args:
             path: the directory.
-            certificate: what was measured of this model; plain data.
+            certificate: measurements of this model; plain data.
+            frontier: a picture for the model card, the `frontier.png` of `lightning-dsmoe sweep`;
+                None leaves the one of an earlier artifact.
 
         Raises:
-            FileExistsError: if something else than an artifact is in the way.
-            ValueError: if the artifact could not be loaded again, or the certificate is of another
-                model.
+            FileExistsError: if something else than an artifact is at the path.
+            ValueError: if the artifact could not be loaded again, or the certificate belongs to
+                another model.
+
+        Example:
+            >>> import os
+            >>> from tempfile import TemporaryDirectory
+            >>> from functools import partial
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> with TemporaryDirectory() as folder:
+            ...     model.save(f"{folder}/model")
+            ...     sorted(os.listdir(f"{folder}/model"))
+            ['README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'plan.json']
         """
-        config = {key: getattr(self, key) for key in _CONFIG_OPTIONS}
-        config["tokenizer"] = self.tokenizer_description
-        config["switch_points"] = self.engine.given_points._asdict()
-        card = self.card(certificate or {})
+        config = {
+            "architecture": self.architecture,
+            "quantization": self.quantization,
+            "quantize_head": self.quantize_head,
+            "context": self.context_length,
+            "tokenizer": self.tokenizer_description,
+            "switch_points": self.engine.given_points._asdict(),
+        }
+        has_frontier = frontier is not None or (Path(path) / FRONTIER).is_file()
         write_artifact(
-            Path(path), self.decoder, self.plan, config, card=card, certificate=certificate
+            Path(path),
+            self.decoder,
+            self.plan,
+            config,
+            card=self.card(certificate or {}, frontier=has_frontier),
+            certificate=certificate,
+            frontier=None if frontier is None else Path(frontier),
         )
 
-    def card(self, certificate: dict[str, Any]) -> str:
+    def card(self, certificate: dict[str, Any], *, frontier: bool = False) -> str:
         """The model card, in Markdown.
 
         Args:
-            certificate: what was measured of this model, empty for nothing.
+            certificate: measurements of this model, empty for none.
+            frontier: show the `frontier.png` beside the card.
+
+        Example:
+            >>> from functools import partial
+            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
+            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
+            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
+            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
+            >>> model.card({}).splitlines()[2]
+            '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
         """
         prompt = example_prompt(self.tokenizer_description)
-        return model_card(self.decoder, self.plan, *self.report(), certificate, prompt=prompt)
+        report = self.report()
+        return model_card(
+            self.decoder, self.plan, *report, certificate, prompt=prompt, frontier=frontier
+        )
 
     def export_step(
         self, path: str | Path, *, plan: SelectionPlan | None = None, n_sequences: int = 1
@@ -312,34 +514,29 @@ class SparseModel(nn.Module):
         """Compile one step of decoding with its weights into a `.pt2` file for PyTorch alone.
 
         `torch._inductor.aoti_load_package(path)` loads it where this library is not installed, on a
-        machine of this kind and with this version of PyTorch. It takes tokens `[T]`, the keys and
-        the values of each layer `[S, T, H, C]`, bool `[S, T]` for the slots that hold a token, and
-        the slot `[1]` of the new ones; it writes to those and gives logits `[T, V]`. It checks
-        nothing: all of them must be contiguous and of these types, and in range. The file is native
-        code, so load only your own; it takes a minute or two to compile.
+        machine of this kind and with this version of PyTorch. It takes tokens `[B]`, the keys and
+        the values of each layer `[S, B, H, C]`, bool `[S, B]` for the slots that hold a token, and
+        the slot `[1]` of the new tokens; it writes to the keys, values and slots and returns logits
+        `[B, V]`. It checks nothing: inputs must be contiguous, of these types and in range. The
+        file is native code, so load only your own; it takes a minute or two to compile.
 
         Args:
             path: the file, which is replaced.
-            plan: the experts that run; None takes the model's plan.
-            n_sequences: number of sequences T.
+            plan: the experts that run in the step; None takes the model's plan.
+            n_sequences: number of sequences B.
 
         Raises:
             CannotCompile: if there is no working compiler, or a layer is not one of this library.
+
+        Example:
+            >>> model = load_sparse("sparse_model")  # doctest: +SKIP
+            >>> model.export_step("step.pt2")  # doctest: +SKIP
+            >>> step = torch._inductor.aoti_load_package("step.pt2")  # doctest: +SKIP
         """
         layout = self.engine.layout(n_sequences)
         export_step(layout, self._plan(plan), Path(path), n_sequences)
 
 
-_CONFIG_OPTIONS = ("architecture", "quantization", "quantize_head", "context")
-_GENERATE_OPTIONS = {*inspect.signature(generate).parameters} - {"model", "tokens"}
-
-
-def _are_texts(prompts: object) -> TypeGuard[Sequence[str]]:
-    if not isinstance(prompts, list | tuple) or not prompts:
-        return False
-    return all(isinstance(prompt, str) for prompt in prompts)
-
-
 def _forget_compiled(model: SparseModel, keys: object) -> None:
-    """Make the engine anew, which holds what was made of the weights before."""
+    """Rebuild the engine, whose compiled steps and layouts hold the weights of before."""
     model.switch_points = model.engine.given_points

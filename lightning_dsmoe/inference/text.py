@@ -1,4 +1,4 @@
-"""Text from a model: prompts and continuations as people read them.
+"""Continuing text: tokens become characters as soon as these are complete.
 
 Shapes: B prompts.
 """
@@ -17,7 +17,7 @@ from lightning_dsmoe.tokenizers import Tokenizer
 Stop = str | Sequence[str]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
-"""Bytes, and thus tokens at the most, of a character in UTF-8."""
+"""Most bytes of a character in UTF-8, and thus most tokens."""
 
 
 def continue_texts(
@@ -35,7 +35,7 @@ def continue_texts(
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
         prompts: texts of a token or more.
-        max_new_tokens: tokens to add at the most.
+        max_new_tokens: most tokens to add.
         stop: a text that ends a continuation, or several.
         options: those of `lightning_dsmoe.inference.generate`, but for the mask.
 
@@ -45,11 +45,11 @@ def continue_texts(
     Raises:
         ValueError: if a prompt is empty or longer than the context, or an option is out of range.
     """
-    texts = [_GrowingText(tokenizer, prompt, stop) for prompt in prompts]
+    texts = [_TextStream(tokenizer, prompt, stop) for prompt in prompts]
     columns = _new_tokens(model, texts, max_new_tokens, options)
-    # Without a stop text tokens are not waited for before the last one.
-    for chosen_B in columns if stop else list(columns):
-        for text, token in zip(texts, chosen_B.tolist(), strict=True):
+    # Reading a token's number waits for the device. Only a stop text needs it before the end.
+    for new_B in columns if stop else list(columns):
+        for text, token in zip(texts, new_B.tolist(), strict=True):
             text.add(token)
         if all(text.ended for text in texts):
             break
@@ -65,21 +65,21 @@ def stream_text(
     stop: Stop | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """What `continue_texts` adds to one prompt, in pieces, as it comes."""
-    text = _GrowingText(tokenizer, prompt, stop)
+    """Yield what `continue_texts` adds to one prompt, piece by piece; options are checked now."""
+    text = _TextStream(tokenizer, prompt, stop)
     return _pieces(text, _new_tokens(model, [text], max_new_tokens, options))
 
 
-def _pieces(text: "_GrowingText", columns: Iterator[Tensor]) -> Iterator[str]:
-    for chosen_B in columns:
-        if piece := text.add(int(chosen_B)):
+def _pieces(text: "_TextStream", columns: Iterator[Tensor]) -> Iterator[str]:
+    for new_1 in columns:
+        if piece := text.add(int(new_1)):
             yield piece
         if text.ended:
             return
 
 
 def example_prompt(description: dict[str, Any] | None) -> str | None:
-    """A prompt that a described tokenizer can read; None if there is no such tokenizer here."""
+    """A prompt that a described tokenizer can encode; None if it is not available here."""
     if description is None:
         return None
     with suppress(ValueError, ImportError):
@@ -91,8 +91,8 @@ def example_prompt(description: dict[str, Any] | None) -> str | None:
     return None
 
 
-class _GrowingText:
-    """A text as its tokens arrive, without characters at its end that are not complete yet."""
+class _TextStream:
+    """A text whose tokens arrive one by one, without a last character that is incomplete."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Stop | None) -> None:
         self._tokenizer = tokenizer
@@ -105,45 +105,42 @@ class _GrowingText:
             raise ValueError(f"a prompt must have a token or more, got {prompt!r}")
         self.text = tokenizer.decode(self.tokens)
         self._prompt_length = len(self.text)
-        self._known, self._read = 0, len(self.tokens)
+        self._overlap, self._decoded = 0, len(self.tokens)
         self.ended = False
 
     def add(self, token: int) -> str:
-        """Add a token and give what it adds to the text; nothing after a stop text."""
+        """Add a token and return what it adds to the text; nothing after a stop text."""
         if self.ended:
             return ""
         self.tokens.append(token)
         piece = self._next_piece()
         before = len(self.text)
         self.text += piece
-        ends = []
-        for stop in self._stop:
+        for stop in self._stop:  # each shortens the text, so that the first one to end wins
             at = self.text.find(stop, max(self._prompt_length, before - len(stop) + 1))
             if at >= 0:
-                ends.append(at + len(stop))
-        if ends:
-            self.ended = True
-            self.text = self.text[: min(ends)]
+                self.ended = True
+                self.text = self.text[: at + len(stop)]
         return self.text[before:]
 
     def _next_piece(self) -> str:
-        """What the tokens that were not read yet add.
+        """The text of the tokens that are not decoded yet.
 
-        Only the tokens since the end of the piece before the last one are decoded: all of them at
-        every step would cost the square of their number, and the last ones alone lose the blanks
-        that many tokenizers put before a token but not at the beginning of a text.
+        They are decoded together with the piece before them. All tokens at every step would cost
+        the square of their number, and the new ones alone would lose their blank: many tokenizers
+        have none at the beginning of a text.
         """
-        known = self._tokenizer.decode(self.tokens[self._known : self._read])
-        text = self._tokenizer.decode(self.tokens[self._known :])
-        waiting = len(self.tokens) - self._read < _LONGEST_CHARACTER
-        if text.endswith(_REPLACEMENT) and waiting:
-            return ""  # it may be the beginning of a character
-        self._known, self._read = self._read, len(self.tokens)
-        return text[len(known) :]
+        overlap = self._tokenizer.decode(self.tokens[self._overlap : self._decoded])
+        text = self._tokenizer.decode(self.tokens[self._overlap :])
+        may_continue = len(self.tokens) - self._decoded < _LONGEST_CHARACTER
+        if text.endswith(_REPLACEMENT) and may_continue:
+            return ""  # the bytes at the end may begin a character
+        self._overlap, self._decoded = self._decoded, len(self.tokens)
+        return text[len(overlap) :]
 
 
 def _new_tokens(
-    model: Decoder | Engine, texts: list[_GrowingText], max_new_tokens: int, options: dict[str, Any]
+    model: Decoder | Engine, texts: list[_TextStream], max_new_tokens: int, options: dict[str, Any]
 ) -> Iterator[Tensor]:
     tokens, mask = left_pad([text.tokens for text in texts])
     tokens = as_tokens(model, tokens)

@@ -144,7 +144,7 @@ def test_a_first_certificate(
         "README.md",
         "SHA256SUMS",
     }
-    assert f"- sparse_loss: {made['sparse_loss']:.6g}" in (bare / "README.md").read_text()
+    assert f"- loss {made['sparse_loss']:.3f} nats per token, " in (bare / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
     load_sparse(bare)
     outcome = certify(f"--ckpt_path={trained.checkpoint}")
@@ -167,7 +167,7 @@ def test_changed_weights(certify: Certify, artifact: Path, tmp_path: Path) -> No
         file.write(b"!")
     before = content(tmp_path)
     for words in ([], ["--renew=true"]):
-        assert "sparse was changed: SHA256SUMS does not tell the SHA-256 of model.safet" in fails(
+        assert "sparse was changed: SHA256SUMS does not match model.safet" in fails(
             certify(*words), tmp_path, before
         )
 
@@ -223,7 +223,7 @@ def test_a_certificate_of_another_artifact(
     assert outcome.code == 0, outcome.err
     shutil.copy(other / "certificate.json", artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
-    assert "was changed: SHA256SUMS does not tell the SHA-256 of certificate.json" in error
+    assert "was changed: SHA256SUMS does not match certificate.json" in error
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
     assert "sparse is certified for other weights: the SHA-256 of model.safetensors is" in error
@@ -301,7 +301,7 @@ def test_an_interruption_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     before = content(tmp_path)
-    monkeypatch.setattr("lightning_dsmoe.inference.artifact.directory.sums", failing)
+    monkeypatch.setattr("lightning_dsmoe.inference.artifact.directory.sum_lines", failing)
     error = fails(certify("--batch_tokens=64"), tmp_path, before)
     assert "No space left on device" in error
 
@@ -314,7 +314,7 @@ def test_eight_bits(certify: Certify, artifact: Path, trained: Run, tmp_path: Pa
         plan,
         quantization="int8",
         tokenizer=loaded.tokenizer,
-        context=loaded.context,
+        context_length=loaded.context,
     )
     model.save(artifact)
     checkpoint = f"--ckpt_path={trained.checkpoint}"

@@ -36,7 +36,7 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
 
 def test_a_checkpoint_is_compiled_by_its_path(cli: Any, trained: Any) -> None:
     model = compile_sparse(trained.checkpoint, SelectionPlan.uniform(2))
-    assert model.context == 16
+    assert model.context_length == 16
     text = model.generate("def f", 30, temperature=0)
     assert cli("generate", f"--ckpt={trained.checkpoint}", *GREEDY).out == text + "\n"
     with pytest.raises(FileNotFoundError, match="no checkpoint at absent"):
@@ -49,6 +49,13 @@ def test_seed_repeats(cli: Any, trained: Any) -> None:
         cli(*words, "--temperature=2", f"--seed={seed}").out for seed in (5, 5, 6)
     )
     assert first == again != other
+
+
+def test_the_command_and_python_sample_alike(cli: Any, trained: Any) -> None:
+    words = ["generate", f"--artifact={trained.artifact}", PROMPT, "--max_new_tokens=12"]
+    model, generator = load_sparse(trained.artifact), torch.Generator().manual_seed(1234)
+    pieces = model.stream("def f", 12, generator=generator)
+    assert cli(*words).out == f"def f{''.join(pieces)}\n"
 
 
 def test_narrow_sampling_is_greedy(cli: Any, trained: Any) -> None:

@@ -30,7 +30,7 @@ def test_the_quickstart_scales(trained: Any, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "quickstart" / "version_0"
-    assert load_sparse(folder / "sparse").context == 16
+    assert load_sparse(folder / "sparse").context_length == 16
     # Measured on the text that one process measures on, so that it can be checked anywhere.
     assert certified(folder / "sparse") == certified(trained.artifact)
     for place in ("checkpoints/last.ckpt", "utilization/last.png", "config.yaml"):

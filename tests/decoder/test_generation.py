@@ -9,6 +9,10 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK, TopP
 
+from ..pairwise import pairwise
+from .conftest import learned_positions_mlp, rotary_glu
+
+DECODERS = [rotary_glu, learned_positions_mlp]
 SELECTIONS: list[Selection] = [AllExperts(), TopK(1), TopK(2), Threshold(0.9), TopP(0.6)]
 
 
@@ -45,7 +49,15 @@ def left_padded(prompts: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]
     return tokens, mask
 
 
-@pytest.mark.parametrize("lengths", [(16,), (1,) * 16, (7, 1, 5, 3), (3, 13)], ids=str)
+@pytest.mark.parametrize(
+    ("make_decoder", "plan", "lengths"),
+    pairwise(
+        make_decoder=DECODERS,
+        plan=SELECTIONS,
+        lengths=[(16,), (1,) * 16, (7, 1, 5, 3), (3, 13)],
+    ),
+    indirect=["make_decoder", "plan"],
+)
 @torch.no_grad()
 def test_chunks_through_caches_equal_one_pass(
     decoder: Decoder, plan: SelectionPlan, lengths: tuple[int, ...], batches: list[Tensor]
@@ -72,7 +84,11 @@ def test_greedy_tokens_are_the_same_with_and_without_caches(
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("row", [0, 7])
+@pytest.mark.parametrize(
+    ("make_decoder", "plan", "row"),
+    pairwise(make_decoder=DECODERS, plan=SELECTIONS, row=[0, 7]),
+    indirect=["make_decoder", "plan"],
+)
 @torch.no_grad()
 def test_a_prompt_does_not_feel_its_batch(
     decoder: Decoder, plan: SelectionPlan, row: int, batches: list[Tensor]

@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ DATA = ("config.json", "plan.json", "model.safetensors")
 CERTIFICATE = {"loss": 1.5, "tokens": 12}
 
 UNCOMPILED = SwitchPoints(gather_up_to=0)
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {},
+    {"top_k": 2},
+    {"top_p": 0.5},
+    {"top_k": 3, "top_p": 0.9},
+]
 
 ROUTER = partial(LinearRouter, init_std=0.5)
 ATTENTION = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4, router=ROUTER)

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.compilation import compile_sparse
-from lightning_dsmoe.inference.generation import generate, left_pad, sample
+from lightning_dsmoe.inference.generation import generate, left_pad
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
-from .conftest import UNCOMPILED, learned_positions_mlp, without_routers
+from ..pairwise import pairwise
+from .conftest import (
+    SAMPLINGS,
+    UNCOMPILED,
+    learned_positions_mlp,
+    rotary_glu,
+    without_routers,
+)
 
 PLANS = [
     SelectionPlan.uniform(2),
@@ -53,8 +60,11 @@ def test_without_a_plan_all_experts_run(decoder: Decoder, tokens: Tensor) -> Non
     assert not torch.equal(dense, greedy(decoder, tokens[:, :5], 12, plan=sparse))
 
 
-@pytest.mark.parametrize("row", [0, 7])
-@pytest.mark.parametrize("plan", PLANS, ids=["dense", "top k", "threshold"])
+@pytest.mark.parametrize(
+    ("make_decoder", "plan", "row"),
+    pairwise(make_decoder=[rotary_glu, learned_positions_mlp], plan=PLANS, row=[0, 7]),
+    indirect=["make_decoder"],
+)
 def test_a_prompt_continues_in_a_batch_as_it_does_alone(
     row: int, plan: SelectionPlan, decoder: Decoder, tokens: Tensor
 ) -> None:
@@ -70,7 +80,7 @@ def test_a_prompt_continues_in_a_batch_as_it_does_alone(
 def test_a_full_context_forgets_its_older_half(
     context: int, decoder: Decoder, tokens: Tensor
 ) -> None:
-    continued = greedy(decoder, tokens[:, :4], 15, context=context)
+    continued = greedy(decoder, tokens[:, :4], 15, context_length=context)
     seen = tokens[:, :4]
     with torch.no_grad():
         for at in range(4, 19):
@@ -85,8 +95,8 @@ def test_padding_fills_the_context_too_and_is_then_forgotten(
     decoder: Decoder, tokens: Tensor
 ) -> None:
     prompts, mask = left_pad([tokens[0, :1].tolist(), tokens[1, :6].tolist()])
-    continued = greedy(decoder, prompts, 10, mask=mask, context=6)
-    assert torch.equal(continued[1], greedy(decoder, tokens[1:2, :6], 10, context=6)[0])
+    continued = greedy(decoder, prompts, 10, mask=mask, context_length=6)
+    assert torch.equal(continued[1], greedy(decoder, tokens[1:2, :6], 10, context_length=6)[0])
     with torch.no_grad():
         first = decoder(tokens[:1, :1]).logits[:, -1].argmax(-1)
         assert continued[0, 6] == first
@@ -100,15 +110,15 @@ def test_learned_positions_are_the_context_unless_told(tokens: Tensor) -> None:
     decoder = learned_positions_mlp(max_positions=9)
     continued = greedy(decoder, tokens[:, :9], 12)
     assert continued.shape == (3, 21)
-    assert torch.equal(continued, greedy(decoder, tokens[:, :9], 12, context=9))
-    assert not torch.equal(continued[:1], greedy(decoder, tokens[:1, :8], 13, context=8))
+    assert torch.equal(continued, greedy(decoder, tokens[:, :9], 12, context_length=9))
+    assert not torch.equal(continued[:1], greedy(decoder, tokens[:1, :8], 13, context_length=8))
     with pytest.raises(ValueError, match="a context of 10, but the model has 9 positions"):
-        greedy(decoder, tokens[:, :9], 1, context=10)
+        greedy(decoder, tokens[:, :9], 1, context_length=10)
 
 
 @torch.no_grad()
 def test_a_context_of_one_token(one_decoder: Decoder, tokens: Tensor) -> None:
-    continued = greedy(one_decoder, tokens[:, :1], 5, context=1)
+    continued = greedy(one_decoder, tokens[:, :1], 5, context_length=1)
     for at in range(5):
         logits = one_decoder(continued[:, at : at + 1]).logits[:, 0]
         assert torch.equal(logits.argmax(-1), continued[:, at + 1])
@@ -174,8 +184,8 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
         ({"tokens": torch.tensor([[3, -1]])}, "token -1 is not in 0 to 28"),
         ({"stop": [29]}, "token 29 is not in 0 to 28"),
         ({"stop": "."}, "stop must be tokens for prompts of tokens, got '.'"),
-        ({"context": 15}, "the prompt has 16 tokens, the context holds 15"),
-        ({"context": 0}, "the prompt has 16 tokens, the context holds 0"),
+        ({"context_length": 15}, "the prompt has 16 tokens, the context holds 15"),
+        ({"context_length": 0}, "the prompt has 16 tokens, the context holds 0"),
         ({"mask": torch.ones(3, 15)}, r"a mask of \(3, 15\) for prompts of \(3, 16\)"),
         ({"mask": torch.zeros(3, 16)}, "a prompt is empty, or its padding is not on the left"),
         ({"mask": torch.arange(16).expand(3, 16) != 5}, "its padding is not on the left"),
@@ -251,95 +261,7 @@ def test_generating_leaves_the_model_trainable(one_decoder: Decoder, tokens: Ten
         assert torch.equal(tensor, before[name])
 
 
-LOGITS = torch.tensor([1.0, 3.0, 0.0, 2.5, -1.0, 2.9])
-
-
-def shares(n: int = 40_000, **options: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(11)
-    drawn = sample(LOGITS.expand(n, -1), generator=generator, **options)
-    return drawn.bincount(minlength=6) / n
-
-
-def test_samples_follow_the_softmax_at_a_temperature() -> None:
-    for temperature in (0.5, 1.0, 4.0):
-        expected = (LOGITS / temperature).softmax(-1)
-        found = shares(temperature=temperature)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.012)
-    assert shares(n=10, temperature=0).tolist() == [0, 1, 0, 0, 0, 0]
-    assert shares(temperature=float("inf")).sub(1 / 6).abs().max() < 0.012
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 6, 100])
-def test_top_k_keeps_the_k_most_probable(k: int) -> None:
-    kept = LOGITS.topk(min(k, 6)).indices
-    expected = torch.zeros(6).index_put((kept,), LOGITS[kept].softmax(-1))
-    found = shares(top_k=k)
-    assert torch.equal(found > 0, expected > 0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.012)
-
-
-@pytest.mark.parametrize("p", [1e-6, 0.3, 0.5, 0.9, 0.99, 1.0])
-def test_top_p_keeps_the_fewest_that_hold_p(p: float) -> None:
-    probs = LOGITS.softmax(-1)
-    found = shares(top_p=p)
-    kept = found > 0
-    assert probs[kept].sum() >= p - 1e-6
-    assert probs[kept].min() >= probs[~kept].max() if p < 1 else kept.all()
-    assert probs[kept].sum() - probs[kept].min() < p
-    torch.testing.assert_close(found, probs * kept / probs[kept].sum(), rtol=0, atol=0.012)
-
-
-def test_top_p_is_taken_of_what_top_k_leaves() -> None:
-    kept = LOGITS.topk(3).indices
-    first_two = LOGITS[kept].softmax(-1)[:2].sum().item()
-    found = shares(top_k=3, top_p=first_two - 1e-4)
-    assert sorted(kept[:2].tolist()) == found.nonzero().flatten().tolist()
-    assert len(shares(top_k=3, top_p=first_two + 1e-4).nonzero()) == 3
-
-
-def test_equal_logits_are_told_apart_by_their_numbers() -> None:
-    equal = torch.zeros(500, 6)
-    assert sorted(sample(equal, top_k=2).unique().tolist()) == [0, 1]
-    assert sorted(sample(equal, top_p=0.5).unique().tolist()) == [0, 1, 2]
-    assert sample(equal, temperature=0).unique().tolist() == [0]
-
-
-def test_large_and_forbidden_logits() -> None:
-    logits = torch.tensor([[1e30, -1e30, 0.0, -torch.inf]]).repeat(50, 1)
-    for half in (logits, torch.tensor([[6e4, -6e4, 0.0, -torch.inf]]).half()):
-        for options in ({}, {"temperature": 1e-3}, {"top_p": 0.9}, {"top_k": 3}):
-            assert sample(half, **options).unique().tolist() == [0]
-    forbidden = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).repeat(500, 1)
-    assert sorted(sample(forbidden, temperature=9.0).unique().tolist()) == [0, 2]
-
-
-WAYS: list[dict[str, Any]] = [
-    {"temperature": 0},
-    {},
-    {"top_k": 2},
-    {"top_p": 0.5},
-    {"top_k": 3, "top_p": 0.9},
-]
-
-
-@pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_that_are_not_finite(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    forbidden = torch.full((6,), -torch.inf)
-    for value, row in (
-        (torch.nan, LOGITS),
-        (torch.inf, LOGITS),
-        (torch.nan, forbidden),
-        (-torch.inf, forbidden),
-    ):
-        logits = LOGITS.repeat(3, 1).to(dtype)
-        logits[1] = row.to(dtype)
-        logits[1, 4] = value
-        with pytest.raises(FloatingPointError, match="the logits are not finite: weights hold NaN"):
-            sample(logits, **options)
-
-
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("options", SAMPLINGS, ids=str)
 def test_the_engine_says_that_logits_are_not_finite(
     options: dict[str, Any], one_decoder: Decoder, tokens: Tensor
 ) -> None:
@@ -352,9 +274,3 @@ def test_the_engine_says_that_logits_are_not_finite(
         with pytest.raises(FloatingPointError, match="the logits are not finite"):
             write(tokens, 3, on_tokens=columns.append, **options)
     assert not columns
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_of_equal_logits_the_first_is_taken(dtype: torch.dtype) -> None:
-    logits = torch.randint(0, 5, (9, 997)).to(dtype)
-    assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))

@@ -114,4 +114,4 @@ def test_nothing_compiles() -> None:
     decoder = rotary_glu().eval()
     model = compile_sparse(decoder, everywhere(Threshold(0.9))).to("cuda")
     assert model.switch_points.gather_up_to == 0
-    assert model.calibrate().gather_up_to == 0
+    assert model.tune().gather_up_to == 0

@@ -148,7 +148,7 @@ def test_saved_and_loaded_it_is_the_same(
         "quantization": quantization,
         "quantize_head": quantization is not None,
         "switch_points": SwitchPoints(gather_up_to=0, grouped_from=7),
-        "context": 18,
+        "context_length": 18,
         "tokenizer": TOKENIZER,
     }
     model = compile_sparse(decoder, plan, **options)
@@ -217,13 +217,15 @@ def test_report_counts_bytes(make: MakeDecoder, quantization: Any) -> None:
 
 def test_generating_looks_back_on_the_context(decoder: Decoder, tokens: Tensor) -> None:
     everyone = SelectionPlan.uniform(2)
-    model = compile_sparse(decoder, everyone, context=6, switch_points=UNCOMPILED)
+    model = compile_sparse(decoder, everyone, context_length=6, switch_points=UNCOMPILED)
     short = model.generate(tokens[:, :5], 9, temperature=0)
-    assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=6))
-    assert not torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context=14))
+    assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context_length=6))
+    assert not torch.equal(
+        short, model.generate(tokens[:, :5], 9, temperature=0, context_length=14)
+    )
     with pytest.raises(ValueError, match="16 tokens, the context holds 6"):
         model.generate(tokens, 1)
-    assert compile_sparse(decoder, everyone).context == decoder.max_positions
+    assert compile_sparse(decoder, everyone).context_length == decoder.max_positions
 
 
 def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
@@ -235,6 +237,9 @@ def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
     dense = model.generate(prompts, 3, temperature=0, plan=SelectionPlan.uniform(2))
     assert torch.equal(dense[:, 4], decoder(prompts).logits[:, -1].argmax(-1))
     assert not torch.equal(own, dense)
+    everyone = SelectionPlan.uniform(2)
+    assert torch.equal(model.generate(prompts, 3, everyone, temperature=0), dense)
+    assert torch.equal(model.logits(prompts, everyone), model(prompts, everyone).logits)
 
 
 def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> None:
@@ -261,12 +266,12 @@ def test_a_sparse_model_is_compiled_again_from_whole_weights(
     as_path: bool, decoder: Decoder, plan: SelectionPlan, tmp_path: Path
 ) -> None:
     pruned = prune(decoder, Remaining(((0, 2, 3), None), (None, (1,))))
-    first = compile_sparse(pruned, SelectionPlan.uniform(2), context=9, tokenizer=TOKENIZER)
+    first = compile_sparse(pruned, SelectionPlan.uniform(2), context_length=9, tokenizer=TOKENIZER)
     first.save(tmp_path / "model")
     source = tmp_path / "model" if as_path else first
     again = compile_sparse(source, plan, quantization="int8", quantize_head=True)
     expected = compile_sparse(pruned, plan, quantization="int8", quantize_head=True)
-    assert (again.plan, again.context, again.tokenizer_description) == (plan, 9, TOKENIZER)
+    assert (again.plan, again.context_length, again.tokenizer_description) == (plan, 9, TOKENIZER)
     assert again.architecture == expected.architecture
     assert again.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in expected.state_dict().items():
@@ -274,7 +279,7 @@ def test_a_sparse_model_is_compiled_again_from_whole_weights(
     for quantized in (again, compile_sparse(first, plan, quantize_head=True)):
         with pytest.raises(ValueError, match="of this sparse model are in 8 bits already"):
             compile_sparse(quantized, plan)
-    with pytest.raises(ValueError, match="is that of a sparse model: give the sparse model itself"):
+    with pytest.raises(ValueError, match="is part of a sparse model: give the sparse model or"):
         compile_sparse(first.decoder, plan)
 
 
@@ -298,9 +303,9 @@ def test_the_card_tells_people_what_they_have(
     model.save(tmp_path / "model", certificate={"loss": 1.25, "tokens": 96})
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"2 layers of width {decoder.d_model}, vocabulary of 29" in card
-    assert "4 in 2 layers; running: TopK(renormalize=False, k=2) in 1 layers" in card
-    assert "3 in 2 layers; running: TopK(renormalize=True, k=1) in 1 layers" in card
-    assert "- loss: 1.25\n- tokens: 96\n" in card
+    assert "experts: 4 in 2 layers; running: top 2 in 1 layer, threshold 0.9 in 1 layer" in card
+    assert "experts: 3 in 2 layers; running: top 1 renormalized in 1 layer, threshold 0.8" in card
+    assert "- loss: 1.25\n- predicted tokens: 96\n" in card
     eight_bits = "- in 8 bits: attention.heads.w_o, attention.heads.w_q, feed_forward.experts.w_in"
     assert (eight_bits in card) == (quantization == "int8")
     assert ("- in 8 bits: nothing" in card) == (quantization is None)

@@ -75,9 +75,22 @@ def test_texts_continue_as_their_tokens_do(model: SparseModel) -> None:
         at = whole.find(stop, len(prompt))
         assert part == (whole if at < 0 else whole[: at + 2])
     assert len(stopped[0]) < len(together[0])
-    seeded = [model.generate("a", generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    seeded = [model.generate("a", 20, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert seeded[0] == seeded[1]
-    assert len(seeded[0]) == 201
+    assert len(seeded[0]) == 21
+
+
+def test_200_tokens_unless_told(model: SparseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def counting(model: object, tokens: Tensor, most: int, **options: Any) -> Iterator[Tensor]:
+        counts.append(most)
+        return iter(())
+
+    monkeypatch.setattr(text, "new_tokens", counting)
+    assert model.generate("a") == "a"
+    assert list(model.stream("a")) == []
+    assert counts == [200, 200]
 
 
 @pytest.mark.parametrize("tokenizer", [LETTERS, CharTokenizer(string.printable[:29]), None])
@@ -91,11 +104,12 @@ def test_the_lines_of_the_card_run(
     card = Path("README.md").read_text(encoding="utf-8")
     [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(lines, "README.md", "exec"), names)
+    assert "max_new_tokens=100)" in lines
+    exec(compile(lines.replace("=100)", "=9)"), "README.md", "exec"), names)
     if tokenizer is None:
-        assert names["tokens"].shape == (102,)
+        assert names["tokens"].shape == (11,)
     else:
-        assert len(capsys.readouterr().out) == 102
+        assert len(capsys.readouterr().out) == 11
     assert ("lightning-dsmoe generate --artifact . --prompt" in card) == (tokenizer is not None)
 
 
@@ -109,7 +123,10 @@ def test_the_lines_of_the_card_run(
         (lambda m: m.generate([1], attention_mask=None), "'attention_mask'; mask="),
         (lambda m: m.stream("a", num_return_sequences=2), "stream has no 'num_return_sequences'"),
         (lambda m: m.generate("a", mask=torch.ones(1, 1)), "'mask'; texts are padded"),
-        (lambda m: m.generate([1], beams=2), "'beams'; its options are context, .*top_k, top_p"),
+        (
+            lambda m: m.generate([1], beams=2),
+            "'beams'; its options are context_length, .*top_k, top_p",
+        ),
         (lambda m: m.generate(), "needs prompts"),
         (lambda m: m.stream([1, 2]), "one text"),
     ],
@@ -159,7 +176,7 @@ def test_runs_of_bytes_of_a_hugging_face_tokenizer_come_whole() -> None:
         },
     }
     tokenizer = HuggingFaceTokenizer(json.dumps(description))
-    growing = text._GrowingText(tokenizer, "ab", None)
+    growing = text._TextStream(tokenizer, "ab", None)
     pieces = [growing.add(byte) for byte in "世界人".encode() + "語".encode()[:2]]
     assert [piece for piece in pieces if piece] == ["世", "界", "人"]
     assert growing.text == "ab世界人"

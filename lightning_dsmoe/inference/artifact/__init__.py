@@ -1,4 +1,4 @@
-"""The directory of a sparse model: its files, their hashes, its certificate and its card."""
+"""The directory of a sparse model: files, hashes, certificate and model card."""
 
 from lightning_dsmoe.inference.artifact.directory import Artifact as Artifact
 from lightning_dsmoe.inference.artifact.directory import check_files as check_files

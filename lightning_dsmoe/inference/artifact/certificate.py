@@ -1,4 +1,4 @@
-"""The certificate in an artifact: plain data that tells which model it is of."""
+"""The certificate in an artifact: plain data with the hashes of the model it belongs to."""
 
 import shutil
 from pathlib import Path
@@ -6,13 +6,16 @@ from typing import Any
 
 from lightning_dsmoe.files import hidden_beside, read_json
 from lightning_dsmoe.inference.artifact.directory import check_files, copy_linked, finish
-from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, SUMS
+from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, FRONTIER, SUMS
 from lightning_dsmoe.inference.artifact.model_card import with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
 
 
 def load_certificate(path: Path) -> Any:
     """The certificate of an artifact, JSON of any kind; None without one.
+
+    Args:
+        path: the artifact.
 
     Raises:
         ValueError: if the file is not JSON or too large.
@@ -21,25 +24,27 @@ def load_certificate(path: Path) -> Any:
 
 
 def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]) -> None:
-    """Give an artifact another certificate, and say so in its card; both or none is written.
+    """Replace the certificate of an artifact and the measurements in its card, atomically.
 
     All other files and what people wrote in the card stay.
 
     Args:
         path: the artifact.
-        model: what it holds.
-        certificate: what was measured of it; plain data.
+        model: the model in it.
+        certificate: measurements of the model; plain data.
 
     Raises:
         FileNotFoundError: if there is no artifact.
-        ValueError: if the certificate says that it is of other files.
+        ValueError: if the certificate belongs to other files.
     """
     check_files(path)
     path = path.resolve()
+    # What a linked card links to, perhaps somebody's private file, is not copied into the artifact.
     if (path / CARD).is_file() and not (path / CARD).is_symlink():
-        card = with_measured((path / CARD).read_text(encoding="utf-8"), certificate)
+        card = (path / CARD).read_text(encoding="utf-8")
+        card = with_measured(card, certificate, frontier=(path / FRONTIER).is_file())
     else:
-        card = model.card(certificate)
+        card = model.card(certificate, frontier=(path / FRONTIER).is_file())
     folder = hidden_beside(path)
     try:
         copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})

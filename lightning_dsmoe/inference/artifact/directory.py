@@ -1,8 +1,9 @@
-"""The directory of a sparse model: plain data and weights, checked before anything is loaded.
+"""The directory of a sparse model: plain data and weights, verified before anything is loaded.
 
 `config.json` (architecture, format version, tokenizer), `plan.json`, `model.safetensors`,
-`README.md` (for people), `certificate.json` if something was measured, and `SHA256SUMS`, which
-`sha256sum -c` understands.
+`README.md` (the model card), `certificate.json` if something was measured, and `SHA256SUMS`, which
+`sha256sum -c` reads. It may come from a stranger, so nothing in it is code, and nothing takes
+memory before its size is known to be that of the described model.
 """
 
 import json
@@ -25,22 +26,22 @@ from lightning_dsmoe.inference.artifact.hashes import (
     CARD,
     CERTIFICATE,
     CONFIG,
+    FRONTIER,
     PLAN,
     SUMS,
     WEIGHTS,
     certified_hashes,
     check_certificate,
     check_sums,
-    summed,
-    sums,
+    hashed_files,
+    sum_lines,
 )
 from lightning_dsmoe.inference.engine.weights.packing import expect_packed
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.checkpoint import check_state, fill
 
-_NEEDED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_TIED_HEAD = "head.weight"
+_REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
 _MAX_HEADER_BYTES = 100_000_000 + 8  # of safetensors
 _DTYPES = {
     "F64": torch.float64,
@@ -56,7 +57,7 @@ _DTYPES = {
 
 
 class Artifact(NamedTuple):
-    """What an artifact directory holds, loaded."""
+    """The content of an artifact directory."""
 
     decoder: Decoder
     plan: SelectionPlan
@@ -71,15 +72,25 @@ def write_artifact(
     *,
     card: str,
     certificate: dict[str, Any] | None = None,
+    frontier: Path | None = None,
 ) -> None:
-    """Write an artifact directory, whole or not at all; an earlier artifact there is replaced.
+    """Write an artifact directory atomically; an earlier artifact there is replaced.
 
-    Other files in the directory of the earlier artifact stay.
+    Everything is written to a hidden directory beside it, which is then renamed: a full disk or a
+    killed process leaves the earlier artifact as it was, and at worst the hidden directory. Other
+    files in the directory of the earlier artifact stay.
 
-    A certificate is written with `sha256`, the hashes of what it is of.
+    Args:
+        path: the directory.
+        decoder: the packed decoder.
+        plan: the experts that run.
+        config: the fields of `config.json` but for its version.
+        card: the model card.
+        certificate: measurements; written with `sha256`, the hashes of the files they belong to.
+        frontier: a picture of loss against active share to copy.
 
     Raises:
-        FileExistsError: if something else than an artifact is in the way.
+        FileExistsError: if something else than an artifact is at the path.
         ValueError: if the certificate has other hashes, or the artifact could not be read again.
     """
     check_free(path)
@@ -88,13 +99,14 @@ def write_artifact(
     folder = hidden_beside(path)
     try:
         _keep_others(path, folder)
-        state = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in decoder.state_dict().items()
-            if not (decoder.tie_embeddings and name == _TIED_HEAD)
-        }
+        if frontier is not None:
+            # What is there may be a link to the earlier artifact's own picture.
+            (folder / FRONTIER).unlink(missing_ok=True)
+            shutil.copyfile(frontier, folder / FRONTIER)
+        state = {n: t.detach().contiguous().cpu() for n, t in _stored_state(decoder).items()}
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
+        # The checks of loading, so that no artifact is written that nobody can read.
         described = _described(folder)
         check_finite(state)
         save_file(state, folder / WEIGHTS)
@@ -106,23 +118,25 @@ def write_artifact(
 
 def check_free(path: Path) -> None:
     """Raise a FileExistsError if something else than an artifact is at `path`."""
-    if path.exists() and not all((path / name).is_file() for name in _NEEDED):
-        raise FileExistsError(f"{path} exists and is not a sparse model; choose another place")
+    if path.exists() and not all((path / name).is_file() for name in _REQUIRED):
+        raise FileExistsError(f"{path} exists and is not a sparse model; choose another path")
 
 
 def read_artifact(path: Path, *, certified: bool = True) -> Artifact:
-    """Load an artifact directory after checking all of it, what is cheap to check first.
+    """Load an artifact directory after verifying all of it.
 
     Args:
         path: the directory.
-        certified: refuse a certificate of other files; off, it is left aside.
+        certified: refuse a certificate that belongs to other files; false ignores it.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file was changed or is not what it should be.
+        ValueError: if a file was changed or is invalid.
     """
     check_files(path)
-    small = [name for name in summed(path) if name != WEIGHTS]
+    # From cheap to dear: sizes, hashes of the small files, the header of the weights, and only then
+    # the hash of the weights. A forged file of 50 GB is refused by its size, not after a minute.
+    small = [name for name in hashed_files(path) if name != WEIGHTS]
     for name in small:
         check_json_size(path / name)
     check_sums(path, small)
@@ -139,40 +153,50 @@ def check_files(path: Path) -> None:
     """Raise a FileNotFoundError if `path` is not an artifact or one of its files is missing."""
     if not path.is_dir():
         raise FileNotFoundError(f"no sparse model at {path}: not a directory")
-    for name in _NEEDED:
+    for name in _REQUIRED:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
 
 
 def copy_linked(path: Path, folder: Path, *, without: Container[str] = ()) -> None:
-    """Copy what a directory holds, without the content of files where the file system can."""
+    """Copy a directory, its files as hard links where the file system has them.
 
-    def left_out(where: str, names: list[str]) -> list[str]:
+    A link takes no space and no time for files of gigabytes. Links share their content, so files
+    that are to change must be in `without`, or be unlinked before they are written.
+    """
+
+    def ignore(where: str, names: list[str]) -> list[str]:
         return [name for name in names if Path(where) == path and name in without]
 
-    shutil.copytree(path, folder, symlinks=True, ignore=left_out, copy_function=_link)
+    shutil.copytree(path, folder, symlinks=True, ignore=ignore, copy_function=_link)
 
 
 def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] | None) -> None:
-    """Write what tells of an artifact's other files, and put the folder in its place.
+    """Write certificate, card and SHA256SUMS of an artifact's files, and rename its folder.
+
+    Args:
+        folder: the hidden directory with all other files.
+        path: the artifact's place.
+        card: the model card.
+        certificate: measurements, with or without the hashes of the files they belong to.
 
     Raises:
-        ValueError: if the certificate says that it is of other files.
+        ValueError: if the certificate belongs to other files.
     """
     if certificate is not None:
         hashes = certified_hashes(folder)
         if certificate.get("sha256", hashes) != hashes:
-            raise ValueError("this certificate is of another model: its SHA-256 are others")
+            raise ValueError("hash mismatch: this certificate belongs to another model")
         _write_json(folder / CERTIFICATE, {**certificate, "sha256": hashes})
     (folder / CARD).write_text(card, encoding="utf-8")
-    (folder / SUMS).write_text("".join(sums(folder)), encoding="utf-8")
+    (folder / SUMS).write_text("".join(sum_lines(folder)), encoding="utf-8")
     _move(folder, path)
 
 
 def _keep_others(path: Path, folder: Path) -> None:
-    """Make the folder of a new artifact, with what else is in the directory of an earlier one."""
+    """Create the folder of a new artifact, with the user's files beside an earlier one."""
     if path.exists():
-        copy_linked(path, folder, without={*_NEEDED, CERTIFICATE, CARD})
+        copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
     else:
         folder.mkdir()
 
@@ -185,23 +209,27 @@ def _link(source: str, target: str) -> None:
 
 
 def _move(folder: Path, path: Path) -> None:
-    """Put a finished folder in its place; what was there goes only when that has worked."""
+    """Rename a finished folder to its place; an earlier one is deleted when that has succeeded.
+
+    A directory that is not empty cannot be replaced in one step, so the earlier one is renamed
+    first. A process killed between the two leaves it whole as `.NAME.….old`.
+    """
     if not path.exists():
         folder.rename(path)
         return
-    retired = folder.with_name(f"{folder.name}.old")
+    earlier = folder.with_name(f"{folder.name}.old")
     try:
-        path.rename(retired)
+        path.rename(earlier)
         folder.rename(path)
-    except BaseException:
-        if retired.exists() and not path.exists():
-            retired.rename(path)
+    except BaseException:  # Ctrl-C too
+        if earlier.exists() and not path.exists():
+            earlier.rename(path)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _described(path: Path) -> Artifact:
-    """Plan and configuration of an artifact, and the decoder that they tell of, without weights."""
+    """Plan and configuration of an artifact, and the decoder on the meta device."""
     config = read_json(path / CONFIG)
     check_config(path / CONFIG, config)
     decoder = build_decoder(config["architecture"])
@@ -211,7 +239,7 @@ def _described(path: Path) -> Artifact:
 
 
 def _check_header(artifact: Artifact, path: Path) -> None:
-    """Pack a decoder on the meta device, and compare that with what a file says that it holds."""
+    """Compare the header of a file with the decoder, which is packed on the meta device for it."""
     decoder, _, config = artifact
     n_weights = sum(tensor.numel() for tensor in decoder.state_dict().values())
     if path.stat().st_size > _MAX_HEADER_BYTES + 8 * n_weights:
@@ -231,12 +259,15 @@ def _check_header(artifact: Artifact, path: Path) -> None:
         quantization=config["quantization"],
         quantize_head=config["quantize_head"],
     )
-    expected = {
-        name: tensor
-        for name, tensor in decoder.state_dict().items()
-        if not (decoder.tie_embeddings and name == _TIED_HEAD)
-    }
-    check_state(expected, headers)
+    check_state(_stored_state(decoder), headers)
+
+
+def _stored_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The tensors in the file of weights, which has tied embeddings once."""
+    state = decoder.state_dict()
+    if decoder.tie_embeddings:
+        del state["head.weight"]
+    return state
 
 
 def _load_weights(decoder: Decoder, path: Path) -> None:
@@ -248,7 +279,7 @@ def _load_weights(decoder: Decoder, path: Path) -> None:
 
 
 def _empty(name: str, header: Any) -> Tensor:
-    """A tensor without memory, of the shape and type that a safetensors header tells."""
+    """A tensor on the meta device, of the shape and type in a safetensors header."""
     dtype = header.get_dtype()
     if dtype not in _DTYPES:
         raise ValueError(f"{name} is {dtype}, allowed are {', '.join(_DTYPES)}")

@@ -1,16 +1,50 @@
-"""A sparse model described for people."""
+"""The model card: a sparse model described for people, with units and three significant digits."""
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.inference.artifact.hashes import FRONTIER
+from lightning_dsmoe.routing import Selection, SelectionPlan
+from lightning_dsmoe.routing.plan import describe_selections
 from lightning_dsmoe.serialization.pruning import Numbers, Remaining, remaining_experts
 
 _MEASURED = "## Measured"
-_MIXTURES = {"experts": "feed-forward experts", "attention": "attention experts"}
+_KINDS = {"experts": "feed-forward experts", "attention": "attention experts"}
+_OMITTED = {"format_version", "sha256"}
+_NATS = "nats per token"
+_GAP = ("sparse_loss", "relative_gap", "relative_gap_95")
+_LABELS = {
+    "tokens": ("predicted tokens", ""),
+    "dense": ("dense model of the comparison", ""),
+    "dense_loss": ("loss of all experts", _NATS),
+    "sparse_loss": ("loss", _NATS),
+    "relative_gap": ("loss relative to all experts", "%"),
+    "relative_gap_95": ("95 % interval of that", "%"),
+    "kl": ("KL divergence from all experts, mean over tokens", "nats"),
+    "top_1_agreement": ("same most probable next token as all experts", "%"),
+    "active_share_mean": ("active share of the hidden parameters, mean over tokens", "%"),
+    "active_share_p50": ("active share, median", "%"),
+    "active_share_p95": ("active share, 95th percentile", "%"),
+    "all_experts_error": ("largest difference from the checkpoint with all experts", "%"),
+    "loss_before_quantization": ("loss before quantization", _NATS),
+    "routing_agreement": ("choices of experts that quantization keeps", "%"),
+    "dropped_mass_mean": ("dropped gate mass, mean", "%"),
+    "dropped_mass_max": ("dropped gate mass, max", "%"),
+    "error_mean": ("relative error, mean", "%"),
+    "error_max": ("relative error, max", "%"),
+    "bound_mean": ("its bound, mean", "%"),
+    "bound_max": ("its bound, max", "%"),
+    "data": ("text", ""),
+    "val_fraction": ("validation split", "%"),
+    "test_fraction": ("test split", "%"),
+    "context": ("context length", ""),
+    "lightning_dsmoe": ("lightning_dsmoe", ""),
+    "checkpoint_sha256": ("SHA-256 of the checkpoint", ""),
+}
+"""Label and unit of the fields of a certificate; other fields keep their names."""
 
 
 def model_card(
@@ -21,44 +55,45 @@ def model_card(
     certificate: dict[str, Any],
     *,
     prompt: str | None = None,
+    frontier: bool = False,
 ) -> str:
-    """Markdown: what the model is, which experts run, what was measured, how to use it.
+    """Markdown: the model, the experts that run, measurements and how to use it.
 
     Args:
         decoder: the model.
         plan: the experts that run.
         n_bytes: bytes of all weights.
         quantized: bytes of each quantised weight, by its name.
-        certificate: what was measured, by its name.
-        prompt: a text that the model's tokenizer can read; None for a model of tokens only.
+        certificate: measurements, by their names.
+        prompt: a text that the model's tokenizer can encode; None for a model of tokens only.
+        frontier: show the picture of loss against active share that is in the artifact.
     """
     all_remain = (None,) * decoder.n_layers
     remaining = remaining_experts(decoder) or Remaining(all_remain, all_remain)
-    experts, attention = (
-        list(map(_size, sizes, left))
-        for sizes, left in zip(decoder.plan_sizes, remaining, strict=True)
-    )
+    selections = plan.experts, plan.attention
+    experts, attention = map(_experts, decoder.plan_sizes, remaining, selections)
     lines = [
         "# A sparse DS-MoE language model",
         "",
         f"- {decoder.n_layers} layers of width {decoder.d_model}, "
-        f"vocabulary of {decoder.vocab_size}, {n_bytes / 2**20:.1f} MiB of weights",
-        f"- feed-forward experts: {_sizes(experts)}; running: {_selections(plan.experts)}",
-        f"- attention experts: {_sizes(attention)}; running: {_selections(plan.attention)}",
+        f"vocabulary of {decoder.vocab_size}, {_digits(n_bytes / 2**20)} MiB of weights",
+        f"- feed-forward experts: {experts}",
+        f"- attention experts: {attention}",
         f"- in 8 bits: {_quantized(quantized)}",
         "",
-        *_measured(certificate),
+        *_measured(certificate, frontier),
         *_use(prompt),
     ]
     return "\n".join(lines)
 
 
-def with_measured(card: str, certificate: dict[str, Any]) -> str:
-    """A card with what was measured in place of what stood there, or at the end; no other change.
+def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = False) -> str:
+    """Replace the section "Measured" of a card, or add it at the end; nothing else changes.
 
     Args:
         card: the card, which people may have edited.
-        certificate: what was measured, by its name.
+        certificate: measurements, by their names.
+        frontier: show the picture of loss against active share that is in the artifact.
     """
     lines = card.rstrip().splitlines()
     if _MEASURED not in lines:
@@ -67,18 +102,38 @@ def with_measured(card: str, certificate: dict[str, Any]) -> str:
     rest = next(
         (n for n in range(start + 1, len(lines)) if lines[n].startswith(("# ", "## "))), len(lines)
     )
-    lines[start:rest] = _measured(certificate)
+    lines[start:rest] = _measured(certificate, frontier)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _measured(certificate: dict[str, Any]) -> list[str]:
-    facts = [
-        f"- {name}: {_spelled(value)}"
-        for name, value in _flat(certificate)
-        if name != "format_version"
-    ]
-    tables = [line for kind in _MIXTURES for line in _table(kind, certificate)]
-    return [_MEASURED, "", *(facts or ["Nothing yet."]), "", *tables]
+def _measured(certificate: dict[str, Any], frontier: bool) -> list[str]:
+    facts = {name: value for name, value in certificate.items() if name not in _OMITTED}
+    lines = _headline(facts)
+    lines += [f"- {name}: {value}" for name, value in _flat(facts)]
+    picture = [f"![Loss against active share of other plans]({FRONTIER})", ""] if frontier else []
+    tables = [line for kind in _KINDS for line in _table(kind, certificate)]
+    return [_MEASURED, "", *(lines or ["Nothing yet."]), "", *picture, *tables]
+
+
+def _headline(facts: dict[str, Any]) -> list[str]:
+    """The loss and its distance from that of all experts, which leave the facts."""
+    loss, gap, interval = map(facts.get, _GAP)
+    if not isinstance(loss, float) or not isinstance(gap, float):
+        return []
+    for name in _GAP:
+        facts.pop(name, None)
+    text = f"- loss {_format(loss, _NATS)}, {_from_zero(gap)} all experts"
+    if isinstance(interval, list | tuple) and len(interval) == 2:
+        low, high = sorted(interval, key=abs)
+        same_side = low * high > 0
+        ends = f"{_digits(abs(low), '%')} to {_format(abs(high), '%')}"
+        ends = ends if same_side else " to ".join(map(_from_zero, interval))
+        text += f" (95 % interval {ends})"
+    return [text]
+
+
+def _from_zero(gap: float) -> str:
+    return f"{_format(abs(gap), '%')} {'below' if gap < 0 else 'above'}"
 
 
 def _use(prompt: str | None) -> list[str]:
@@ -104,19 +159,37 @@ def _use(prompt: str | None) -> list[str]:
     ]
 
 
-def _flat(certificate: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, those of what is inside another object too; None and tables left out."""
-    for name, value in certificate.items():
+def _flat(facts: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values, those of inner objects too; None and the tables of layers left out."""
+    for name, value in facts.items():
+        label, unit = _label(name)
         if isinstance(value, dict):
-            yield from ((f"{name}, {inner}", each) for inner, each in _flat(value))
-        elif value is not None and not (name in _MIXTURES and isinstance(value, list)):
-            yield name, value
+            yield from _flat(value, f"{within}{label}, ")
+        elif value is not None and not (name in _KINDS and isinstance(value, list)):
+            yield within + label, _format(value, unit)
 
 
-def _spelled(value: Any) -> str:
+def _label(name: str) -> tuple[str, str]:
+    return _LABELS.get(name, (name.replace("_", " "), ""))
+
+
+def _format(value: Any, unit: str = "") -> str:
+    """A value with its unit; shares become per cent."""
     if isinstance(value, list | tuple):
-        return " to ".join(map(_spelled, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return " to ".join(_format(each, unit) for each in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{_digits(value, unit)} {unit}".rstrip()
+
+
+def _digits(value: float, unit: str = "") -> str:
+    """Three significant digits, and three decimals of a loss, whose differences are small."""
+    if unit == _NATS:
+        return f"{value:.3f}"
+    number = 100 * value if unit == "%" else value
+    if isinstance(number, int) or abs(number) >= 999.5:
+        return f"{number:,.0f}"
+    return f"{number:.3g}"
 
 
 def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
@@ -125,16 +198,18 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
     if not isinstance(layers, list) or not any(layers):
         return []
     rows = {layer: errors for layer, errors in enumerate(layers) if errors}
-    names = list(next(iter(rows.values())))
+    labels = {name: _label(name) for name in next(iter(rows.values()))}
+    heads = (f"{label}, {unit}" if unit else label for label, unit in labels.values())
+    cells = {
+        layer: [_digits(errors[name], unit) for name, (_, unit) in labels.items()]
+        for layer, errors in rows.items()
+    }
     return [
-        f"What the plan changes in the {_MIXTURES[kind]} of each layer:",
+        f"What the plan changes in the {_KINDS[kind]} of each layer:",
         "",
-        f"| layer | {' | '.join(name.replace('_', ' ') for name in names)} |",
-        f"|{' ---: |' * (len(names) + 1)}",
-        *(
-            f"| {layer} | {' | '.join(_spelled(errors[name]) for name in names)} |"
-            for layer, errors in rows.items()
-        ),
+        f"| layer | {' | '.join(heads)} |",
+        f"|{' ---: |' * (len(labels) + 1)}",
+        *(f"| {layer} | {' | '.join(row)} |" for layer, row in cells.items()),
         "",
     ]
 
@@ -147,18 +222,22 @@ def _quantized(n_bytes: dict[str, int]) -> str:
         parts.append("the head")
     if not parts:
         return "nothing"
-    return f"{' and '.join(parts)}, {sum(n_bytes.values()) / 2**20:.1f} MiB of them"
+    return f"{' and '.join(parts)}, {_digits(sum(n_bytes.values()) / 2**20)} MiB of them"
+
+
+def _experts(
+    counts: Sequence[int | None],
+    remaining: Sequence[Numbers | None],
+    selections: Sequence[Selection],
+) -> str:
+    """How many experts the layers have, and which of them run."""
+    layers = Counter(map(_size, counts, remaining))
+    sizes = ", ".join(f"{size} in {n} layer{'s' * (n > 1)}" for size, n in layers.items())
+    routed = [s for s, count in zip(selections, counts, strict=True) if count is not None]
+    return f"{sizes}; running: {describe_selections(routed)}" if routed else sizes
 
 
 def _size(count: int | None, remaining: Numbers | None) -> str:
     if count is None:
         return "no router"
     return str(count) if remaining is None else f"{len(remaining)} left of {count}"
-
-
-def _sizes(sizes: list[str]) -> str:
-    return ", ".join(f"{size} in {layers} layers" for size, layers in Counter(sizes).items())
-
-
-def _selections(selections: tuple[object, ...]) -> str:
-    return ", ".join(f"{s} in {layers} layers" for s, layers in Counter(selections).items())

@@ -73,13 +73,13 @@ def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path
     )
     for other, name in zip(others, ("model.safetensors", "plan.json"), strict=True):
         before = sorted(tmp_path.iterdir())
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             other.save(tmp_path / "other", certificate=found)
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             other.save(path, certificate=found)
         assert sorted(tmp_path.iterdir()) == before
         other.save(tmp_path / name)
-        with pytest.raises(ValueError, match="this certificate is of another model"):
+        with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
             save_certificate(tmp_path / name, other, found)
         assert load_certificate(tmp_path / name) is None
 
@@ -144,9 +144,11 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
     assert "loss: 1.25" not in card
     lines = card.splitlines()
     assert lines.count("## Measured") == lines.count("## Use") == 1
-    assert "- kl: 0.0123457\n- relative_gap_95: -0.1 to 0.1\n- data, split: val\n" in card
-    assert "| layer | dropped mass mean | bound max |" in lines
-    assert "| 0 | 0.125 | 0.5 |" in lines
+    assert (
+        "tokens: 0.0123 nats\n- 95 % interval of that: -10 % to 10 %\n- text, split: val\n" in card
+    )
+    assert "| layer | dropped gate mass, mean, % | its bound, max, % |" in lines
+    assert "| 0 | 12.5 | 50 |" in lines
     assert "routing_agreement" not in card
     assert "attention experts of each layer" not in card
     save_certificate(path, model, CERTIFICATE)
@@ -156,7 +158,11 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
 def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> None:
     (path / "README.md").write_text("My own words.")
     save_certificate(path, model, CERTIFICATE)
-    assert (path / "README.md").read_text().startswith("My own words.\n\n## Measured\n\n- kl: ")
+    assert (
+        (path / "README.md")
+        .read_text()
+        .startswith("My own words.\n\n## Measured\n\n- KL divergence")
+    )
     (path / "README.md").write_text("## Measured\n\n- old\n\n# Notes\n\nMine.\n")
     save_certificate(path, model, CERTIFICATE)
     card = (path / "README.md").read_text()
@@ -177,7 +183,7 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "sums", "_move"])
+@pytest.mark.parametrize("fails", ["_write_json", "sum_lines", "_move"])
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

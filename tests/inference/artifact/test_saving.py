@@ -47,7 +47,7 @@ def failing(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_write_json", "sums"])
+@pytest.mark.parametrize("fails", ["save_file", "_write_json", "sum_lines"])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_save_that_fails_leaves_everything_as_it_was(
     fails: str,

@@ -115,7 +115,7 @@ def test_a_model_keeps_what_it_has_measured(
 ) -> None:
     clock[("grouped", 16)] = 4.0
     model = compile_sparse(one_decoder, PLAN)
-    found = model.calibrate()
+    found = model.tune()
     assert found == model.switch_points == model.engine.switch_points
     assert found.gather_up_to == 4
     model.save(tmp_path / "model")

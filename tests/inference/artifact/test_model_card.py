@@ -1,0 +1,82 @@
+"""The card that people read: units, per cent, three digits, plans in words, the frontier."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dsmoe.inference.artifact.certificate import save_certificate
+from lightning_dsmoe.inference.compilation import load_sparse
+from lightning_dsmoe.inference.sparse_model import SparseModel
+
+
+@pytest.fixture
+def model(float_artifact: Path) -> SparseModel:
+    return load_sparse(float_artifact)
+
+
+@pytest.mark.parametrize(
+    ("gap", "interval", "line"),
+    [
+        (-0.0005, [-0.0008, -0.0003], "0.05 % below all experts (95 % interval 0.03 to 0.08 %)"),
+        (0.0123456, (0.01, 0.02), "1.23 % above all experts (95 % interval 1 to 2 %)"),
+        (1e-5, [-1e-4, 2e-4], "0.001 % above all experts (95 % interval 0.01 % below to 0.02 % ab"),
+        (0.5, None, "50 % above all experts\n- predicted tokens: 12,345\n"),
+    ],
+)
+def test_the_loss_against_all_experts(
+    gap: float, interval: Any, line: str, model: SparseModel
+) -> None:
+    measured = {"sparse_loss": 1.41149, "relative_gap": gap, "relative_gap_95": interval}
+    card = model.card(measured | {"tokens": 12345})
+    assert f"\n- loss 1.411 nats per token, {line}" in card
+    assert "relative" not in card
+
+
+def test_units_and_digits(model: SparseModel) -> None:
+    card = model.card(
+        {
+            "format_version": 1,
+            "dense_loss": 1.4122,
+            "active_share_mean": 0.273456,
+            "kl": 0.000123456,
+            "mine_too": 12345.6,
+            "routing_agreement": None,
+            "is_new": True,
+            "data": {"val_fraction": 0.05, "context": 1024},
+        }
+    )
+    measured = card.partition("## Measured\n\n")[2].partition("\n\n")[0]
+    assert measured.splitlines() == [
+        "- loss of all experts: 1.412 nats per token",
+        "- active share of the hidden parameters, mean over tokens: 27.3 %",
+        "- KL divergence from all experts, mean over tokens: 0.000123 nats",
+        "- mine too: 12,346",
+        "- is new: True",
+        "- text, validation split: 5 %",
+        "- text, context length: 1,024",
+    ]
+
+
+def test_the_frontier_is_shown_where_it_is(model: SparseModel, tmp_path: Path) -> None:
+    picture, path = tmp_path / "sweep.png", tmp_path / "model"
+    picture.write_bytes(b"a picture")
+    shown = "![Loss against active share of other plans](frontier.png)"
+    model.save(path)
+    assert shown not in (path / "README.md").read_text()
+    model.save(path, frontier=picture)
+    assert shown in (path / "README.md").read_text()
+    assert (path / "frontier.png").read_bytes() == b"a picture"
+    save_certificate(path, model, {"tokens": 3})
+    assert (path / "README.md").read_text().count(shown) == 1
+    model.save(path)
+    assert shown in (path / "README.md").read_text()
+    load_sparse(path)
+    with pytest.raises(FileNotFoundError):
+        model.save(path, frontier=tmp_path / "absent.png")
+    picture.write_bytes(b"another")
+    with pytest.raises(ValueError, match="JSON"):
+        model.save(path, frontier=picture, certificate={"loss": float("nan")})
+    assert (path / "frontier.png").read_bytes() == b"a picture"
+    model.save(path, frontier=path / "frontier.png")
+    assert (path / "frontier.png").read_bytes() == b"a picture"

@@ -1,0 +1,49 @@
+"""Names of version 0.1 still work, with a warning."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.callbacks import SparseCompile
+from lightning_dsmoe.callbacks.layer_selections import LayerSelections
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, generate
+from lightning_dsmoe.routing import SelectionPlan
+
+from .conftest import UNCOMPILED
+
+PLAN = SelectionPlan.uniform(2)
+
+
+def test_context(one_decoder: Decoder, tokens: Tensor) -> None:
+    short = generate(one_decoder, tokens[:, :4], 9, temperature=0, context_length=5)
+    old = r"is now context_length=; the old name goes with version 0\.3"
+    with pytest.warns(DeprecationWarning, match=rf"^generate\(context=\) {old}"):
+        found = generate(one_decoder, tokens[:, :4], 9, temperature=0, context=5)  # type: ignore[call-arg]
+    assert torch.equal(found, short)
+    with pytest.warns(DeprecationWarning, match=rf"^compile_sparse\(context=\) {old}"):
+        model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED, context=5)  # type: ignore[call-arg]
+    assert torch.equal(model.generate(tokens[:, :4], 9, temperature=0), short)
+    with pytest.warns(DeprecationWarning, match=r"SparseModel\.context is now"):
+        assert model.context == 5
+    with pytest.warns(DeprecationWarning, match=r"SparseModel\.context is now"):
+        model.context = 13
+    assert model.context_length == 13
+    with pytest.warns(DeprecationWarning, match=rf"^SparseModel\.generate\(context=\) {old}"):
+        found = model.generate(tokens[:, :4], 9, temperature=0, context=5)
+    assert torch.equal(found, short)
+    with pytest.warns(DeprecationWarning, match=rf"^SparseModel\(context=\) {old}"):
+        model = SparseModel(one_decoder, PLAN, architecture={}, context=5)  # type: ignore[call-arg]
+    assert model.context_length == 5
+
+
+def test_calibrate(one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = SwitchPoints(gather_up_to=7)
+    monkeypatch.setattr(SparseModel, "tune", lambda self: points)
+    model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED)
+    with pytest.warns(DeprecationWarning, match=r"SparseModel\.calibrate is now SparseModel\.tune"):
+        assert model.calibrate() == points
+    with pytest.warns(DeprecationWarning, match=r"SparseCompile\(calibrate=\) is now tune="):
+        assert SparseCompile(LayerSelections(), calibrate=True).tune
+    assert SparseCompile(LayerSelections(), tune=True).tune
+    assert not SparseCompile(LayerSelections()).tune
