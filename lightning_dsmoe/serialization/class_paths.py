@@ -14,6 +14,7 @@ from torch import nn, optim
 import lightning_dsmoe.schedules  # noqa: F401 - files may name it
 from lightning_dsmoe.attention import Attention
 from lightning_dsmoe.experts import Experts, FeedForwardLayer
+from lightning_dsmoe.reading import MAX_LAYERS
 from lightning_dsmoe.routing import Router, Selection
 
 PART_BASES: dict[str, tuple[type, ...]] = {
@@ -27,7 +28,6 @@ PART_BASES: dict[str, tuple[type, ...]] = {
     "optimizer": (optim.Optimizer,),
     "lr_scheduler": (optim.lr_scheduler.LRScheduler,),
 }
-MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
 _LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
