@@ -17,6 +17,7 @@ from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json
 from lightning_dsmoe.serialization.class_paths import (
     MAX_SIZE,
+    PARTS,
     check_sizes,
     known_class,
     named_object,
@@ -39,9 +40,7 @@ _FIELDS = {
 _REMAINING = "remaining"
 """A field of pruned decoders only: the experts of each layer, null for all of them."""
 
-_GIVEN_BY_OWNER = {"attention": 1, "feed_forward": 1, "norm": 1, "router": 2, "experts": 3}
-"""Leading sizes that the owner of a part passes to its factory, by the part's name."""
-
+_N_SIZES = {name: part.n_sizes for name, part in PARTS.items() if part.n_sizes is not None}
 _NOT_KEPT = {"device", "dtype"}
 
 
@@ -113,13 +112,13 @@ def differences(before: object, now: object, name: str = "") -> list[str]:
 def _describe(module: nn.Module, part: str) -> Description:
     """Class and options of a part, without the sizes that its owner gives it."""
     cls = type(module)
-    if part not in _GIVEN_BY_OWNER:
+    if part not in _N_SIZES:
         raise ValueError(f"option {part!r} is a {cls.__name__}, which is not plain data")
     path = shortest_path(cls)
     if known_class(path, part) is not cls:
         raise ValueError(f"the class of {part} cannot be found again at {path}")
     options = {}
-    for parameter in list(inspect.signature(cls).parameters.values())[_GIVEN_BY_OWNER[part] :]:
+    for parameter in list(inspect.signature(cls).parameters.values())[_N_SIZES[part] :]:
         if parameter.name in _NOT_KEPT:
             continue
         if not hasattr(module, parameter.name):
@@ -152,7 +151,7 @@ def _factory(description: object, part: str) -> Callable[..., nn.Module]:
 
 
 def _option(name: str, value: object) -> object:
-    if name in _GIVEN_BY_OWNER:
+    if name in _N_SIZES:
         return _factory(value, name)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"option {name!r} must be finite, got {value}")
