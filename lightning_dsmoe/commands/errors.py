@@ -155,12 +155,10 @@ def _in_words(hint: Any) -> list[str]:
 
 def _class_names(hint: Any) -> list[str]:
     """Names of the classes that an option may be, or that its factory may make."""
-    names: set[str] = set()
-    for base in _bases(hint):
-        names |= (
-            {"torch.nn.LayerNorm", "torch.nn.RMSNorm"} if base is nn.Module else _concrete(base)
-        )
-    return sorted(names)
+    found = (
+        _NORMS if base is nn.Module else _concrete(base) or {base.__name__} for base in _bases(hint)
+    )
+    return sorted(set().union(*found))
 
 
 def _bases(hint: Any) -> list[type]:
@@ -176,10 +174,10 @@ def _bases(hint: Any) -> list[type]:
 
 
 def _concrete(base: type) -> set[str]:
-    names: set[str] = set()
-    cls: type
-    for cls in base.__subclasses__():
-        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
-            names.add(cls.__name__)
-        names |= _concrete(cls)
-    return names
+    subclasses: list[type] = base.__subclasses__()
+    return {
+        name
+        for cls in subclasses
+        for name in _concrete(cls) | ({cls.__name__} if not inspect.isabstract(cls) else set())
+        if not name.startswith("_")
+    }
