@@ -14,6 +14,7 @@ from torch import nn, optim
 import lightning_dsmoe.schedules  # noqa: F401 - files may name it
 from lightning_dsmoe.attention import Attention
 from lightning_dsmoe.experts import Experts, FeedForwardLayer
+from lightning_dsmoe.moved import current_name
 from lightning_dsmoe.reading import MAX_LAYERS
 from lightning_dsmoe.routing import Router, Selection
 
@@ -82,7 +83,7 @@ def _unknown(path: object, *bases: type) -> ValueError:
 def named_object(path: object) -> object:
     """What a dotted path leads to, in a module already imported; None for nothing."""
     module_name, _, name = str(path).rpartition(".")
-    module = sys.modules.get(module_name)
+    module = sys.modules.get(current_name(module_name))
     if module_name == "lightning_dsmoe":
         return getattr(module, name, None)  # its public names are looked up when first used
     return vars(module).get(name) if module else None
