@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonargparse
 import torch
-from jsonargparse import Namespace
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -31,10 +30,8 @@ import lightning_dsmoe.schedules  # noqa: F401
 from lightning_dsmoe.callbacks.console import with_console_callbacks
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
-from lightning_dsmoe.commands.configuration_file import options_in
 from lightning_dsmoe.commands.console import console_output
-from lightning_dsmoe.commands.errors import one_line
-from lightning_dsmoe.files import check_mark
+from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, one_line
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
@@ -48,42 +45,12 @@ TOOLS: dict[str, Callable[..., None]] = {
     "report": report,
     "configs": configs,
 }
-_DEBUG = "JSONARGPARSE_DEBUG"
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # so that processes that training starts import them too
 _IMPORT_HELP = "--import MODULE first imports a module with parts of your own (can be repeated)"
 _SIGTERM_EXIT_CODE = 143
 _CHECKPOINT_WORDS = {"best", "last", "hpc"}
 """What `--ckpt_path` may say in place of a path."""
 _PROCESSES_PER_CORE = 4
-
-
-class OneLineErrors(jsonargparse.ArgumentParser):
-    """Says a mistake in one line, unless a traceback is asked for."""
-
-    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        try:
-            parsed: Namespace = super().parse_path(path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            check_mark(Path(path))
-            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
-        return parsed
-
-    def parse_string(
-        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
-    ) -> Namespace:
-        if not path and not content:  # as where a shell's variable is not set
-            self.error("config must name a file, got ''")
-        try:
-            content = options_in(content, str(path or "config"))
-        except ValueError as error:
-            self.error(str(error), error)
-        parsed: Namespace = super().parse_string(content, path, *args, **kwargs)
-        return parsed
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if _DEBUG in os.environ or not self.exit_on_error:
-            super().error(message, ex)
-        sys.exit(_failure(one_line(message), code=2))
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -206,7 +173,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if args is not None:
         sys.argv[1:] = args
     if "--debug" in sys.argv:
-        os.environ[_DEBUG] = "true"
+        os.environ[DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
@@ -216,16 +183,16 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
-        if _DEBUG in os.environ:
+        if DEBUG in os.environ:
             raise
-        sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+        fail(one_line(str(error)) or type(error).__name__, code=1)
 
 
 def _run(words: list[str], modules: list[str]) -> None:
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in commands:
         known = ", ".join(commands)
-        sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
+        fail(f"no command {words[0]!r}; there are {known}", code=2)
     if words and words[0] in TOOLS:
         tool = words.pop(0)
         jsonargparse.auto_cli(
@@ -290,11 +257,6 @@ def _underscored(word: str) -> str:
     """An option that is written with dashes, such as `--max-loss-increase=1%`, as it is called."""
     option = re.match("--[a-z]+(-[a-z]+)+(?=$|=)", word)
     return word if option is None else "--" + option[0][2:].replace("-", "_") + word[option.end() :]
-
-
-def _failure(message: str, *, code: int) -> int:
-    print(f"lightning-dsmoe: error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -86,17 +86,26 @@ MOVED = {
 }
 
 
+def current_name(module: str) -> str:
+    """The name of a module today, which was perhaps moved."""
+    new = MOVED.get(module.removeprefix(_PACKAGE)) if module.startswith(_PACKAGE) else None
+    return module if new is None else _PACKAGE + new
+
+
 class _Moved(MetaPathFinder, Loader):
-    """Finds a moved module under its old name, as one that hands on all names of the new one."""
+    """Finds a moved module by its old name, as a module with the same objects.
+
+    A finder, rather than files of the old names, keeps old names out of the folders, and covers
+    `import`, `importlib`, pickles and the class paths in configurations alike.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        is_moved = fullname.removeprefix(_PACKAGE) in MOVED and fullname.startswith(_PACKAGE)
-        return ModuleSpec(fullname, self) if is_moved else None
+        return ModuleSpec(fullname, self) if current_name(fullname) != fullname else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = _PACKAGE + MOVED[module.__name__.removeprefix(_PACKAGE)]
+        new = current_name(module.__name__)
         warn_renamed(module.__name__, new)
         names = vars(import_module(new)).items()
         vars(module).update({name: value for name, value in names if not name.startswith("__")})
