@@ -20,7 +20,7 @@ from lightning_dsmoe.routing import SelectionPlan
 
 # A compiled step is unrolled over its sequences, and the more there are, the fewer experts are
 # needed by none: a plan that runs half of the parameters leads its dense twin by a factor of 1.9
-# with one sequence and 1.07 with 16 of random tokens (docs/lab_notes/decoding.md).
+# with one sequence and 1.07 with 16 of random tokens (docs/lab_notes/batched.md).
 _MAX_STEP_SEQUENCES = 16
 _COMPILING = threading.Lock()  # PyTorch exports one program at a time
 

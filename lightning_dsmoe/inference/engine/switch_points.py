@@ -35,9 +35,9 @@ class SwitchPoints(NamedTuple):
     """
 
     # Faster than grouped up to 48 sequences under one plan and 32 under a sparser one, of a model
-    # of 100 M parameters on two cores; see docs/lab_notes/decoding.md.
+    # of 100 M parameters on two cores; see docs/lab_notes/batched.md.
     gather_up_to: int = 48
-    # The estimate of each layer finds the masked ones by itself.
+    # From one token on, since each layer estimates for itself where masked is faster.
     grouped_from: int = 1
     measured_on: str | None = None
 
