@@ -61,6 +61,46 @@ def report_page(report: Report) -> str:
     Returns:
         The page. Titles, facts and tokens come from strangers' files: they are escaped, and
         characters that cannot be printed appear as their codes.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.analysis import HeldOut
+        >>> from lightning_dsmoe.analysis.report import Report, report_page
+        >>> from lightning_dsmoe.analysis.report.lift import frequent_tokens
+        >>> from lightning_dsmoe.analysis.report.sample_routing import sample_routing
+        >>> from lightning_dsmoe.analysis.report.utilization import utilization
+        >>> from lightning_dsmoe.inference import compile_sparse
+        >>> from lightning_dsmoe.metrics import count_parameters
+        >>> from lightning_dsmoe.routing import SelectionPlan, TopK
+        >>> decoder = Decoder(
+        ...     vocab_size=50,
+        ...     d_model=16,
+        ...     n_layers=2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
+        ... )
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
+        >>> model, counts = compile_sparse(decoder.eval(), plan), count_parameters(decoder)
+        >>> inputs, labels = torch.randint(50, (2, 4, 8))
+        >>> text = HeldOut([(inputs, labels)], n_tokens=32)
+        >>> frequent = frequent_tokens(text, least=1)
+        >>> page = report_page(
+        ...     Report(
+        ...         title="a small model",
+        ...         facts=[("Text", "32 random tokens")],
+        ...         counts=counts,
+        ...         plan=plan,
+        ...         use=utilization(model, plan, text, counts, frequent),
+        ...         frequent=frequent,
+        ...         token_text="token {}".format,
+        ...         sample=sample_routing(model, plan, inputs[0], context=8, most=100),
+        ...         drift=None,
+        ...     )
+        ... )
+        >>> "<title>How a small model uses its experts</title>" in page
+        True
     """
     use, drift, counts, sample = report.use, report.drift, report.counts, report.sample
     kinds = kinds_of(use, drift, report.plan, report.frequent, report.token_text)

@@ -26,7 +26,7 @@ from lightning_dsmoe.metrics import (
 )
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
-_MOST_PAIRS = 2**27  # 1 GiB in float64
+_MOST_PAIRS = 2**27  # 1 GiB of counts in float64
 
 
 class RouterUse(NamedTuple):
@@ -156,8 +156,9 @@ class _RouterTotals:
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
         self.gates = ExpertUtilization(n_experts, sync_on_compute=False).to(device)
+        # In float32 a count would stop growing at 2**24 tokens.
         together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64)
-        token_gates_UE = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
+        token_gates_UE = torch.zeros(n_frequent + 1, n_experts)  # last row: all other tokens
         self.together_EE, self.token_gates_UE = together_EE.to(device), token_gates_UE.to(device)
         self.best: list[Tensor] = []
 
@@ -169,6 +170,7 @@ class _RouterTotals:
         self.gates.update(probs_NE)
         self.together_EE += running_NE.T @ running_NE
         self.token_gates_UE.index_add_(0, row_BT[mask_BT], probs_NE)
+        # Kept for every token, to compare checkpoints; `check_mixtures` bounds E far below 2**15.
         self.best.append(probs_NE.argmax(-1).short())
 
     def compute(self, counts_U: Tensor) -> RouterUse:
