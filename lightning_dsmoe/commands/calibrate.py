@@ -28,7 +28,7 @@ def calibrate(
     fixed: bool = False,
     **options: Any,
 ) -> None:
-    """Find for each layer which experts to run, and say how much better that is than one rule.
+    """Search the plan with the lowest loss within a budget, layer by layer.
 
     The first half of the text serves to find the plan, the second half to judge it.
 

@@ -47,7 +47,7 @@ def certify(
     max_tokens: int | None = None,
     batch_tokens: int | None = None,
 ) -> None:
-    """Measure a sparse model against its dense one and certify that, or check its certificate.
+    """Measure a sparse model against the dense one for its certificate, or check that again.
 
     An artifact without a certificate gets one, in certificate.json and in its card. One that has a
     certificate is checked: plan, weights and configuration must be those of the certificate, and

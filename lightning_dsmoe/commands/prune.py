@@ -27,7 +27,7 @@ def prune(
     quantization: Quantization | None = None,
     **options: Any,
 ) -> None:
-    """Write a sparse model without the experts that its plan never runs on a text, and prove it.
+    """Write a sparse model without the experts that a plan never runs, and measure both.
 
     The first half of the text tells which experts are used; on it the smaller model gives the same
     outputs, or nothing is written. The second half tells what it loses on text that it has not

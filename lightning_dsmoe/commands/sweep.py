@@ -24,7 +24,7 @@ def sweep(
     output: str = "sweep",
     **options: Any,
 ) -> None:
-    """Measure a trained model under some forty plans, from very sparse to dense.
+    """Measure loss and active share under some forty plans, from very sparse to dense.
 
     Writes sweep.csv, sweep.json, frontier.svg, frontier.png and the plan of the knee, and goes on
     where it was stopped.

@@ -1,7 +1,9 @@
 """Decoders from training checkpoints, without running anything that the file names."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -89,21 +91,29 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        MemoryError, OSError: if that is why the file, which may be whole, cannot be read.
         ValueError: if the file is damaged, compressed, holds more than data, or is something else.
     """
     if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    fault = "is damaged or not a checkpoint"
     try:
         check_archive(path, checksums=checksums)
+        fault = "cannot be read"
         loaded = torch.load(
             path,
             map_location=map_location,
             weights_only=weights_only,
             mmap=mmap and isinstance(path, str | Path),
         )
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # no fault of the file
     except Exception as error:
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
-        raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
+        if isinstance(error, UnpicklingError):
+            fault = "holds more than data, which could run code when it is read"
+            reason = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or [reason])[0]
+        raise ValueError(f"{path} {fault}: {reason}") from None
     if not isinstance(path, str | Path):
         path.seek(0)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None

@@ -104,8 +104,11 @@ def test_a_plan_of_unknown_selections_says_how(cli: Any, trained: Any, tmp_path:
     ("words", "message"),
     [
         (["--import", "absent_parts"], "there is no module 'absent_parts' in this folder"),
-        (["--import=own_parts.py"], "takes the name of a module, like my_parts, got 'own_parts.py"),
-        (["--import"], "takes the name of a module, like my_parts, got ''"),
+        (
+            ["--import=own_parts.py"],
+            "takes the name of a module, such as my_parts, got 'own_",
+        ),
+        (["--import"], "takes the name of a module, such as my_parts, got ''"),
         (["--import", "broken_parts"], "No module named 'absent_parts'"),
     ],
 )
