@@ -41,6 +41,7 @@ def load_checked(
     cls: type[Model],
     load: Callable[..., Model],
     path: str | Path | IO[Any],
+    /,
     *,
     map_location: Any,
     weights_only: bool,
