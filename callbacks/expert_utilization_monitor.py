@@ -81,12 +81,7 @@ class ExpertUtilizationMonitor(Callback):
         self._start("train", pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         place = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
         if place == 0 or place > self.every_n_steps - self.window:
