@@ -67,13 +67,13 @@ class ExpertUtilizationMonitor(Callback):
         monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
         settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
         if len(settings) > 1:
-            found = "; ".join(
+            listed = "; ".join(
                 "every_n_steps={}, window={}, dead_share={}".format(*each)
                 for each in sorted(settings)
             )
             raise ValueError(
                 "ExpertUtilizationMonitors with different settings log under the same names, so "
-                f"there can be only one, got {found}"
+                f"there can be only one, got {listed}"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

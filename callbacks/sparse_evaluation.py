@@ -1,4 +1,7 @@
-"""Loss and active share of a model under sparse plans, beside the dense one."""
+"""Loss and active share of a model under sparse plans, beside the dense one.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,7 @@
-"""A controller for the weights of the mutual-information loss."""
+"""A controller of the weights of the mutual-information loss.
+
+Shapes: B sequences, T positions.
+"""
 
 from typing import Any
 
