@@ -67,13 +67,13 @@ class ExpertUtilizationMonitor(Callback):
         monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
         settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
         if len(settings) > 1:
-            found = "; ".join(
+            listed = "; ".join(
                 "every_n_steps={}, window={}, dead_share={}".format(*each)
                 for each in sorted(settings)
             )
             raise ValueError(
                 "ExpertUtilizationMonitors with different settings log under the same names, so "
-                f"there can be only one, got {found}"
+                f"there can be only one, got {listed}"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,12 +81,7 @@ class ExpertUtilizationMonitor(Callback):
         self._start("train", pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         place = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
         if place == 0 or place > self.every_n_steps - self.window:

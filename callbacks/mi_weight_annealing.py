@@ -1,6 +1,7 @@
 """A schedule of the weights of the mutual-information loss."""
 
 import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
@@ -82,22 +83,13 @@ class MIWeightAnnealing(MIWeightSetter):
                 "delay must be at least 1 for constant_then_ramp and 0 for other schedules, "
                 f"got delay={delay} for {schedule}"
             )
-        self.schedule = schedule
-        self.start = start
-        self.end = end
-        self.steps = steps
-        self.delay = delay
+        self._factor = partial(
+            annealed_factor, schedule=schedule, start=start, end=end, steps=steps, delay=delay
+        )
 
     def factor(self, step: int) -> float:
         """Factor at an optimizer step."""
-        return annealed_factor(
-            step,
-            schedule=self.schedule,
-            start=self.start,
-            end=self.end,
-            steps=self.steps,
-            delay=self.delay,
-        )
+        return self._factor(step)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remember(pl_module, MI_WEIGHTS)

@@ -1,4 +1,7 @@
-"""Loss and active share of a model under sparse plans, beside the dense one."""
+"""Loss and active share of a model under sparse plans, beside the dense one.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -85,45 +88,7 @@ class SparseEvaluation(Callback):
                 "results would be logged under the same names: rename one"
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._report(pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(pl_module, "test")
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "SparseEvaluation runs the model outside of Lightning's own steps, which FSDP does "
@@ -138,12 +103,17 @@ class SparseEvaluation(Callback):
             active = ActiveParameters(counts).to(pl_module.device)
             self._meters[name] = _Meter(plan, _mean().to(pl_module.device), active)
 
-    def _evaluate(
+    # In `fit` too, so that what does not fit the model fails before the first step.
+    on_fit_start = on_test_start = on_validation_start
+
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Mapping[str, Any],
+        outputs: Any,
         batch: Mapping[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         mask_BT = outputs["mask"]
         count = mask_BT.sum()
@@ -154,6 +124,15 @@ class SparseEvaluation(Callback):
             nll = summed_cross_entropy(logits_BTV, batch["labels"])
             loss.update(nll / count.clamp_min(1), count)
             active.update(*active_masks(routings, plan), mask_BT)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(pl_module, "test")
 
     def _report(self, pl_module: LightningModule, stage: str) -> None:
         dense_loss = self._dense_loss.compute().item()

@@ -105,12 +105,7 @@ class SparseFinishing(Callback):
             model.plan = self._sparse[step % len(self._sparse)]
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._restore(pl_module)
 

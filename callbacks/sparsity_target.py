@@ -1,4 +1,7 @@
-"""A controller for the weights of the mutual-information loss."""
+"""A controller of the weights of the mutual-information loss.
+
+Shapes: B sequences, T positions.
+"""
 
 from typing import Any
 
@@ -136,12 +139,7 @@ class SparsityTarget(MIWeightSetter):
         self._scale(pl_module, self._factors)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = self._steps_before_batch + 1
         if step % self.every == 0:

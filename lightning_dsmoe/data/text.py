@@ -193,8 +193,7 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self._test_split)
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader(self._test_split)
+    predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         epoch, batches = self._position or (0, 0)

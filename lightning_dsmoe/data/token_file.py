@@ -114,8 +114,8 @@ def open_token_file(
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path = directory / f"{key}.bin"
-    if (found := _read(path)) is not None:
-        return found
+    if (cached := _read(path)) is not None:
+        return cached
     cuts = [
         0,
         corpus.boundary(int(corpus.size * (1 - val_fraction - test_fraction))),

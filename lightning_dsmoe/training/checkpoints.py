@@ -41,6 +41,7 @@ def load_checked(
     cls: type[Model],
     load: Callable[..., Model],
     path: str | Path | IO[Any],
+    /,
     *,
     map_location: Any,
     weights_only: bool,
@@ -71,8 +72,7 @@ def load_checked(
             check_sharing(checkpoint["state_dict"])
             # A file of a few kilobytes can name sizes of many gigabytes. So the model is built on
             # the meta device first, which allocates nothing and runs the same checks of shapes. A
-            # router or norm of a user's may compute with its weights when it is made, and fail
-            # there.
+            # user's router or norm may read its values in its constructor, which fails there.
             with torch.device("meta"), suppress(RuntimeError):
                 load(map_location="meta")
             if not isinstance(path, str | Path):

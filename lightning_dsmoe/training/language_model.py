@@ -398,7 +398,7 @@ class DSMoELanguageModel(LightningModule):
 
     def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
         for name, value in metric.summary(split, self._data()).items():
-            # Alike on all ranks already; Lightning warns where it is not told to average them.
+            # The same on all ranks already; Lightning warns where `sync_dist` is missing.
             self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def _routing_loss_weights(self) -> RoutingLossWeights:

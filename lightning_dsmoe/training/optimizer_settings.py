@@ -112,8 +112,8 @@ def _saved_settings(checkpoint: Mapping[str, Any], now: Settings) -> Settings:
     Raises:
         ValueError: if the file does not hold such settings.
     """
-    found = checkpoint.get("optimizer_settings")
-    if found is None:
+    saved = checkpoint.get("optimizer_settings")
+    if saved is None:
         if not (states := checkpoint.get("optimizer_states")):
             return now  # a file of weights alone, or of shards whose optimizer is in other files
         groups = [dict(group) for group in states[0]["param_groups"]]
@@ -125,17 +125,17 @@ def _saved_settings(checkpoint: Mapping[str, Any], now: Settings) -> Settings:
         schedule = now["schedule"] or "a schedule" if had_schedule else None
         return {**now, "groups": _plain(settings), "schedule": schedule}
     if not (
-        isinstance(found, dict)
-        and found.keys() == now.keys()
-        and repr(_plain(found)) == repr(found)
+        isinstance(saved, dict)
+        and saved.keys() == now.keys()
+        and repr(_plain(saved)) == repr(saved)
         and all(
-            isinstance(found[name], list) and all(isinstance(group, dict) for group in found[name])
+            isinstance(saved[name], list) and all(isinstance(group, dict) for group in saved[name])
             for name in ("groups", "scheduled")
         )
-        and isinstance(found["schedule_settings"], dict)
+        and isinstance(saved["schedule_settings"], dict)
     ):
-        raise ValueError(f"optimizer_settings of the checkpoint are invalid: {found!r:.200}")
-    return found
+        raise ValueError(f"optimizer_settings of the checkpoint are invalid: {saved!r:.200}")
+    return saved
 
 
 def _changes(before: Settings, now: Settings) -> list[str]:

@@ -74,11 +74,11 @@ def random_state() -> dict[str, Any]:
     state is None where another kind of generator was put into its place.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    found: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     numpy = None
-    if found["bit_generator"] == _MERSENNE_TWISTER:
-        key = torch.from_numpy(found["state"]["key"].astype(np.int64))
-        numpy = (key, found["state"]["pos"], found["has_gauss"], found["gauss"])
+    if numpy_state["bit_generator"] == _MERSENNE_TWISTER:
+        key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+        numpy = (key, numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"])
     return {
         "cpu": torch.get_rng_state(),
         "cuda": cuda,

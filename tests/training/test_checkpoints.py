@@ -125,7 +125,7 @@ def test_a_model_of_the_command_line_needs_nothing(make_one_model: MakeModel, sa
     [
         ({"vocab_size": 2**24}, "weights are fewer than those of vocab_size=16777216"),
         ({"d_model": 2**24}, "weights are fewer than those of vocab_size=97 and d_model=16777216"),
-        ({"n_layers": 1024}, "n_layers was 2, is 1024"),
+        ({"n_layers": 64}, "n_layers was 2, is 64"),
         ({"feed_forward": LARGE}, "d_expert was 24, is 16777216"),
     ],
 )

@@ -64,15 +64,16 @@ def make_data(folder: Path) -> TextDataModule:
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "validate_every"),
+    ("make_model", "hook", "step", "validate_every"),
     [
-        pytest.param("on_train_batch_end", 1, 3, id="inside an epoch"),
-        pytest.param("on_train_batch_end", 3, 3, id="before a validation"),
-        pytest.param("on_validation_end", 3, 3, id="after a validation"),
-        pytest.param("on_train_batch_end", 5, 3, id="last batch of an epoch"),
-        pytest.param("on_train_epoch_end", 5, 5, id="end of an epoch"),
-        pytest.param("on_train_batch_end", 7, 3, id="inside the next epoch"),
+        pytest.param("rotary", "on_train_batch_end", 1, 3, id="inside an epoch"),
+        pytest.param("learned", "on_train_batch_end", 3, 3, id="before a validation"),
+        pytest.param("rotary", "on_validation_end", 3, 3, id="after a validation"),
+        pytest.param("learned", "on_train_batch_end", 5, 3, id="last batch of an epoch"),
+        pytest.param("rotary", "on_train_epoch_end", 5, 5, id="end of an epoch"),
+        pytest.param("learned", "on_train_batch_end", 7, 3, id="inside the next epoch"),
     ],
+    indirect=["make_model"],
 )
 def test_resumed_anywhere_it_ends_bitwise_alike(
     make_model: MakeModel,
