@@ -19,7 +19,7 @@ RUN = [
     *sorted(DOCS.glob("tutorials/*.md")),
     *sorted(DOCS.glob("how-to/*.md")),
 ]
-SLOW = {"README", "index", "how_sparse", "train_by_yaml"}
+SLOW = {"README", "index", "how_sparse", "mi_weights", "resume", "train_by_yaml"}
 PAGES = sorted(DOCS.rglob("*.md"))
 Start = Callable[[list[str]], str]
 
