@@ -21,7 +21,7 @@ from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     pair_up,
 )
 from lightning_dsmoe.inference.engine.batched.masked_layers import add_wide_experts, add_wide_heads
-from lightning_dsmoe.inference.engine.weights.row_major import rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.routing import MixtureOutput
@@ -124,7 +124,7 @@ def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -
 
 def _weights_of_one(*weights: nn.Module) -> int:
     """The number of weights of one expert."""
-    return sum(rows_of(weight).weight.shape[1:].numel() for weight in weights)
+    return sum(as_row_major(weight).weight.shape[1:].numel() for weight in weights)
 
 
 def _gates(

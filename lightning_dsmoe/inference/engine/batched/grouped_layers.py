@@ -22,7 +22,7 @@ from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.batched.masked_layers import attend_groups
-from lightning_dsmoe.inference.engine.weights.row_major import rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 
 # In multiplications, fitted to times on two cores of an AMD EPYC in float32.
 _READING = 20
@@ -127,12 +127,12 @@ def pair_up(gates_XE: Tensor, active_XE: Tensor, counts: Sequence[int]) -> Pairs
 def add_grouped_experts(into_XD: Tensor, experts: Experts, x_XD: Tensor, pairs: Pairs) -> None:
     """Add the outputs of each token's experts under their gates, in place."""
     for group, x_GMD, gate_GM1 in _tokens_of_each(pairs, x_XD):
-        projected_GMR = torch.bmm(x_GMD, rows_of(experts.w_in).some(group.experts).mT)
+        projected_GMR = torch.bmm(x_GMD, as_row_major(experts.w_in).group(group.experts).mT)
         if experts.b_in is not None:
             projected_GMR += experts.b_in[group.experts][:, None]
         hidden_GMF = experts.hidden(projected_GMR)
         hidden_GMF *= gate_GM1.to(hidden_GMF.dtype)
-        out_GMD = torch.bmm(hidden_GMF, rows_of(experts.w_out).some(group.experts).mT)
+        out_GMD = torch.bmm(hidden_GMF, as_row_major(experts.w_out).group(group.experts).mT)
         _add(into_XD, pairs, group, out_GMD)
     if experts.b_out is not None:
         into_XD += experts.b_out
@@ -154,7 +154,7 @@ def add_grouped_heads(
     place_P = pairs.token_P * pairs.n_slots + pairs.slot_P
     q_ZR = x_XD.new_zeros(len(x_XD) * pairs.n_slots, n_rows)
     for group, x_GMD, _ in _tokens_of_each(pairs, x_XD):
-        q_GMR = torch.bmm(x_GMD, rows_of(heads.w_q).some(group.experts).mT)
+        q_GMR = torch.bmm(x_GMD, as_row_major(heads.w_q).group(group.experts).mT)
         if heads.b_q is not None:
             q_GMR += heads.b_q[group.experts][:, None]
         place_GM = place_P[group.pairs].view(q_GMR.shape[:2])
@@ -166,7 +166,12 @@ def add_grouped_heads(
         heads_MR = heads_ZR.index_select(0, place_P[group.pairs])
         heads_MR *= pairs.gate_P[group.pairs, None].to(heads_MR.dtype)
         heads_GMR = heads_MR.view(len(group.experts), -1, n_rows)
-        _add(into_XD, pairs, group, torch.bmm(heads_GMR, rows_of(heads.w_o).some(group.experts).mT))
+        _add(
+            into_XD,
+            pairs,
+            group,
+            torch.bmm(heads_GMR, as_row_major(heads.w_o).group(group.experts).mT),
+        )
     if heads.b_o is not None:
         into_XD += heads.b_o
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.weights.row_major import Rows, rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, as_row_major
 
 _FEW_TOKENS = 256
 _MANY_WEIGHTS = 2**19
@@ -26,11 +26,11 @@ def add_wide_experts(
     into_XD: Tensor, experts: Experts, x_XD: Tensor, gates_XE: Tensor | None
 ) -> None:
     """Add all experts' outputs under their gates, None for gates of 1, in place."""
-    rows_ERD = rows_of(experts.w_in).rows(slice(None))
+    rows_ERD = as_row_major(experts.w_in).rows(slice(None))
     b_in = None if experts.b_in is None else experts.b_in.flatten()
     projected_XR = _linear(x_XD, rows_ERD.flatten(0, 1), b_in)
     hidden_XEF = experts.hidden(projected_XR.unflatten(1, (experts.n_experts, -1)))
-    _add_wide_sum(into_XD, rows_of(experts.w_out), hidden_XEF, gates_XE, experts.b_out)
+    _add_wide_sum(into_XD, as_row_major(experts.w_out), hidden_XEF, gates_XE, experts.b_out)
 
 
 def add_wide_heads(
@@ -44,11 +44,13 @@ def add_wide_heads(
 ) -> None:
     """Add the attention of all groups of heads under their gates, in place."""
     b_q = None if heads.b_q is None else heads.b_q.flatten()
-    q_XR = _linear(x_BTD.flatten(0, 1), rows_of(heads.w_q).rows(slice(None)).flatten(0, 1), b_q)
+    q_XR = _linear(
+        x_BTD.flatten(0, 1), as_row_major(heads.w_q).rows(slice(None)).flatten(0, 1), b_q
+    )
     q_BTR = q_XR.unflatten(0, x_BTD.shape[:2])
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
-    _add_wide_sum(into_XD, rows_of(heads.w_o), heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
+    _add_wide_sum(into_XD, as_row_major(heads.w_o), heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
 
 
 def attend_groups(
@@ -94,7 +96,7 @@ def _linear(x_XI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def _add_wide_sum(
     into_XD: Tensor,
-    w_out: Rows,
+    w_out: RowMajorWeights,
     hidden_XEF: Tensor,
     gates_XE: Tensor | None,
     bias: Tensor | None,

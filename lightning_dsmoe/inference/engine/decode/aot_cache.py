@@ -29,11 +29,11 @@ OPTIONS = {
 
 
 class Part(NamedTuple):
-    """A module to compile, with example inputs; those in `growing` vary in their first size."""
+    """A module to compile, with example inputs; those in `dynamic` vary in their first size."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
-    growing: frozenset[int]
+    dynamic: frozenset[int]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -44,7 +44,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def export_part(part: Part) -> ExportedProgram:
     """Trace a part into a graph in which its weights are inputs."""
     size = Dim("size", min=2, max=2**30)
-    inputs_vary = tuple({0: size} if i in part.growing else None for i in range(len(part.inputs)))
+    inputs_vary = tuple({0: size} if i in part.dynamic else None for i in range(len(part.inputs)))
     weights = tensors_of(part.module)
     return torch.export.export(
         _WithWeights(part.module),
@@ -61,7 +61,7 @@ def kernel_path(program: ExportedProgram) -> Path:
         if isinstance(value, Tensor)
     ]
     constants = [(name, repr(value.tolist())) for name, value in program.constants.items()]
-    facts = (
+    fingerprint = (
         program.graph_module.code,
         [str(input) for input in inputs],
         constants,
@@ -71,7 +71,7 @@ def kernel_path(program: ExportedProgram) -> Path:
         _processor(),
         sorted({torch.cuda.get_device_name(value[3]) for value in inputs if "cuda" in value[3]}),
     )
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    digest = hashlib.sha256(repr(fingerprint).encode()).hexdigest()
     return kernel_folder() / f"{digest[:40]}.pt2"
 
 
@@ -81,7 +81,7 @@ def kernel_folder() -> Path:
     return Path(base) / "lightning_dsmoe" / "kernels"
 
 
-def own_folder(folder: Path) -> None:
+def ensure_private_folder(folder: Path) -> None:
     """Make a folder for kernels, which are code that runs, if it is not there.
 
     Raises:
@@ -96,7 +96,7 @@ def own_folder(folder: Path) -> None:
             f"kernels cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to another "
             "folder"
         ) from None
-    if not _is_ours_alone(folder.stat()):
+    if not _only_we_can_write(folder.stat()):
         raise PermissionError(
             f"{folder} is not yours alone to write to, so nothing in it is run: chmod go-w it, or "
             "set XDG_CACHE_HOME to a folder of your own"
@@ -131,7 +131,7 @@ def load_kernel(path: Path, device: torch.device) -> Kernel:
         ValueError: if the file is damaged.
     """
     with path.open("rb") as file:
-        if not _is_ours_alone(os.fstat(file.fileno())):
+        if not _only_we_can_write(os.fstat(file.fileno())):
             raise PermissionError(f"{path} is not yours alone to write to")
         # PyTorch does not look at the check sums, and damaged code may crash when it is run.
         if ZipFile(file).testzip() is not None:
@@ -142,7 +142,7 @@ def load_kernel(path: Path, device: torch.device) -> Kernel:
     return kernel
 
 
-def _is_ours_alone(status: os.stat_result) -> bool:
+def _only_we_can_write(status: os.stat_result) -> bool:
     """Whether nobody else can write to a file; Windows does not tell."""
     if not hasattr(os, "getuid"):
         return True

@@ -21,11 +21,11 @@ from lightning_dsmoe.inference.engine.decode.aot_cache import (
     Kernel,
     Part,
     compile_kernel,
+    ensure_private_folder,
     export_part,
     kernel_folder,
     kernel_path,
     load_kernel,
-    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
@@ -131,7 +131,7 @@ def _kernels(
     parts: dict[object, Part], n_sequences: int, device: torch.device
 ) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
-    own_folder(kernel_folder())
+    ensure_private_folder(kernel_folder())
     programs = {name: export_part(part) for name, part in parts.items()}
     paths = {name: kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}

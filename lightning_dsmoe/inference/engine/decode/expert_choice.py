@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.inference.engine.weights.matvec import kept
+from lightning_dsmoe.inference.engine.weights.matvec import materialize
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, TopK
 from lightning_dsmoe.routing.removed import remaining_mask, remaining_probs, select
 from lightning_dsmoe.routing.selection import rank
 
-_FEWEST_SLOTS = 2  # sizes known only at run time may not be 1 in a compiled graph
+_MIN_DYNAMIC_SIZE = 2  # sizes known only at run time may not be 1 in a compiled graph
 
 
-class Choice(NamedTuple):
+class ChosenExperts(NamedTuple):
     """Experts to run, and their gates.
 
     Shape:
@@ -29,7 +29,9 @@ class Choice(NamedTuple):
     gates_KT: Tensor
 
 
-def choose(selection: Selection, routing: Routing, remaining: Tensor | None = None) -> Choice:
+def choose_experts(
+    selection: Selection, routing: Routing, remaining: Tensor | None = None
+) -> ChosenExperts:
     """Apply a selection to the routing of a few tokens.
 
     The number of chosen experts is a constant for one token and `TopK`; otherwise it depends on
@@ -41,33 +43,35 @@ def choose(selection: Selection, routing: Routing, remaining: Tensor | None = No
         remaining: the experts that were not removed, among which all are numbered; None for all.
     """
     if isinstance(selection, AllExperts):
-        return Choice(None, select(selection, routing, remaining).weight.T)
+        return ChosenExperts(None, select(selection, routing, remaining).weight.T)
     probs_TN = remaining_probs(selection, routing, remaining)
     n_tokens, n_experts = probs_TN.shape
     if type(selection) is TopK and n_tokens == 1:
         logits_TN = routing.logits if remaining is None else routing.logits[:, remaining]
-        return _best(selection, Routing(logits_TN, probs_TN))
-    active_TN = kept(remaining_mask(selection, routing, remaining))
-    gates_TN = kept(selection.weigh(probs_TN, active_TN))
+        return _choose_top_k(selection, Routing(logits_TN, probs_TN))
+    active_TN = materialize(remaining_mask(selection, routing, remaining))
+    gates_TN = materialize(selection.weigh(probs_TN, active_TN))
     any_N = active_TN.any(0)
     count = any_N.sum()
-    n_slots = count.clamp_min(_FEWEST_SLOTS).item()
-    torch._check(n_slots >= _FEWEST_SLOTS)
-    torch._check(n_slots <= max(n_experts, _FEWEST_SLOTS))
+    n_chosen = count.clamp_min(_MIN_DYNAMIC_SIZE).item()
+    torch._check(n_chosen >= _MIN_DYNAMIC_SIZE)
+    torch._check(n_chosen <= max(n_experts, _MIN_DYNAMIC_SIZE))
     places = torch.arange(n_experts, device=probs_TN.device)
-    before_N = kept((any_N & (places < places[:, None])).sum(-1))
-    slots_K = torch.arange(n_slots, device=probs_TN.device)
+    before_N = materialize((any_N & (places < places[:, None])).sum(-1))
+    slots_K = torch.arange(n_chosen, device=probs_TN.device)
     at_KN = (before_N == slots_K.minimum(count - 1)[:, None]) & any_N
-    experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
-    return Choice(experts_K, kept(gates_TN.T[experts_K] * (slots_K < count)[:, None]))
+    experts_K = materialize(torch.where(at_KN, places, 0).sum(-1))
+    return ChosenExperts(experts_K, materialize(gates_TN.T[experts_K] * (slots_K < count)[:, None]))
 
 
-def _best(selection: TopK, routing: Routing) -> Choice:
+def _choose_top_k(selection: TopK, routing: Routing) -> ChosenExperts:
     """The most probable experts of one token, ranked by their logits, which takes fewer steps."""
-    ranks_N = kept(rank(routing.logits)[0])
+    ranks_N = materialize(rank(routing.logits)[0])
     slots_K = torch.arange(selection.k, device=ranks_N.device)
     at_KN = ranks_N == slots_K[:, None]
     places = torch.arange(len(ranks_N), device=ranks_N.device)
-    experts_K = kept(torch.where(at_KN, places, 0).sum(-1))
-    gates_K1 = kept(torch.where(at_KN, routing.probs, 0.0).sum(-1, keepdim=True))
-    return Choice(experts_K, gates_K1 / gates_K1.sum() if selection.renormalize else gates_K1)
+    experts_K = materialize(torch.where(at_KN, places, 0).sum(-1))
+    gates_K1 = materialize(torch.where(at_KN, routing.probs, 0.0).sum(-1, keepdim=True))
+    return ChosenExperts(
+        experts_K, gates_K1 / gates_K1.sum() if selection.renormalize else gates_K1
+    )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import Rotation, rotate
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.decode.expert_choice import Choice
-from lightning_dsmoe.inference.engine.weights.matvec import kept, spelled_out
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
-from lightning_dsmoe.inference.engine.weights.tiled import Tiles
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts
+from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
+from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
 
 
 class LayerSlots(NamedTuple):
@@ -34,18 +34,18 @@ class LayerSlots(NamedTuple):
     at_1: Tensor
 
 
-def gather_experts(experts: Experts, x_TD: Tensor, choice: Choice) -> Tensor:
+def gather_experts(experts: Experts, x_TD: Tensor, choice: ChosenExperts) -> Tensor:
     """Sum of the chosen experts' outputs under their gates: `[T, D]`."""
-    projected_KTR = _packed(experts.w_in).products(x_TD, choice.experts_K)
+    projected_KTR = _packed(experts.w_in).project(x_TD, choice.experts_K)
     if experts.b_in is not None:
         projected_KTR = projected_KTR + _of(experts.b_in, choice.experts_K)[:, None]
-    hidden_KTF = experts.hidden(kept(projected_KTR)) * choice.gates_KT[..., None]
-    y_TD = _packed(experts.w_out).summed_products(hidden_KTF, choice.experts_K)
+    hidden_KTF = experts.hidden(materialize(projected_KTR)) * choice.gates_KT[..., None]
+    y_TD = _packed(experts.w_out).project_and_sum(hidden_KTF, choice.experts_K)
     return y_TD if experts.b_out is None else y_TD + experts.b_out
 
 
 def gather_heads(
-    heads: HeadGroups, x_TD: Tensor, choice: Choice, by: Rotation | None, slots: LayerSlots
+    heads: HeadGroups, x_TD: Tensor, choice: ChosenExperts, by: Rotation | None, slots: LayerSlots
 ) -> Tensor:
     """Attention with the chosen groups of heads: `[T, D]`.
 
@@ -56,9 +56,9 @@ def gather_heads(
         by: rotation of queries and keys, `[T, 1, C]`; None for none.
         slots: what the tokens attend to, to which their own keys and values are written.
     """
-    kv_T2HC = spelled_out(heads.kv, x_TD).unflatten(-1, (2, heads.n_heads, heads.d_head))
+    kv_T2HC = with_matvec_linears(heads.kv, x_TD).unflatten(-1, (2, heads.n_heads, heads.d_head))
     keys_THC = heads.k_norm(kv_T2HC[:, 0])
-    q_KTR = _packed(heads.w_q).products(x_TD, choice.experts_K)
+    q_KTR = _packed(heads.w_q).project(x_TD, choice.experts_K)
     if heads.b_q is not None:
         q_KTR = q_KTR + _of(heads.b_q, choice.experts_K)[:, None]
     q_KTHC = heads.q_norm(q_KTR.unflatten(-1, (heads.n_heads, heads.d_head)))
@@ -66,9 +66,9 @@ def gather_heads(
         keys_THC, q_KTHC = rotate(keys_THC, by), rotate(q_KTHC, by)
     slots.keys_STHC.index_copy_(0, slots.at_1, keys_THC[None].to(slots.keys_STHC.dtype))
     slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1].to(slots.values_STHC.dtype))
-    heads_KTHC = _attend(kept(q_KTHC), slots)
+    heads_KTHC = _attend(materialize(q_KTHC), slots)
     gated_KTR = (heads_KTHC * choice.gates_KT[..., None, None]).flatten(-2)
-    y_TD = _packed(heads.w_o).summed_products(gated_KTR, choice.experts_K)
+    y_TD = _packed(heads.w_o).project_and_sum(gated_KTR, choice.experts_K)
     return y_TD if heads.b_o is None else y_TD + heads.b_o
 
 
@@ -76,16 +76,18 @@ def _attend(q_KTHC: Tensor, slots: LayerSlots) -> Tensor:
     """Softmax attention to all tokens seen."""
     keys_THSC = slots.keys_STHC.permute(1, 2, 0, 3)
     values_THSC = slots.values_STHC.permute(1, 2, 0, 3)
-    products_KTHS = kept((q_KTHC[..., None, :] * keys_THSC).sum(-1))
+    products_KTHS = materialize((q_KTHC[..., None, :] * keys_THSC).sum(-1))
     scores_KTHS = products_KTHS * q_KTHC.shape[-1] ** -0.5
     scores_KTHS = scores_KTHS.masked_fill(~slots.seen_ST.T[:, None], -torch.inf)
-    weights_KTHS = kept((scores_KTHS - kept(scores_KTHS.amax(-1, keepdim=True))).exp())
-    total_KTH = kept(weights_KTHS.sum(-1))
+    weights_KTHS = materialize(
+        (scores_KTHS - materialize(scores_KTHS.amax(-1, keepdim=True))).exp()
+    )
+    total_KTH = materialize(weights_KTHS.sum(-1))
     return (weights_KTHS[..., None] * values_THSC).sum(-2) / total_KTH[..., None]
 
 
-def _packed(weight: nn.Module) -> Rows | Tiles:
-    assert isinstance(weight, Rows | Tiles)
+def _packed(weight: nn.Module) -> RowMajorWeights | TiledWeights:
+    assert isinstance(weight, RowMajorWeights | TiledWeights)
     return weight
 
 

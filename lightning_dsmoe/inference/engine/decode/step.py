@@ -13,14 +13,14 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.attention.rotary import Rotation, rotation
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
-from lightning_dsmoe.inference.engine.decode.expert_choice import Choice, choose
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts, choose_experts
 from lightning_dsmoe.inference.engine.decode.gathered_layers import (
     LayerSlots,
     gather_experts,
     gather_heads,
 )
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
-from lightning_dsmoe.inference.engine.weights.matvec import kept, spelled_out
+from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
 from lightning_dsmoe.routing import AllExperts, Selection
 
 _ATTENTION = (GroupedQueryAttention, MixtureOfAttentionHeads)
@@ -43,7 +43,7 @@ class EmbedStep(nn.Module):
 
     def forward(self, tokens_T: Tensor, seen_ST: Tensor) -> tuple[Tensor, ...]:
         """The tokens `[T, D]`, and with rotary positions a `Rotation` of `[T, 1, C]`."""
-        positions_T = kept(seen_ST.sum(0) - 1)
+        positions_T = materialize(seen_ST.sum(0) - 1)
         x_TD = self.embedding(tokens_T)
         if self.positions is not None:
             x_TD = x_TD + self.positions(positions_T)
@@ -85,13 +85,13 @@ class BlockStep(nn.Module):
         """Transform tokens `[T, D]`, whose keys and values are written to a cache."""
         slots = LayerSlots(keys_STHC, values_STHC, seen_ST, at_1)
         attention = cast(MixtureOfAttentionHeads, self.block.attention)
-        normed_TD = kept(self.block.attention_norm(x_TD))
+        normed_TD = materialize(self.block.attention_norm(x_TD))
         choice = _choice(attention, self.attention, normed_TD)
         rotation_by = Rotation(*by) if by else None
         attended_TD = gather_heads(attention.heads, normed_TD, choice, rotation_by, slots)
-        x_TD = kept(x_TD + attended_TD.to(x_TD.dtype))
-        fed_TD = self._feed_forward(kept(self.block.feed_forward_norm(x_TD)))
-        return kept(x_TD + fed_TD.to(x_TD.dtype))
+        x_TD = materialize(x_TD + attended_TD.to(x_TD.dtype))
+        fed_TD = self._feed_forward(materialize(self.block.feed_forward_norm(x_TD)))
+        return materialize(x_TD + fed_TD.to(x_TD.dtype))
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         layer = cast(MixtureOfExperts, self.block.feed_forward)
@@ -116,16 +116,16 @@ class PredictStep(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Logits `[T, V]`."""
-        normed_TD = kept(self.norm(x_TD))
+        normed_TD = materialize(self.norm(x_TD))
         if isinstance(self.head, Int8Head):
-            return self.head.few(normed_TD)
-        logits_TV: Tensor = spelled_out(self.head, normed_TD)
+            return self.head.matvec(normed_TD)
+        logits_TV: Tensor = with_matvec_linears(self.head, normed_TD)
         return logits_TV
 
 
-def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> Choice:
+def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> ChosenExperts:
     if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
-        chosen = choose(selection, spelled_out(layer.router, x_TD), layer.remaining)
-        return Choice(chosen.experts_K, chosen.gates_KT * layer.gate_factor)
+        chosen = choose_experts(selection, with_matvec_linears(layer.router, x_TD), layer.remaining)
+        return ChosenExperts(chosen.experts_K, chosen.gates_KT * layer.gate_factor)
     n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
-    return Choice(None, torch.ones(n_groups, x_TD.shape[0], device=x_TD.device))
+    return ChosenExperts(None, torch.ones(n_groups, x_TD.shape[0], device=x_TD.device))

@@ -6,7 +6,7 @@ Shapes: D width, V vocabulary; leading dimensions are free.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows
+from lightning_dsmoe.inference.engine.weights.row_major import Int8RowMajorWeights
 
 
 class Int8Head(nn.Module):
@@ -16,7 +16,7 @@ class Int8Head(nn.Module):
         rows: the rows, as those of a single expert: `[1, V, D]`.
     """
 
-    def __init__(self, rows: Int8Rows) -> None:
+    def __init__(self, rows: Int8RowMajorWeights) -> None:
         super().__init__()
         self.rows = rows
 
@@ -24,6 +24,6 @@ class Int8Head(nn.Module):
         """Logits `[..., V]` of tokens `[..., D]`."""
         return F.linear(x, self.rows.rows(0))
 
-    def few(self, x_TD: Tensor) -> Tensor:
+    def matvec(self, x_TD: Tensor) -> Tensor:
         """Logits `[T, V]` of few tokens, reading the codes once."""
-        return self.rows.products(x_TD, None)[0].to(x_TD.dtype)
+        return self.rows.project(x_TD, None)[0].to(x_TD.dtype)

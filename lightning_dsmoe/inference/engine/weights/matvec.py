@@ -19,24 +19,24 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.precision import at_least_float32
 
-_SIDE_BY_SIDE = 4
-_MANY_ROWS = 16
+_UNROLL = 4
+_MIN_ROWS_TO_UNROLL = 16
 
 
-def kept(x: Tensor) -> Tensor:
+def materialize(x: Tensor) -> Tensor:
     """The same values, held in memory instead of being computed again where they are used."""
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def side_by_side(n_rows: int, n_tokens: int) -> int:
+def unroll_factor(n_rows: int, n_tokens: int) -> int:
     """How many of a matrix's rows to sum at once: few if they meet many tokens or are few."""
-    if n_rows < _MANY_ROWS:
+    if n_rows < _MIN_ROWS_TO_UNROLL:
         return 1
-    return math.gcd(n_rows, max(1, _SIDE_BY_SIDE // n_tokens))
+    return math.gcd(n_rows, max(1, _UNROLL // n_tokens))
 
 
-def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
+def row_dot_products(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
     """Sums of products of rows and a vector of every token.
 
     Args:
@@ -48,7 +48,7 @@ def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
         time: the compiler lays nothing out along such a size.
     """
     parts = list(rows)
-    return kept(
+    return materialize(
         torch.stack(
             [torch.stack([(x * part.to(x.dtype)).sum(-1) for part in parts], -1) for x in vectors],
             -2,
@@ -56,20 +56,20 @@ def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
     )
 
 
-def rows_times(x_TC: Tensor, rows_RC: Tensor) -> Tensor:
+def matvec(x_TC: Tensor, rows_RC: Tensor) -> Tensor:
     """Product of a matrix and a vector of every token, `[T, R]`, reading the matrix once."""
-    rows_JrC = rows_RC.unflatten(0, (side_by_side(len(rows_RC), len(x_TC)), -1))
-    sums_rTJ = row_sums(kept(at_least_float32(x_TC)), rows_JrC)
+    rows_JrC = rows_RC.unflatten(0, (unroll_factor(len(rows_RC), len(x_TC)), -1))
+    sums_rTJ = row_dot_products(materialize(at_least_float32(x_TC)), rows_JrC)
     return sums_rTJ.permute(1, 2, 0).flatten(1)
 
 
-def spelled_out(module: nn.Module, x: Tensor) -> Any:
+def with_matvec_linears(module: nn.Module, x: Tensor) -> Any:
     """Call a module on few tokens, with every linear layer as a sum over a broadcast product."""
-    with _SpelledOut():
+    with _MatvecLinears():
         return module(x)
 
 
-class _SpelledOut(TorchFunctionMode):
+class _MatvecLinears(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -83,5 +83,5 @@ class _SpelledOut(TorchFunctionMode):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = rows_times(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
-    return kept(y if bias is None else y + bias)
+    y = matvec(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
+    return materialize(y if bias is None else y + bias)

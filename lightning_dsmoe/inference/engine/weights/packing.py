@@ -13,18 +13,18 @@ from lightning_dsmoe.decoder import Decoder, TokenHead
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
 from lightning_dsmoe.inference.engine.weights.row_major import (
-    Int8Rows,
-    Rows,
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    as_row_major,
     quantize_int8,
-    rows_of,
 )
-from lightning_dsmoe.inference.engine.weights.tiled import Tiles
+from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
 from lightning_dsmoe.stacked import StackedWeight
 
 _SHORT_ROWS = 48  # whose sums one by one take longer than reading them
 
 Quantization = Literal["int8"]
-Quantizer = Callable[[Rows], Int8Rows]
+Quantizer = Callable[[RowMajorWeights], Int8RowMajorWeights]
 
 
 def pack(
@@ -46,10 +46,10 @@ def pack(
 
 def is_packed(decoder: Decoder) -> bool:
     """Whether `pack` has been here."""
-    return any(isinstance(module, Rows | Int8Head) for module in decoder.modules())
+    return any(isinstance(module, RowMajorWeights | Int8Head) for module in decoder.modules())
 
 
-def expect_packed(
+def pack_empty(
     decoder: Decoder,
     *,
     dtype: torch.dtype,
@@ -65,16 +65,16 @@ def expect_packed(
         quantize_head: as in `pack`.
     """
 
-    def empty(rows: Rows) -> Int8Rows:
+    def empty(rows: RowMajorWeights) -> Int8RowMajorWeights:
         shape, device = rows.weight.shape, rows.weight.device
         codes = torch.empty(shape, dtype=torch.int8, device=device)
         scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
-        return Int8Rows(codes, scales, transposed=rows.transposed, dtype=dtype)
+        return Int8RowMajorWeights(codes, scales, transposed=rows.transposed, dtype=dtype)
 
     _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
 
 
-def tiled(decoder: Decoder, n_tokens: int) -> Decoder:
+def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
     """A packed decoder with a copy of expert weights in tiles; all else is shared.
 
     For one token only weights in 8 bits and very short rows are better off in tiles.
@@ -85,10 +85,10 @@ def tiled(decoder: Decoder, n_tokens: int) -> Decoder:
     """
 
     def better(module: nn.Module) -> bool:
-        if not isinstance(module, Rows):
+        if not isinstance(module, RowMajorWeights):
             return False
         short = module.weight.shape[-1] <= _SHORT_ROWS
-        return n_tokens > 1 or short or isinstance(module, Int8Rows)
+        return n_tokens > 1 or short or isinstance(module, Int8RowMajorWeights)
 
     layers = [m for m in decoder.modules() if isinstance(m, Experts | HeadGroups)]
     if not any(better(child) for layer in layers for child in layer.children()):
@@ -98,7 +98,7 @@ def tiled(decoder: Decoder, n_tokens: int) -> Decoder:
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
             if better(child) and isinstance(module, Experts | HeadGroups):
-                setattr(module, name, Tiles.of(rows_of(child)))
+                setattr(module, name, TiledWeights.of(as_row_major(child)))
     return copied
 
 
@@ -107,7 +107,7 @@ def quantized_bytes(decoder: Decoder) -> dict[str, int]:
     return {
         name: module.weight.nbytes + module.scales.nbytes
         for name, module in decoder.named_modules()
-        if isinstance(module, Int8Rows)
+        if isinstance(module, Int8RowMajorWeights)
     }
 
 
@@ -128,10 +128,10 @@ def _pack(
 ) -> None:
     for owner, name, weight, transposed, routed in list(_stacked_weights(decoder)):
         matrices = weight.weight.detach()
-        rows = Rows(matrices.mT if transposed else matrices, transposed=transposed)
+        rows = RowMajorWeights(matrices.mT if transposed else matrices, transposed=transposed)
         setattr(owner, name, quantizer(rows) if routed and quantization == "int8" else rows)
     if quantize_head:
-        rows = Rows(decoder.head.weight.detach()[None], transposed=False)
+        rows = RowMajorWeights(decoder.head.weight.detach()[None], transposed=False)
         decoder.head = cast(TokenHead, Int8Head(quantizer(rows)))
         decoder.tie_embeddings = False
 

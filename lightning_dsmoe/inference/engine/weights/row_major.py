@@ -11,14 +11,18 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights.matvec import kept, row_sums, side_by_side
+from lightning_dsmoe.inference.engine.weights.matvec import (
+    materialize,
+    row_dot_products,
+    unroll_factor,
+)
 from lightning_dsmoe.precision import at_least_float32
 
 
-class Rows(nn.Module):
+class RowMajorWeights(nn.Module):
     """One matrix per expert whose rows are contiguous and are summed over when decoding.
 
-    The products suit one token; `Tiles` has the same for more.
+    The products suit one token; `TiledWeights` has the same for more.
 
     Args:
         weight: `[E, R, C]`.
@@ -36,7 +40,7 @@ class Rows(nn.Module):
         """Rows `[..., R, C]` of one or more experts as floating point."""
         return self.weight[experts]
 
-    def some(self, experts: Sequence[int]) -> Tensor:
+    def group(self, experts: Sequence[int]) -> Tensor:
         """Rows `[G, R, C]` of one or two experts, in ascending order; a view if in one piece."""
         first, *others = experts
         step = others[0] - first if others else 1
@@ -54,7 +58,7 @@ class Rows(nn.Module):
         rows = self.rows(experts)
         return rows.mT if self.transposed else rows
 
-    def products(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
+    def project(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the chosen experts' rows with a vector that they share.
 
         Args:
@@ -64,12 +68,14 @@ class Rows(nn.Module):
         Returns:
             `[K, T, R]` in at least float32.
         """
-        rows_JKrC = self._beside(len(x_TC), experts_K)
-        sums_ZTJ = row_sums(kept(at_least_float32(x_TC)), [r.flatten(0, 1) for r in rows_JKrC])
+        rows_JKrC = self._unrolled_rows(len(x_TC), experts_K)
+        sums_ZTJ = row_dot_products(
+            materialize(at_least_float32(x_TC)), [r.flatten(0, 1) for r in rows_JKrC]
+        )
         sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
-        return self._scaled(sums_KrTJ, experts_K).permute(0, 2, 3, 1).flatten(2)
+        return self._rescale(sums_KrTJ, experts_K).permute(0, 2, 3, 1).flatten(2)
 
-    def summed_products(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
+    def project_and_sum(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the chosen experts' rows with a vector of each, summed over experts.
 
         Args:
@@ -80,21 +86,21 @@ class Rows(nn.Module):
             `[T, R]` in at least float32.
         """
         n_tokens = x_KTC.shape[1]
-        rows_JKrC = self._beside(n_tokens, experts_K)
+        rows_JKrC = self._unrolled_rows(n_tokens, experts_K)
         n_rows = rows_JKrC[0].shape[1]
-        x_KTC = kept(at_least_float32(x_KTC))
+        x_KTC = materialize(at_least_float32(x_KTC))
         x_TZC = [x_KTC[:, t, None].expand(-1, n_rows, -1).flatten(0, 1) for t in range(n_tokens)]
-        sums_ZTJ = row_sums(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
+        sums_ZTJ = row_dot_products(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
         sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
-        return self._scaled(sums_KrTJ, experts_K).sum(0).permute(1, 2, 0).flatten(1)
+        return self._rescale(sums_KrTJ, experts_K).sum(0).permute(1, 2, 0).flatten(1)
 
-    def _beside(self, n_tokens: int, experts_K: Tensor | None) -> list[Tensor]:
+    def _unrolled_rows(self, n_tokens: int, experts_K: Tensor | None) -> list[Tensor]:
         """The chosen experts' rows `[K, r, C]`, in as many parts as are summed side by side."""
-        beside = side_by_side(self.weight.shape[1], n_tokens)
-        rows_KJrC = _chosen(self.weight.unflatten(1, (beside, -1)), experts_K)
-        return [rows_KJrC[:, j] for j in range(beside)]
+        unroll = unroll_factor(self.weight.shape[1], n_tokens)
+        rows_KJrC = _chosen(self.weight.unflatten(1, (unroll, -1)), experts_K)
+        return [rows_KJrC[:, j] for j in range(unroll)]
 
-    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
+    def _rescale(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
         del experts_K
         return sums_KrTJ
 
@@ -103,7 +109,7 @@ class Rows(nn.Module):
         return f"shape={tuple(self.weight.shape)}, transposed={self.transposed}"
 
 
-class Int8Rows(Rows):
+class Int8RowMajorWeights(RowMajorWeights):
     """Rows as int8 codes with one float32 scale each, W = codes * scales / 127.
 
     The codes and scales are those of bitsandbytes' vector-wise quantisation of the rows; the scale
@@ -132,7 +138,7 @@ class Int8Rows(Rows):
         scales = (self.scales[experts] / 127).to(exact)
         return (self.weight[experts].to(exact) * scales[..., None]).to(self.dtype)
 
-    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
+    def _rescale(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
         scales_KJr: Tensor = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))
         return sums_KrTJ * (scales_KJr / 127).mT[:, :, None]
 
@@ -145,13 +151,13 @@ class Int8Rows(Rows):
         return self
 
 
-def rows_of(weight: nn.Module) -> Rows:
+def as_row_major(weight: nn.Module) -> RowMajorWeights:
     """A weight of a packed decoder, which has rows."""
-    assert isinstance(weight, Rows)
+    assert isinstance(weight, RowMajorWeights)
     return weight
 
 
-def quantize_int8(rows: Rows) -> Int8Rows:
+def quantize_int8(rows: RowMajorWeights) -> Int8RowMajorWeights:
     """Quantise rows with bitsandbytes, on the CPU.
 
     Raises:
@@ -165,7 +171,7 @@ def quantize_int8(rows: Rows) -> Int8Rows:
         raise ImportError("8-bit weights need bitsandbytes: pip install bitsandbytes") from error
     weight = rows.weight
     codes, scales, _ = int8_vectorwise_quant(weight.flatten(0, 1).cpu().float())
-    return Int8Rows(
+    return Int8RowMajorWeights(
         codes.view(weight.shape).to(weight.device),
         scales.view(weight.shape[:-1]).to(weight.device),
         transposed=rows.transposed,

@@ -13,16 +13,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights.matvec import kept
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
+from lightning_dsmoe.inference.engine.weights.matvec import materialize
+from lightning_dsmoe.inference.engine.weights.row_major import Int8RowMajorWeights, RowMajorWeights
 from lightning_dsmoe.precision import at_least_float32
 
 _TILE_ROWS = 16
 _FEW_TOKENS = 8
 
 
-class Tiles(nn.Module):
-    """The matrices of `Rows` in tiles, with the same products.
+class TiledWeights(nn.Module):
+    """The matrices of `RowMajorWeights` in tiles, with the same products.
 
     Args:
         weight: floating point or int8 codes, `[E, N, C, t]`.
@@ -39,25 +39,25 @@ class Tiles(nn.Module):
         self.register_buffer("scales", scales)
 
     @classmethod
-    def of(cls, rows: Rows) -> Self:
+    def of(cls, rows: RowMajorWeights) -> Self:
         """A copy of rows in tiles."""
         height = math.gcd(rows.weight.shape[1], _TILE_ROWS)
         weight = rows.weight.unflatten(1, (-1, height)).mT.contiguous()
-        if not isinstance(rows, Int8Rows):
+        if not isinstance(rows, Int8RowMajorWeights):
             return cls(weight, None)
         return cls(weight, (rows.scales / 127).unflatten(1, (-1, height)))
 
-    def products(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
+    def project(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the chosen experts' rows with a vector that they share, `[K, T, R]`.
 
         Args:
             x_TC: a vector for each token.
             experts_K: numbers of the chosen experts; None for all of them.
         """
-        x_TC = kept(at_least_float32(x_TC))
+        x_TC = materialize(at_least_float32(x_TC))
         tiles_KNCt, scales_KNt = self._chosen(experts_K)
         tiles_ZCt = tiles_KNCt.flatten(0, 1)
-        sums_ZTt = kept(
+        sums_ZTt = materialize(
             torch.stack([(x_C[:, None] * tiles_ZCt.to(x_C.dtype)).sum(1) for x_C in x_TC], 1)
         )
         sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
@@ -65,14 +65,14 @@ class Tiles(nn.Module):
             sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
         return sums_KNTt.transpose(1, 2).flatten(2)
 
-    def summed_products(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
+    def project_and_sum(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the chosen experts' rows with a vector of each, summed: `[T, R]`.
 
         Args:
             x_KTC: a vector for each chosen expert and token.
             experts_K: numbers of the chosen experts; None for all of them.
         """
-        x_KTC = kept(at_least_float32(x_KTC))
+        x_KTC = materialize(at_least_float32(x_KTC))
         if x_KTC.shape[1] <= _FEW_TOKENS:
             sums_NTt = self._summed_expert_by_expert(x_KTC, experts_K)
         else:
@@ -87,7 +87,9 @@ class Tiles(nn.Module):
         x_TZC = [
             x_KTC[:, t, None].expand(-1, n_tiles, -1).flatten(0, 1) for t in range(x_KTC.shape[1])
         ]
-        sums_ZTt = kept(torch.stack([(x_ZC[..., None] * tiles_ZCt).sum(1) for x_ZC in x_TZC], 1))
+        sums_ZTt = materialize(
+            torch.stack([(x_ZC[..., None] * tiles_ZCt).sum(1) for x_ZC in x_TZC], 1)
+        )
         sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
         if scales_KNt is not None:
             sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
@@ -98,7 +100,7 @@ class Tiles(nn.Module):
         tiles_KNCt = tiles_KNCt.to(x_KTC.dtype)
         if scales_KNt is not None:
             tiles_KNCt = tiles_KNCt * scales_KNt[:, :, None]
-        return kept(
+        return materialize(
             torch.stack(
                 [
                     (x_KTC[:, t, None, :, None] * tiles_KNCt).sum((0, 2))

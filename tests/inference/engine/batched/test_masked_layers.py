@@ -14,7 +14,7 @@ from lightning_dsmoe.inference.engine.batched.masked_layers import (
     add_wide_heads,
     attend_groups,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 
 from ..conftest import assert_near
 from .loops import (
@@ -78,7 +78,7 @@ def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch)
     sums = []
     for kept in (range(5), [0, 2, 3]):
         sums.append(torch.zeros(9, 24))
-        rows = Rows(weight[list(kept)], transposed=True)
+        rows = RowMajorWeights(weight[list(kept)], transposed=True)
         wide._add_wide_sum(sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None)
     assert torch.equal(*sums)
 

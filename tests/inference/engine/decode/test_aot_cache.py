@@ -23,10 +23,10 @@ from lightning_dsmoe.inference.engine.decode import compiled_step as compiled
 from lightning_dsmoe.inference.engine.decode.aot_cache import (
     Part,
     compile_kernel,
+    ensure_private_folder,
     export_part,
     kernel_path,
     load_kernel,
-    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.decode.compiled_step import CompiledStep
@@ -199,7 +199,7 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
     before = os.umask(0o002)
     try:
-        own_folder(path.parent)
+        ensure_private_folder(path.parent)
         compile_kernel("a graph", path)  # type: ignore[arg-type]
     finally:
         os.umask(before)
@@ -213,27 +213,27 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_folders_that_others_can_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "kernels"
     folder.mkdir()
-    own_folder(folder)
+    ensure_private_folder(folder)
     for mode in (0o770, 0o707):
         folder.chmod(mode)
         with pytest.raises(PermissionError, match=r"kernels is not yours alone .* chmod go-w it"):
-            own_folder(folder)
+            ensure_private_folder(folder)
     folder.chmod(0o700)
     (tmp_path / "link").symlink_to(folder)
-    own_folder(tmp_path / "link")
+    ensure_private_folder(tmp_path / "link")
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     for place in (folder, tmp_path / "link"):
         with pytest.raises(PermissionError, match=r"not yours alone .* set XDG_CACHE_HOME to"):
-            own_folder(place)
+            ensure_private_folder(place)
     monkeypatch.delattr(os, "getuid")  # as on Windows
-    own_folder(folder)
+    ensure_private_folder(folder)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "kernels"):
         with pytest.raises(PermissionError, match=r"cannot be kept in .*: set XDG_CACHE_HOME to"):
-            own_folder(folder)
+            ensure_private_folder(folder)
 
 
 def test_code_that_others_may_have_written_is_not_run(

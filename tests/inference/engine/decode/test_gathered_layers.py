@@ -11,13 +11,13 @@ from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import rotate, rotation
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory
-from lightning_dsmoe.inference.engine.decode.expert_choice import Choice
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts
 from lightning_dsmoe.inference.engine.decode.gathered_layers import (
     LayerSlots,
     gather_experts,
     gather_heads,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 
 from ..conftest import assert_near
 
@@ -30,10 +30,10 @@ def drawn(module: nn.Module) -> None:
             parameter.normal_(std=0.5)
 
 
-def choice_of(chosen: list[int] | None, n_tokens: int) -> Choice:
+def choice_of(chosen: list[int] | None, n_tokens: int) -> ChosenExperts:
     gates = torch.rand(5 if chosen is None else len(chosen), n_tokens)
     gates[0, -1] = 0
-    return Choice(None if chosen is None else torch.tensor(chosen), gates)
+    return ChosenExperts(None if chosen is None else torch.tensor(chosen), gates)
 
 
 def one_expert(experts: Experts, e: int, x_D: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def test_experts(
     )
     if experts.b_out is not None:
         expected += experts.b_out.double()
-    experts.w_in = Rows(experts.w_in.weight, transposed=False)
-    experts.w_out = Rows(experts.w_out.weight.mT, transposed=True)
+    experts.w_in = RowMajorWeights(experts.w_in.weight, transposed=False)
+    experts.w_out = RowMajorWeights(experts.w_out.weight.mT, transposed=True)
     assert_near(gather_experts(experts, x_TD, choice), expected.float(), 1e-6)
 
 
@@ -123,8 +123,8 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
             expected[t] += heads.b_o.double()
 
     keys[~seen_ST] = 1e30  # would be noticed, if anyone looked
-    heads.w_q = Rows(heads.w_q.weight, transposed=False)
-    heads.w_o = Rows(heads.w_o.weight.mT, transposed=True)
+    heads.w_q = RowMajorWeights(heads.w_q.weight, transposed=False)
+    heads.w_o = RowMajorWeights(heads.w_o.weight.mT, transposed=True)
     slots = LayerSlots(keys, values, seen_ST, torch.tensor([at]))
     assert_near(gather_heads(heads, x_TD, choice, by, slots), expected.float(), 3e-6)
     assert_near(keys[seen_ST], expected_keys[seen_ST])
@@ -139,12 +139,12 @@ def test_large_scores_stay_finite() -> None:
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.fill_(1.0)
-    heads.w_q = Rows(heads.w_q.weight.detach(), transposed=False)
-    heads.w_o = Rows(heads.w_o.weight.detach().mT, transposed=True)
+    heads.w_q = RowMajorWeights(heads.w_q.weight.detach(), transposed=False)
+    heads.w_o = RowMajorWeights(heads.w_o.weight.detach().mT, transposed=True)
     keys = torch.zeros(3, 1, 1, 4)
     seen = torch.tensor([[True], [True], [False]])
     slots = LayerSlots(keys, torch.zeros_like(keys), seen, torch.tensor([1]))
     x_TD = torch.full((1, 8), 100.0)
     with torch.no_grad():
-        y = gather_heads(heads, x_TD, Choice(None, torch.ones(1, 1)), None, slots)
+        y = gather_heads(heads, x_TD, ChosenExperts(None, torch.ones(1, 1)), None, slots)
     assert torch.equal(y, torch.full((1, 8), 3200.0))  # its own value, 4 times 800

@@ -11,8 +11,8 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.inference.engine.decode.step import BlockStep
-from lightning_dsmoe.inference.engine.weights.packing import tiled
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.packing import tile_weights
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 from lightning_dsmoe.routing import (
     AllExperts,
     MixtureOutput,
@@ -32,7 +32,7 @@ def test_each_token_is_that_of_the_plain_decoder(
 ) -> None:
     tokens, plan, twin = tokens[:n_sequences], uniform(selection), packed(decoder)
     expected = token_by_token(decoder, plan, tokens, 0)
-    for layout in (twin, tiled(twin, 2)):
+    for layout in (twin, tile_weights(twin, 2)):
         assert_near(in_steps(layout, plan, tokens, 0), expected)
 
 
@@ -40,7 +40,7 @@ def test_each_token_is_that_of_the_plain_decoder(
 def test_more_sequences(int8: bool, selection: Selection, one_decoder: Decoder) -> None:
     tokens, twin = torch.randint(V, (12, 4)), packed(one_decoder, int8=int8)
     expected = token_by_token(twin, uniform(selection), tokens, 0)
-    for layout in (twin, tiled(twin, 2)):
+    for layout in (twin, tile_weights(twin, 2)):
         assert_near(in_steps(layout, uniform(selection), tokens, 0), expected)
 
 
@@ -57,7 +57,7 @@ def test_experts_that_remain(
     pruned = prune(one_decoder, Remaining((None, experts), (attention, None)))
     tokens, plan, twin = tokens[:n_sequences], uniform(selection), packed(pruned)
     expected = token_by_token(pruned, plan, tokens, 0)
-    for layout in (twin, tiled(twin, 2)):
+    for layout in (twin, tile_weights(twin, 2)):
         assert_near(in_steps(layout, plan, tokens, 0), expected, 3e-6)
 
 
@@ -85,7 +85,7 @@ def test_layers_of_different_selections(decoder: Decoder, tokens: Tensor) -> Non
 def test_eight_bits(n_sequences: int, chosen: Selection, decoder: Decoder, tokens: Tensor) -> None:
     twin, plan, tokens = packed(decoder, int8=True), uniform(chosen), tokens[:n_sequences]
     expected = token_by_token(twin, plan, tokens, 0)
-    for layout in (twin, tiled(twin, 2)):
+    for layout in (twin, tile_weights(twin, 2)):
         assert_near(in_steps(layout, plan, tokens, 0), expected)
     assert (expected - token_by_token(decoder, plan, tokens, 0)).abs().max() > 1e-3
 
@@ -112,7 +112,7 @@ def test_only_the_chosen_experts_are_read(
     for owner, routing in layers:
         idle = ~chosen(routing.probs).active.flatten(0, 1).any(0)
         assert 0 < idle.sum() < len(idle)
-        weights = [m.weight for m in owner.children() if isinstance(m, Rows)]
+        weights = [m.weight for m in owner.children() if isinstance(m, RowMajorWeights)]
         weights += [b for b in (getattr(owner, n, None) for n in ("b_in", "b_q")) if b is not None]
         assert len(weights) >= 2
         for weight in weights:
