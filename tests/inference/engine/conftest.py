@@ -154,7 +154,10 @@ def in_steps(
     return torch.stack([step(tokens_T, cache) for tokens_T in tokens[:, prompt:].T], 1)
 
 
-@pytest.fixture(params=[rotary_mlp, learned_positions_glu, without_routers])
+DECODERS = [rotary_mlp, learned_positions_glu, without_routers]
+
+
+@pytest.fixture(params=DECODERS)
 def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
     return request.param
 

@@ -30,10 +30,11 @@ from lightning_dsmoe.inference.engine.decode.aot_cache import (
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.decode.compiled_step import CompiledStep
+from lightning_dsmoe.inference.engine.decode.expert_choice import choose_experts
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
-from lightning_dsmoe.routing import Selection, Threshold, TopK
+from lightning_dsmoe.routing import Routing, Selection, Threshold, TopK
 
-from ..conftest import assert_near, learned_positions_glu, packed, rotary_mlp, uniform
+from ..conftest import assert_near, packed, rotary_mlp, uniform
 
 PROGRAM = """
 from functools import partial
@@ -139,20 +140,31 @@ def test_blocks_of_other_types_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == second == 4  # the embedding, two kinds of blocks, and the head
 
 
+class Choosing(nn.Module):
+    """What blocks differ in under different selections, as a graph of its own that is small."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return choose_experts(self.selection, Routing(logits, logits.softmax(-1))).gates_KT
+
+
 @torch.no_grad()
 def test_what_a_kernel_depends_on(
     decoder: Decoder, top_k: ExportedProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    selections = [TopK(1), TopK(2), TopK(2, renormalize=True), Threshold(0.8), Threshold(0.9)]
+    square = torch.zeros(4, 4)
     parts = [
-        block_part(decoder, TopK(1), 1),
-        block_part(decoder, TopK(2, renormalize=True), 1),
-        block_part(decoder, Threshold(0.8), 1),
-        block_part(decoder, Threshold(0.9), 1),
-        block_part(decoder, TopK(2), 2),
-        block_part(decoder, TopK(2), 3),
-        block_part(packed(rotary_mlp()).bfloat16(), TopK(2), 1),
         block_part(packed(rotary_mlp(), int8=True), TopK(2), 1),
-        block_part(packed(learned_positions_glu()), TopK(2), 1),
+        *(Part(Choosing(some), (torch.zeros(1, 5),), frozenset()) for some in selections),
+        *(Part(Choosing(TopK(2)), (torch.zeros(n, 5),), frozenset()) for n in (2, 3)),
+        *(Part(nn.Linear(4, width), (square,), frozenset()) for width in (5, 6)),
+        Part(nn.Linear(4, 5), (square.mT,), frozenset()),
+        Part(nn.Linear(4, 5), (square,), frozenset({0})),
+        Part(nn.Linear(4, 5).bfloat16(), (square.bfloat16(),), frozenset()),
     ]
     paths = [kernel_path(top_k), *(kernel_path(export_part(part)) for part in parts)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)

@@ -1,7 +1,6 @@
 """The experts that a few tokens need together are those that the selection marks."""
 
-from collections.abc import Callable
-from functools import partial
+import dataclasses
 
 import pytest
 import torch
@@ -19,6 +18,8 @@ from lightning_dsmoe.routing import (
 )
 from lightning_dsmoe.routing.removed import select
 
+from ....pairwise import pairwise
+
 
 def drawn(n_tokens: int, n_experts: int) -> list[Routing]:
     generator = torch.Generator().manual_seed(3)
@@ -35,26 +36,27 @@ def spread(choice: ChosenExperts, n_experts: int) -> Tensor:
     return gates.index_add(1, choice.experts_K, choice.gates_KT.T)
 
 
-@pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(
-    "make",
-    [
-        partial(TopK, 1),
-        partial(TopK, 2),
-        partial(Threshold, 0.9),
-        partial(Threshold, 0.0),
-        partial(ThresholdTopK, 0.7),
-        partial(TopP, 0.7),
-        partial(TopP, 1.0),
-    ],
-    ids=str,
+    ("selection", "renormalize", "n_experts", "n_tokens"),
+    pairwise(
+        selection=[
+            TopK(1),
+            TopK(2),
+            Threshold(0.9),
+            Threshold(0.0),
+            ThresholdTopK(0.7),
+            TopP(0.7),
+            TopP(1.0),
+        ],
+        renormalize=[False, True],
+        n_experts=[2, 5, 16],
+        n_tokens=[1, 2, 3, 17],
+    ),
 )
-@pytest.mark.parametrize("n_experts", [2, 5, 16])
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 17])
 def test_experts_and_gates_are_those_of_the_selection(
-    n_tokens: int, n_experts: int, make: Callable[..., Selection], renormalize: bool
+    selection: Selection, renormalize: bool, n_experts: int, n_tokens: int
 ) -> None:
-    selection = make(renormalize=renormalize)
+    selection = dataclasses.replace(selection, renormalize=renormalize)
     for routing in drawn(n_tokens, n_experts):
         gates, active = selection(routing.probs)
         expected = active.any(0).nonzero()[:, 0].tolist()
@@ -70,23 +72,24 @@ def test_experts_and_gates_are_those_of_the_selection(
 
 
 @pytest.mark.parametrize(
-    "selection",
-    [
-        TopK(1),
-        TopK(3),
-        TopK(3, renormalize=True),
-        Threshold(0.9),
-        ThresholdTopK(0.7, renormalize=True),
-        TopP(0.7),
-        AllExperts(),
-        AllExperts(renormalize=True),
-    ],
-    ids=str,
+    ("selection", "remaining", "n_tokens"),
+    pairwise(
+        selection=[
+            TopK(1),
+            TopK(3),
+            TopK(3, renormalize=True),
+            Threshold(0.9),
+            ThresholdTopK(0.7, renormalize=True),
+            TopP(0.7),
+            AllExperts(),
+            AllExperts(renormalize=True),
+        ],
+        remaining=[[0, 2, 3], [1, 4], [2]],
+        n_tokens=[1, 2, 17],
+    ),
 )
-@pytest.mark.parametrize("remaining", [[0, 2, 3], [1, 4], [2]])
-@pytest.mark.parametrize("n_tokens", [1, 2, 17])
 def test_experts_that_remain_are_numbered_among_themselves(
-    n_tokens: int, remaining: list[int], selection: Selection
+    selection: Selection, remaining: list[int], n_tokens: int
 ) -> None:
     numbers = torch.tensor(remaining)
     for routing in drawn(n_tokens, 5):

@@ -1,5 +1,6 @@
 """Layers on one new token of each sequence, against loops over experts, heads and tokens."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import rotate, rotation
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
-from lightning_dsmoe.experts.feed_forward import ExpertsFactory
 from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts
 from lightning_dsmoe.inference.engine.decode.gathered_layers import (
     LayerSlots,
@@ -19,6 +19,7 @@ from lightning_dsmoe.inference.engine.decode.gathered_layers import (
 )
 from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 
+from ....pairwise import pairwise
 from ..conftest import assert_near
 
 CHOSEN = [None, [3], [0, 2, 4], [4, 4], [4, 1]]
@@ -47,22 +48,24 @@ def one_expert(experts: Experts, e: int, x_D: Tensor) -> Tensor:
     return hidden @ experts.w_out.weight[e].double()
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3])
-@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
 @pytest.mark.parametrize(
-    ("make", "d_expert"),
-    [
-        (partial(MLPExperts, bias=True), 20),
-        (MLPExperts, 70),
-        (partial(GLUExperts, activation="silu"), 34),
-        (partial(GLUExperts, activation="silu", bias=True), 7),
-    ],
+    ("make", "chosen", "n_tokens"),
+    pairwise(
+        make=[
+            partial(MLPExperts, d_expert=20, bias=True),
+            partial(MLPExperts, d_expert=70),
+            partial(GLUExperts, d_expert=34, activation="silu"),
+            partial(GLUExperts, d_expert=7, activation="silu", bias=True),
+        ],
+        chosen=CHOSEN,
+        n_tokens=[1, 2, 3],
+    ),
 )
 @torch.no_grad()
 def test_experts(
-    make: ExpertsFactory, d_expert: int, chosen: list[int] | None, n_tokens: int
+    make: Callable[[int, int], Experts], chosen: list[int] | None, n_tokens: int
 ) -> None:
-    experts = make(72, 5, d_expert)
+    experts = make(72, 5)
     drawn(experts)
     x_TD, choice = torch.randn(n_tokens, 72), choice_of(chosen, n_tokens)
     expected = torch.stack(
@@ -81,12 +84,18 @@ def test_experts(
     assert_near(gather_experts(experts, x_TD, choice), expected.float(), 1e-6)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3])
-@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True}, {"qk_norm": True}, {"rope_theta": None, "bias": True, "qk_norm": True}],
-    ids=str,
+    ("options", "chosen", "n_tokens"),
+    pairwise(
+        options=[
+            {},
+            {"bias": True},
+            {"qk_norm": True},
+            {"rope_theta": None, "bias": True, "qk_norm": True},
+        ],
+        chosen=CHOSEN,
+        n_tokens=[1, 2, 3],
+    ),
 )
 @torch.no_grad()
 def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: int) -> None:

@@ -13,10 +13,8 @@ from lightning_dsmoe.inference.engine.weights.row_major import (
     quantize_int8,
 )
 
+from ....pairwise import pairwise
 from ..conftest import assert_near
-
-SIZES = [(5, 7, 3), (1, 1, 4), (3, 68, 5), (4, 66, 8), (2, 130, 1)]
-CHOSEN = [None, [3], [0, 2, 4], [4, 1], [2, 2]]
 
 
 def make(kind: str, size: tuple[int, int, int]) -> RowMajorWeights:
@@ -37,10 +35,15 @@ def numbers(rows: RowMajorWeights, chosen: list[int] | None) -> Tensor | None:
     return None if chosen is None else torch.tensor(chosen) % len(rows.weight)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 5])
-@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "float64"])
+@pytest.mark.parametrize(
+    ("kind", "size", "chosen", "n_tokens"),
+    pairwise(
+        kind=["float32", "bfloat16", "int8", "float64"],
+        size=[(5, 7, 3), (1, 1, 4), (3, 68, 5), (4, 66, 8), (2, 130, 1)],
+        chosen=[None, [3], [0, 2, 4], [4, 1], [2, 2]],
+        n_tokens=[1, 2, 3, 5],
+    ),
+)
 def test_products(
     kind: str, size: tuple[int, int, int], chosen: list[int] | None, n_tokens: int
 ) -> None:

@@ -18,6 +18,7 @@ from lightning_dsmoe.inference.engine.weights.row_major import (
 )
 from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
 
+from ....pairwise import pairwise
 from ..conftest import assert_near, packed
 
 
@@ -26,10 +27,15 @@ def make(kind: str, size: tuple[int, int, int]) -> RowMajorWeights:
     return quantize_int8(rows) if kind == "int8" else rows.to(getattr(torch, kind))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 3, 8, 9, 16])
-@pytest.mark.parametrize("chosen", [None, [3], [0, 2, 4], [4, 1], [2, 2]], ids=str)
-@pytest.mark.parametrize("size", [(5, 7, 3), (5, 32, 4), (5, 24, 1), (5, 68, 6)], ids=str)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "size", "chosen", "n_tokens"),
+    pairwise(
+        kind=["float32", "bfloat16", "int8"],
+        size=[(5, 7, 3), (5, 32, 4), (5, 24, 1), (5, 68, 6)],
+        chosen=[None, [3], [0, 2, 4], [4, 1], [2, 2]],
+        n_tokens=[1, 3, 8, 9, 16],
+    ),
+)
 def test_products(
     kind: str, size: tuple[int, int, int], chosen: list[int] | None, n_tokens: int
 ) -> None:
