@@ -119,10 +119,10 @@ class Steps:
     @torch.no_grad()
     def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
         slots = cache.next_slots()
-        x_TD, *by = self.embed(tokens_T, slots.seen_ST)
+        x_BD, *by = self.embed(tokens_T, slots.seen_ST)
         for block, keys, values in zip(self.blocks, slots.keys, slots.values, strict=True):
-            x_TD = block(x_TD, keys, values, slots.seen_ST, slots.at_1, *by)
-        return self.predict(x_TD)
+            x_BD = block(x_BD, keys, values, slots.seen_ST, slots.at_1, *by)
+        return self.predict(x_BD)
 
 
 @torch.no_grad()

@@ -82,8 +82,8 @@ def package(path: Path) -> None:
 
 def inputs_of(decoder: Decoder, n_sequences: int) -> tuple[Tensor, ...]:
     slots = DecoderCache(decoder, n_sequences, 64).next_slots()
-    x_TD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_ST)
-    return x_TD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by
+    x_BD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_ST)
+    return x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by
 
 
 def block_part(decoder: Decoder, chosen: Selection, n_sequences: int, block: int = 0) -> Part:
@@ -106,9 +106,9 @@ def top_k(decoder: Decoder) -> ExportedProgram:
 def test_a_graph_takes_its_weights_as_inputs(decoder: Decoder, top_k: ExportedProgram) -> None:
     for block, size in ((0, 64), (1, 64), (1, 100)):
         step = BlockStep(decoder.blocks[block], TopK(2), TopK(2))
-        x_TD, _, _, _, at_1, *by = inputs_of(decoder, 1)
+        x_BD, _, _, _, at_1, *by = inputs_of(decoder, 1)
         keys, values = torch.randn(2, size, 1, 2, 8)
-        inputs = (x_TD, keys, values, torch.ones(size, 1, dtype=torch.bool), at_1, *by)
+        inputs = (x_BD, keys, values, torch.ones(size, 1, dtype=torch.bool), at_1, *by)
         found = top_k.module()(copy.deepcopy(inputs), tensors_of(step))
         assert_near(found, step(*inputs), 1e-6)
 
@@ -148,7 +148,7 @@ class Choosing(nn.Module):
         self.selection = selection
 
     def forward(self, logits: Tensor) -> Tensor:
-        return choose_experts(self.selection, Routing(logits, logits.softmax(-1))).gates_KT
+        return choose_experts(self.selection, Routing(logits, logits.softmax(-1))).gates_KB
 
 
 @torch.no_grad()

@@ -30,10 +30,10 @@ def drawn(n_tokens: int, n_experts: int) -> list[Routing]:
 
 
 def spread(choice: ChosenExperts, n_experts: int) -> Tensor:
-    """Gates `[T, N]` of all experts."""
+    """Gates `[B, E]` of all experts."""
     assert choice.experts_K is not None
-    gates = torch.zeros(choice.gates_KT.shape[1], n_experts)
-    return gates.index_add(1, choice.experts_K, choice.gates_KT.T)
+    gates = torch.zeros(choice.gates_KB.shape[1], n_experts)
+    return gates.index_add(1, choice.experts_K, choice.gates_KB.T)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_experts_and_gates_are_those_of_the_selection(
         assert choice.experts_K is not None
         found = choice.experts_K.tolist()
         assert sorted(set(found)) == expected
-        assert len(found) == len(choice.gates_KT)
+        assert len(found) == len(choice.gates_KB)
         # A single expert may be followed by itself, under gates of zero.
         assert len(found) == len(expected) or (len(found), len(expected)) == (2, 1)
-        assert not choice.gates_KT[len(expected) :].any()
+        assert not choice.gates_KB[len(expected) :].any()
         torch.testing.assert_close(spread(choice, n_experts), gates, rtol=2e-7, atol=0)
 
 

@@ -67,21 +67,21 @@ def test_experts(
 ) -> None:
     experts = make(72, 5)
     drawn(experts)
-    x_TD, choice = torch.randn(n_tokens, 72), choice_of(chosen, n_tokens)
+    x_BD, choice = torch.randn(n_tokens, 72), choice_of(chosen, n_tokens)
     expected = torch.stack(
         [
             sum(
                 gate.double() * one_expert(experts, e, x_D)
                 for e, gate in zip(chosen or range(5), gates_K, strict=True)
             )
-            for x_D, gates_K in zip(x_TD, choice.gates_KT.T, strict=True)
+            for x_D, gates_K in zip(x_BD, choice.gates_KB.T, strict=True)
         ]
     )
     if experts.b_out is not None:
         expected += experts.b_out.double()
     experts.w_in = RowMajorWeights(experts.w_in.weight, transposed=False)
     experts.w_out = RowMajorWeights(experts.w_out.weight.mT, transposed=True)
-    assert_near(gather_experts(experts, x_TD, choice), expected.float(), 1e-6)
+    assert_near(gather_experts(experts, x_BD, choice), expected.float(), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_experts(
 def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: int) -> None:
     heads = HeadGroups(24, 5, 2, 6, **options)
     drawn(heads)
-    x_TD, choice = torch.randn(n_tokens, 24), choice_of(chosen, n_tokens)
+    x_BD, choice = torch.randn(n_tokens, 24), choice_of(chosen, n_tokens)
     keys, values = torch.randn(2, 11, n_tokens, 2, 6)
     seen_ST = torch.rand(11, n_tokens) < 0.5
     at, positions = 4, torch.arange(n_tokens) + 3
@@ -111,14 +111,14 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
     def placed(channels: Tensor, t: int) -> Tensor:
         return channels if by is None else rotate(channels, rotation(positions[t], 6, 10000.0))
 
-    new_keys, new_values = heads.kv(x_TD).view(n_tokens, 2, 2, 6).unbind(1)
+    new_keys, new_values = heads.kv(x_BD).view(n_tokens, 2, 2, 6).unbind(1)
     expected_keys, expected_values = keys.clone(), values.clone()
     expected = torch.zeros(n_tokens, 24, dtype=torch.double)
-    for t, x_D in enumerate(x_TD):
+    for t, x_D in enumerate(x_BD):
         expected_values[at, t] = new_values[t]
         for h in range(2):
             expected_keys[at, t, h] = placed(heads.k_norm(new_keys[t, h]), t)
-        for e, gate in zip(chosen or range(5), choice.gates_KT[:, t], strict=True):
+        for e, gate in zip(chosen or range(5), choice.gates_KB[:, t], strict=True):
             q_R = heads.w_q.weight[e] @ x_D
             q_R = q_R if heads.b_q is None else q_R + heads.b_q[e]
             for h in range(2):
@@ -135,7 +135,7 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
     heads.w_q = RowMajorWeights(heads.w_q.weight, transposed=False)
     heads.w_o = RowMajorWeights(heads.w_o.weight.mT, transposed=True)
     slots = LayerSlots(keys, values, seen_ST, torch.tensor([at]))
-    assert_near(gather_heads(heads, x_TD, choice, by, slots), expected.float(), 3e-6)
+    assert_near(gather_heads(heads, x_BD, choice, by, slots), expected.float(), 3e-6)
     assert_near(keys[seen_ST], expected_keys[seen_ST])
     assert (keys[~seen_ST] == 1e30).all()
     others = torch.arange(11) != at
@@ -153,7 +153,7 @@ def test_large_scores_stay_finite() -> None:
     keys = torch.zeros(3, 1, 1, 4)
     seen = torch.tensor([[True], [True], [False]])
     slots = LayerSlots(keys, torch.zeros_like(keys), seen, torch.tensor([1]))
-    x_TD = torch.full((1, 8), 100.0)
+    x_BD = torch.full((1, 8), 100.0)
     with torch.no_grad():
-        y = gather_heads(heads, x_TD, ChosenExperts(None, torch.ones(1, 1)), None, slots)
+        y = gather_heads(heads, x_BD, ChosenExperts(None, torch.ones(1, 1)), None, slots)
     assert torch.equal(y, torch.full((1, 8), 3200.0))  # its own value, 4 times 800

@@ -1,6 +1,8 @@
 """Products with the rows of some experts, and 8-bit rows."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -51,12 +53,12 @@ def test_products(
     experts = numbers(rows, chosen)
     matrices = exact(rows) if experts is None else exact(rows)[experts]
     half = kind in ("bfloat16", "int8")
-    x_TC = torch.randn(n_tokens, size[2], dtype=torch.bfloat16 if half else rows.weight.dtype)
-    shared = rows.project(x_TC, experts)
-    expected = torch.einsum("tc,krc->ktr", x_TC.double(), matrices)
-    x_KTC = torch.randn(len(matrices), n_tokens, size[2], dtype=x_TC.dtype)
-    summed = rows.project_and_sum(x_KTC, experts)
-    expected_sum = torch.einsum("ktc,krc->tr", x_KTC.double(), matrices)
+    x_NI = torch.randn(n_tokens, size[2], dtype=torch.bfloat16 if half else rows.weight.dtype)
+    shared = rows.project(x_NI, experts)
+    expected = torch.einsum("ni,kri->knr", x_NI.double(), matrices)
+    x_KNI = torch.randn(len(matrices), n_tokens, size[2], dtype=x_NI.dtype)
+    summed = rows.project_and_sum(x_KNI, experts)
+    expected_sum = torch.einsum("kni,kri->nr", x_KNI.double(), matrices)
     dtype = torch.float64 if kind == "float64" else torch.float32
     relative = 1e-14 if kind == "float64" else 1e-6
     assert_near(shared, expected.to(dtype), relative)
@@ -66,13 +68,13 @@ def test_products(
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_only_the_chosen_rows_are_read(kind: str) -> None:
     rows = make(kind, (5, 68, 6))
-    x_TC, x_KTC, experts = torch.randn(2, 6), torch.randn(2, 2, 6), torch.tensor([1, 4])
-    clean = rows.project(x_TC, experts), rows.project_and_sum(x_KTC, experts)
+    x_NI, x_KNI, experts = torch.randn(2, 6), torch.randn(2, 2, 6), torch.tensor([1, 4])
+    clean = rows.project(x_NI, experts), rows.project_and_sum(x_KNI, experts)
     poisoned = rows.scales if isinstance(rows, Int8RowMajorWeights) else rows.weight
     poisoned[[0, 2, 3]] = torch.nan
-    assert torch.equal(rows.project(x_TC, experts), clean[0])
-    assert torch.equal(rows.project_and_sum(x_KTC, experts), clean[1])
-    assert rows.project(x_TC, None).isnan().any()
+    assert torch.equal(rows.project(x_NI, experts), clean[0])
+    assert torch.equal(rows.project_and_sum(x_KNI, experts), clean[1])
+    assert rows.project(x_NI, None).isnan().any()
 
 
 def test_rows_lie_side_by_side_in_memory() -> None:
@@ -159,3 +161,10 @@ def test_other_types_change_the_matrices_only(
         assert twin.scales.dtype == torch.float32
         assert torch.equal(twin.scales, before.scales)
     assert torch.equal(quantized.float()(), before())
+
+
+def test_names_of_version_0_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_dsmoe.inference.engine.rows", raising=False)
+    with pytest.warns(DeprecationWarning, match="goes with version 0.3"):
+        rows = importlib.import_module("lightning_dsmoe.inference.engine.rows")
+    assert (rows.Rows, rows.Int8Rows) == (RowMajorWeights, Int8RowMajorWeights)

@@ -46,27 +46,27 @@ def test_products(
     experts = None if chosen is None else torch.tensor(chosen)
     matrices = matrices if experts is None else matrices[experts]
     tiles = TiledWeights.of(rows)
-    x_TC = torch.randn(n_tokens, size[2])
-    x_TC = x_TC.to(torch.bfloat16) if kind == "bfloat16" else x_TC
-    expected = torch.einsum("tc,krc->ktr", x_TC.double(), matrices)
-    assert_near(tiles.project(x_TC, experts), expected.float(), 1e-6)
-    x_KTC = torch.randn(len(matrices), n_tokens, size[2]).to(x_TC.dtype)
-    expected = torch.einsum("ktc,krc->tr", x_KTC.double(), matrices)
-    assert_near(tiles.project_and_sum(x_KTC, experts), expected.float(), 1e-6)
+    x_NI = torch.randn(n_tokens, size[2])
+    x_NI = x_NI.to(torch.bfloat16) if kind == "bfloat16" else x_NI
+    expected = torch.einsum("ni,kri->knr", x_NI.double(), matrices)
+    assert_near(tiles.project(x_NI, experts), expected.float(), 1e-6)
+    x_KNI = torch.randn(len(matrices), n_tokens, size[2]).to(x_NI.dtype)
+    expected = torch.einsum("kni,kri->nr", x_KNI.double(), matrices)
+    assert_near(tiles.project_and_sum(x_KNI, experts), expected.float(), 1e-6)
 
 
 @pytest.mark.parametrize("n_tokens", [2, 12])
 def test_only_the_chosen_experts_are_read(n_tokens: int) -> None:
     tiles = TiledWeights.of(make("float32", (5, 24, 6)))
-    x_TC, x_KTC, experts = (
+    x_NI, x_KNI, experts = (
         torch.randn(n_tokens, 6),
         torch.randn(2, n_tokens, 6),
         torch.tensor([1, 4]),
     )
-    clean = tiles.project(x_TC, experts), tiles.project_and_sum(x_KTC, experts)
+    clean = tiles.project(x_NI, experts), tiles.project_and_sum(x_KNI, experts)
     tiles.weight[[0, 2, 3]] = torch.nan
-    assert torch.equal(tiles.project(x_TC, experts), clean[0])
-    assert torch.equal(tiles.project_and_sum(x_KTC, experts), clean[1])
+    assert torch.equal(tiles.project(x_NI, experts), clean[0])
+    assert torch.equal(tiles.project_and_sum(x_KNI, experts), clean[1])
 
 
 def addresses(decoder: Decoder) -> dict[str, int]:
