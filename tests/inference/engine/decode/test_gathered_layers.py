@@ -103,9 +103,9 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
     drawn(heads)
     x_BD, choice = torch.randn(n_tokens, 24), choice_of(chosen, n_tokens)
     keys, values = torch.randn(2, 11, n_tokens, 2, 6)
-    seen_ST = torch.rand(11, n_tokens) < 0.5
+    seen_SB = torch.rand(11, n_tokens) < 0.5
     at, positions = 4, torch.arange(n_tokens) + 3
-    seen_ST[at] = True
+    seen_SB[at] = True
     by = None if heads.rope_theta is None else rotation(positions[:, None], 6, heads.rope_theta)
 
     def placed(channels: Tensor, t: int) -> Tensor:
@@ -123,7 +123,7 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
             q_R = q_R if heads.b_q is None else q_R + heads.b_q[e]
             for h in range(2):
                 q_C = placed(heads.q_norm(q_R.view(2, 6)[h]), t).double()
-                mine = seen_ST[:, t]
+                mine = seen_SB[:, t]
                 scores = expected_keys[mine, t, h].double() @ q_C / 6**0.5
                 attended = scores.softmax(0) @ expected_values[mine, t, h].double()
                 w_o = heads.w_o.weight[e].view(2, 6, 24)[h].double()
@@ -131,13 +131,13 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
         if heads.b_o is not None:
             expected[t] += heads.b_o.double()
 
-    keys[~seen_ST] = 1e30  # would be noticed, if anyone looked
+    keys[~seen_SB] = 1e30  # would be noticed, if anyone looked
     heads.w_q = RowMajorWeights(heads.w_q.weight, transposed=False)
     heads.w_o = RowMajorWeights(heads.w_o.weight.mT, transposed=True)
-    slots = LayerSlots(keys, values, seen_ST, torch.tensor([at]))
+    slots = LayerSlots(keys, values, seen_SB, torch.tensor([at]))
     assert_near(gather_heads(heads, x_BD, choice, by, slots), expected.float(), 3e-6)
-    assert_near(keys[seen_ST], expected_keys[seen_ST])
-    assert (keys[~seen_ST] == 1e30).all()
+    assert_near(keys[seen_SB], expected_keys[seen_SB])
+    assert (keys[~seen_SB] == 1e30).all()
     others = torch.arange(11) != at
     assert torch.equal(values[others], expected_values[others])
     assert_near(values[at], expected_values[at])
