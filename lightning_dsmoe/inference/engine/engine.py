@@ -15,7 +15,7 @@ from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
-from lightning_dsmoe.inference.engine.weights.packing import tiled
+from lightning_dsmoe.inference.engine.weights.packing import tile_weights
 from lightning_dsmoe.routing import SelectionPlan
 
 # A compiled step is unrolled over its sequences, and the more there are, the fewer experts are
@@ -105,7 +105,7 @@ class Engine:
         """The decoder with its weights laid out for a compiled step of so many sequences."""
         several = n_sequences > 1
         if several not in self._layouts:
-            self._layouts[several] = tiled(self.decoder, n_sequences)
+            self._layouts[several] = tile_weights(self.decoder, n_sequences)
         return self._layouts[several]
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":

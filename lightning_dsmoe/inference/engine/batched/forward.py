@@ -24,7 +24,7 @@ from lightning_dsmoe.inference.engine.batched.masked_layers import (
     add_masked_experts,
     add_masked_heads,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.removed import select
 
@@ -142,7 +142,7 @@ def _add_output(residual_BTD: Tensor, output: MixtureOutput) -> Routing | None:
 
 
 def _weights_per_expert(*weights: nn.Module) -> int:
-    return sum(rows_of(weight).weight.shape[1:].numel() for weight in weights)
+    return sum(as_row_major(weight).weight.shape[1:].numel() for weight in weights)
 
 
 def _route(

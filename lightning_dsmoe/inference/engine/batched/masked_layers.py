@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.weights.row_major import Rows, rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, as_row_major
 
 # A matrix product of few tokens leaves cores and memory channels of a CPU idle. Four in one
 # `torch.bmm` are 1.4 to 2 times as fast with 2 threads and up to 64 tokens; smaller matrices in
@@ -37,11 +37,13 @@ def add_masked_experts(
         x_ND: normalized tokens.
         gates_NE: gate of each expert, zero for those not chosen; None for gates of 1.
     """
-    rows_ERD = rows_of(experts.w_in).rows(slice(None))
+    rows_ERD = as_row_major(experts.w_in).rows(slice(None))
     b_in = None if experts.b_in is None else experts.b_in.flatten()
     projected_NR = _linear(x_ND, rows_ERD.flatten(0, 1), b_in)
     hidden_NEF = experts.hidden(projected_NR.unflatten(1, (experts.n_experts, -1)))
-    _add_gated_products(residual_ND, rows_of(experts.w_out), hidden_NEF, gates_NE, experts.b_out)
+    _add_gated_products(
+        residual_ND, as_row_major(experts.w_out), hidden_NEF, gates_NE, experts.b_out
+    )
 
 
 def add_masked_heads(
@@ -65,12 +67,14 @@ def add_masked_heads(
         gates_NE: gate of each group, zero for those not chosen; None for gates of 1.
     """
     b_q = None if heads.b_q is None else heads.b_q.flatten()
-    q_NR = _linear(x_BTD.flatten(0, 1), rows_of(heads.w_q).rows(slice(None)).flatten(0, 1), b_q)
+    q_NR = _linear(
+        x_BTD.flatten(0, 1), as_row_major(heads.w_q).rows(slice(None)).flatten(0, 1), b_q
+    )
     q_BTR = q_NR.unflatten(0, x_BTD.shape[:2])
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
     heads_NER = heads_BTER.flatten(0, 1)
-    _add_gated_products(residual_ND, rows_of(heads.w_o), heads_NER, gates_NE, heads.b_o)
+    _add_gated_products(residual_ND, as_row_major(heads.w_o), heads_NER, gates_NE, heads.b_o)
 
 
 def attend_groups(
@@ -127,7 +131,7 @@ def _linear(x_NI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def _add_gated_products(
     residual_ND: Tensor,
-    w_out: Rows,
+    w_out: RowMajorWeights,
     hidden_NEF: Tensor,
     gates_NE: Tensor | None,
     bias_D: Tensor | None,

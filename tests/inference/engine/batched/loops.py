@@ -12,7 +12,11 @@ from lightning_dsmoe.attention import KVCache
 from lightning_dsmoe.attention.attention import Scope, causal_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.weights.row_major import (
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    quantize_int8,
+)
 
 from ..conftest import assert_near
 
@@ -46,7 +50,7 @@ def drawn(layer: nn.Module, weights: str) -> None:
     into, out = ("w_in", "w_out") if isinstance(layer, Experts) else ("w_q", "w_o")
     for name, transposed in ((into, False), (out, True)):
         weight = getattr(layer, name).weight
-        rows = Rows(weight.mT if transposed else weight, transposed=transposed)
+        rows = RowMajorWeights(weight.mT if transposed else weight, transposed=transposed)
         setattr(layer, name, quantize_int8(rows) if weights == "int8" else rows)
 
 
@@ -61,10 +65,10 @@ def assert_adds(add: Callable[[Tensor], None], sums_ND: Tensor, relative: float 
 
 
 def exact(rows: nn.Module) -> Tensor:
-    """Rows `[E, R, C]` in double precision."""
-    if isinstance(rows, Int8Rows):
+    """RowMajorWeights `[E, R, C]` in double precision."""
+    if isinstance(rows, Int8RowMajorWeights):
         return rows.weight.double() * rows.scales.double()[..., None] / 127
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, RowMajorWeights)
     return rows.weight.double()
 
 

@@ -13,7 +13,7 @@ from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.inference.engine.batched import forward
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 from lightning_dsmoe.routing import (
     AllExperts,
     MixtureOutput,
@@ -162,7 +162,7 @@ def test_grouped_layers_read_the_chosen_experts_alone(
             idle = ~chosen(routing.probs).active.flatten(0, 1).any(0)
             n_idle += int(idle.sum())
             for rows in owner.children():
-                if isinstance(rows, Rows):
+                if isinstance(rows, RowMajorWeights):
                     rows.weight[idle] = torch.nan
             for name in ("b_in", "b_q"):
                 if getattr(owner, name, None) is not None:

@@ -14,7 +14,7 @@ from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     grouping_pays,
     sort_by_expert,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
+from lightning_dsmoe.inference.engine.weights.row_major import Int8RowMajorWeights, RowMajorWeights
 
 from ....pairwise import pairwise
 from .loops import (
@@ -56,8 +56,10 @@ def poison(layer: nn.Module, active: Tensor) -> None:
     """Make the experts that no token runs visible as NaN."""
     idle = ~active.any(0)
     for rows in layer.children():
-        if isinstance(rows, Rows):
-            (rows.scales if isinstance(rows, Int8Rows) else rows.weight)[idle] = torch.nan
+        if isinstance(rows, RowMajorWeights):
+            (rows.scales if isinstance(rows, Int8RowMajorWeights) else rows.weight)[idle] = (
+                torch.nan
+            )
     for name in ("b_in", "b_q"):
         if getattr(layer, name, None) is not None:
             getattr(layer, name)[idle] = torch.nan

@@ -14,7 +14,7 @@ from lightning_dsmoe.inference.engine.batched.masked_layers import (
     add_masked_heads,
     attend_groups,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 
 from ....pairwise import pairwise
 from ..conftest import assert_near
@@ -91,7 +91,7 @@ def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch)
     sums = []
     for remaining in (range(5), [0, 2, 3]):
         sums.append(torch.zeros(9, 24))
-        rows = Rows(weight[list(remaining)], transposed=True)
+        rows = RowMajorWeights(weight[list(remaining)], transposed=True)
         masked_layers._add_gated_products(
             sums[-1], rows, hidden[:, list(remaining)], gates[:, list(remaining)], None
         )
