@@ -25,8 +25,7 @@ from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.plans.search import search
-from lightning_dsmoe.analysis.plans.solvers import Solver, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import uniform_plans
+from lightning_dsmoe.analysis.plans.solvers import Solver, fixed_numbers, thresholds, uniform_plans
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.files import write_text
 

@@ -12,8 +12,7 @@ from lightning_dsmoe.analysis.plans.routing_statistics import (
     Statistics,
     routing_statistics,
 )
-from lightning_dsmoe.analysis.plans.solvers import alike, thresholds
-from lightning_dsmoe.analysis.plans.uniform import uniform_mixed, uniform_numbers
+from lightning_dsmoe.analysis.plans.solvers import alike, thresholds, uniform_mixed, uniform_numbers
 from lightning_dsmoe.commands.evaluation_setup import Trained
 from lightning_dsmoe.data.windows import IGNORED
 

@@ -6,4 +6,4 @@ from lightning_dsmoe.analysis.held_out import HeldOut as HeldOut
 from lightning_dsmoe.analysis.held_out import held_out as held_out
 from lightning_dsmoe.analysis.plans.frontier import frontier as frontier
 from lightning_dsmoe.analysis.plans.frontier import knee as knee
-from lightning_dsmoe.analysis.plans.sweep import sweep_plans as sweep_plans
+from lightning_dsmoe.analysis.plans.frontier import sweep_plans as sweep_plans

@@ -12,8 +12,7 @@ from lightning_dsmoe.analysis import PlanResult, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.plans.search import search, sparsest
-from lightning_dsmoe.analysis.plans.solvers import fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform
+from lightning_dsmoe.analysis.plans.solvers import best_uniform, fixed_numbers, thresholds
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file

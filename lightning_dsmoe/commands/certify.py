@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import TextSource, certificate
 from lightning_dsmoe.analysis.certificate.check import (
     ROUNDING,
     check_weights,
@@ -17,6 +16,7 @@ from lightning_dsmoe.analysis.certificate.check import (
 )
 from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.analysis.certificate.reading import read_certificate
+from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
 from lightning_dsmoe.commands.certificate_table import print_certificates
 from lightning_dsmoe.commands.evaluation_setup import (
     CONTEXT,

@@ -12,8 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee
-from lightning_dsmoe.analysis.plans.frontier_figure import frontier_figure
-from lightning_dsmoe.analysis.plans.sweep import sweep_plans
+from lightning_dsmoe.analysis.plans.frontier import frontier_figure, sweep_plans
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan

@@ -9,11 +9,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch.nn import functional as F
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import TextSource
-from lightning_dsmoe.analysis.certificate.certificate import certificate as made
 from lightning_dsmoe.analysis.certificate.check import differences
 from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.analysis.certificate.reading import read_certificate
+from lightning_dsmoe.analysis.certificate.record import TextSource
+from lightning_dsmoe.analysis.certificate.record import certificate as made
 from lightning_dsmoe.callbacks import (
     ExpertUtilizationMonitor,
     LayerSelections,

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short_repr
 from typing import Any, get_args
 
-from lightning_dsmoe.analysis.certificate.certificate import FORMAT_VERSION, Source
 from lightning_dsmoe.analysis.certificate.judgement import Judgement
 from lightning_dsmoe.analysis.certificate.mixtures import MixtureErrors
+from lightning_dsmoe.analysis.certificate.record import FORMAT_VERSION, Source
 
 _MAX_LAYERS = 1024
 _MAX_TEXT = 200

@@ -23,8 +23,9 @@ from lightning_dsmoe.analysis.plans.solvers import (
     even,
     plan_of,
     thresholds,
+    uniform_mixed,
+    uniform_numbers,
 )
-from lightning_dsmoe.analysis.plans.uniform import uniform_mixed, uniform_numbers
 from lightning_dsmoe.routing import SelectionPlan, Threshold
 
 _FACTORS = (2.0, 0.5)

@@ -10,8 +10,14 @@ from lightning_dsmoe.analysis import PlanResult
 from lightning_dsmoe.analysis.plans.divergence import Diverge
 from lightning_dsmoe.analysis.plans.routing_statistics import Statistics
 from lightning_dsmoe.analysis.plans.search import search, sensitivities, sparsest
-from lightning_dsmoe.analysis.plans.solvers import alike, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform, uniform_mixed, uniform_numbers
+from lightning_dsmoe.analysis.plans.solvers import (
+    alike,
+    best_uniform,
+    fixed_numbers,
+    thresholds,
+    uniform_mixed,
+    uniform_numbers,
+)
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
 from ..conftest import share_of

@@ -7,8 +7,14 @@ import torch
 
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
-from lightning_dsmoe.analysis.plans.solvers import alike, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform, uniform_numbers, uniform_plans
+from lightning_dsmoe.analysis.plans.solvers import (
+    alike,
+    best_uniform,
+    fixed_numbers,
+    thresholds,
+    uniform_numbers,
+    uniform_plans,
+)
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
 from ..conftest import share_of
