@@ -100,7 +100,7 @@ def compare(
             lambda: diverge,
         )
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
-        plans = uniform_plans(unseen, calibrated.share)
+        plans = uniform_plans(unseen, calibrated.active_share_mean)
         rivals = [evaluate_plan(model, plan, judged_on, counts) for plan in plans]
         uniform = min(rivals, key=lambda result: result.loss)
         gain, error = (nats / sum(uniform.window_losses) for nats in calibrated.gain_over(uniform))
@@ -110,11 +110,11 @@ def compare(
                 "machine": machine(trained.text.device),
                 "fixed": solve is fixed_numbers,
                 "budget": budget,
-                "share": calibrated.share,
+                "share": calibrated.active_share_mean,
                 "loss": calibrated.loss,
                 "all_experts": dense.loss,
                 "dense_twin": twin_loss,
-                "uniform_share": uniform.share,
+                "uniform_share": uniform.active_share_mean,
                 "uniform_loss": uniform.loss,
                 "divergence": sum(diverge_unseen(found.plan)) / judged_on.n_tokens,
                 "uniform_divergence": min(sum(diverge_unseen(plan)) for plan in plans)

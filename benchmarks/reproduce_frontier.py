@@ -54,7 +54,7 @@ def measure(
         points.append({"rule": rule, "budget": budget, "plan": name, "share": share, "loss": loss})
 
     def add_threshold(share: float) -> None:
-        plan = threshold(statistics, share, lambda plan: on_part(plan).share)
+        plan = threshold(statistics, share, lambda plan: on_part(plan).active_share_mean)
         if plan is not None:
             add("threshold", share, plan)
 

@@ -1,12 +1,16 @@
-"""Modules that had other names in version 0.1; the old names go with version 0.3."""
+"""Names of version 0.1 that are others now; the old ones go with version 0.3."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar
+
+Owner = TypeVar("Owner")
 
 _PACKAGE = "lightning_dsmoe."
 MOVED = {
@@ -96,3 +100,24 @@ def find_moved_modules() -> None:
     """Let imports of old module names work, after a search for modules of that name failed."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def old_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
+    """Let attributes of a class be read by their names of version 0.1, with a warning.
+
+    Args:
+        names: the new name for each old one.
+    """
+
+    def get(new: str, old: str, instance: object) -> Any:
+        name = f"{type(instance).__name__}.{old}"
+        message = f"{name} is now {new}; the old name goes with version 0.3"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(instance, new)
+
+    def decorate(owner: type[Owner]) -> type[Owner]:
+        for old, new in names.items():
+            setattr(owner, old, property(partial(get, new, old)))
+        return owner
+
+    return decorate

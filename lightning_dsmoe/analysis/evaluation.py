@@ -16,6 +16,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import window_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
+from lightning_dsmoe.moved import old_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -31,23 +32,26 @@ class Gain(NamedTuple):
     error: float
 
 
+@old_attributes(
+    share="active_share_mean", share_p50="active_share_p50", share_p95="active_share_p95"
+)
 class PlanResult(NamedTuple):
     """A model under one plan.
 
     Args:
         loss: cross entropy, in nats per token.
-        share: mean share of the hidden parameters that run for a token; embeddings and the head
-            are not among them.
-        share_p50: its median over tokens.
-        share_p95: its 95th percentile.
+        active_share_mean: mean share of the hidden parameters that run for a token; embeddings and
+            the head are not among them.
+        active_share_p50: its median over tokens.
+        active_share_p95: its 95th percentile.
         tokens_per_second: speed of reading the text and taking its loss.
         window_losses: cross entropy of each window of the text, summed over its tokens.
     """
 
     loss: float
-    share: float
-    share_p50: float
-    share_p95: float
+    active_share_mean: float
+    active_share_p50: float
+    active_share_p95: float
     tokens_per_second: float
     window_losses: tuple[float, ...]
 

@@ -75,7 +75,7 @@ def calibrate(
         }
         uniform = best_uniform(
             routing_statistics(model, judged_on, counts),
-            judged["calibrated"].share,
+            judged["calibrated"].active_share_mean,
             lambda plan: evaluate_plan(model, plan, judged_on, counts),
         )
     found.plan.save(output)
@@ -129,8 +129,8 @@ def _table(judged: dict[str, PlanResult]) -> Table:
             name,
             f"{result.loss:.4f}",
             f"{result.loss / dense.loss - 1:+.2%}",
-            f"{result.share:.1%}",
-            f"{result.share_p50:.1%}",
-            f"{result.share_p95:.1%}",
+            f"{result.active_share_mean:.1%}",
+            f"{result.active_share_p50:.1%}",
+            f"{result.active_share_p95:.1%}",
         )
     return table

@@ -17,6 +17,9 @@ from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan
 
+_COLUMNS = ("loss", "share", "share_p50", "share_p95", "tokens_per_second")
+"""Names in the files of a sweep, which stay as they are for those who read them."""
+
 
 def sweep(
     ckpt_path: str,
@@ -63,7 +66,7 @@ def sweep(
     for suffix in ("svg", "png"):
         with atomic_path(folder / f"frontier.{suffix}") as path:
             figure.savefig(path, format=suffix, dpi=150)
-    best = list(results)[knee([(r.share, r.loss) for r in results.values()])]
+    best = list(results)[knee([(r.active_share_mean, r.loss) for r in results.values()])]
     plans[best].save(folder / "knee.json")
     Console().print(_table(results, best))
     print(f"The knee is {best}: {folder / 'knee.json'}")
@@ -81,7 +84,7 @@ def _earlier(
         same = found["identity"] == identity and all(
             name in plans and plans[name].to_dict() == row["plan"] for name, row in rows
         )
-        results = {name: PlanResult(**row["result"], window_losses=()) for name, row in rows}
+        results = {name: _result(row["result"]) for name, row in rows}
         is_sweep = all(map(_are_numbers, results.values()))
     except (ValueError, TypeError, KeyError, AttributeError):
         is_sweep = False
@@ -114,7 +117,7 @@ def _write_json(
 
 
 def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
-    best = frontier([(r.share, r.loss) for r in results.values()])
+    best = frontier([(r.active_share_mean, r.loss) for r in results.values()])
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(["plan", *_figures(results["all"]), "on_frontier"])
@@ -125,13 +128,18 @@ def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
 
 def _figures(result: PlanResult) -> dict[str, float]:
     """What is told of a plan: all but the losses of single windows."""
-    return {name: value for name, value in result._asdict().items() if name != "window_losses"}
+    return dict(zip(_COLUMNS, result[:-1], strict=True))
+
+
+def _result(figures: dict[str, float]) -> PlanResult:
+    loss, share, share_p50, share_p95, speed = (figures[name] for name in _COLUMNS)
+    return PlanResult(loss, share, share_p50, share_p95, speed, window_losses=())
 
 
 def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
     dense = results["all"]
     table = Table("plan", "loss", "against all", "active", "p50", "p95", "tokens/s read")
-    points = [(r.share, r.loss) for r in results.values()]
+    points = [(r.active_share_mean, r.loss) for r in results.values()]
     names = list(results)
     for number in frontier(points):
         result = results[names[number]]
@@ -139,9 +147,9 @@ def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
             names[number] + (" (knee)" if names[number] == knee_name else ""),
             f"{result.loss:.4f}",
             f"{result.loss / dense.loss - 1:+.2%}",
-            f"{result.share:.1%}",
-            f"{result.share_p50:.1%}",
-            f"{result.share_p95:.1%}",
+            f"{result.active_share_mean:.1%}",
+            f"{result.active_share_p50:.1%}",
+            f"{result.active_share_p95:.1%}",
             f"{result.tokens_per_second:,.0f}",
         )
     return table

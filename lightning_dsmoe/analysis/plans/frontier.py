@@ -99,7 +99,7 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    names, points = list(results), [(r.share, r.loss) for r in results.values()]
+    names, points = list(results), [(r.active_share_mean, r.loss) for r in results.values()]
     best = frontier(points)
     axes.plot(*zip(*(_at(points[n]) for n in best), strict=True), color="0.6", zorder=1)
     for kind in _KINDS:

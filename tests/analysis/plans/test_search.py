@@ -208,7 +208,7 @@ def test_the_sparsest_plan_keeps_to_its_loss(
     most = measure(SelectionPlan.uniform(2)).loss * 1.02
     assert measure(found.plan).loss == pytest.approx(found.result.loss)
     assert found.result.loss <= most
-    assert found.result.share < 0.8
+    assert found.result.active_share_mean < 0.8
 
 
 def test_the_sparsest_plan_is_a_uniform_one_if_that_is_better(statistics: Statistics) -> None:

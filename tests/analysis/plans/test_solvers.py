@@ -46,7 +46,7 @@ def test_plans_keep_to_the_budget_and_use_it(
     solve: Any, budget: float, statistics: Statistics, measure: Any
 ) -> None:
     plan = solve(statistics, EVEN, budget)
-    share = measure(plan).share
+    share = measure(plan).active_share_mean
     largest = max(r.per_expert for r in statistics.experts + statistics.attention if r)
     step = largest / statistics.hidden
     if solve is fixed_numbers:
@@ -103,7 +103,7 @@ def test_uniform_plans_of_a_share(statistics: Statistics, measure: Any) -> None:
     for plan in plans:
         assert len(set(plan.experts)) == len(set(plan.attention)) == 1
     for plan in plans[1:4]:
-        assert measure(plan).share <= 0.7
+        assert measure(plan).active_share_mean <= 0.7
     for plan in plans[4:]:
         heads = plan.attention[0].k * sum(router.per_expert for router in statistics.attention)
         rest = statistics._replace(attention=[None, None], always=statistics.always + heads)
