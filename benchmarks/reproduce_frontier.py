@@ -109,7 +109,7 @@ def running(routers: list[RouterStatistics | None], eps: float) -> dict[str, flo
         The `share` n / N of the experts, and `beyond_one`, the share (n - 1) / (N - 1) of those
         that can be left out, as one always runs.
     """
-    kept = [(r.kept(eps).item(), r.n_experts) for r in routers if r is not None]
+    kept = [(r.running(eps).item(), r.n_experts) for r in routers if r is not None]
     if not kept:
         return None
     return {

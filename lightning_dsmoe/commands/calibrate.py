@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_dsmoe.analysis import PlanResult, evaluate_plan
+from lightning_dsmoe.analysis import PlanResult, PlanSearch, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.plans.search import search, sparsest
-from lightning_dsmoe.analysis.plans.solvers import best_uniform, fixed_numbers, thresholds
+from lightning_dsmoe.analysis.plans.solvers import FIXED_NUMBERS, THRESHOLDS, best_uniform
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file
@@ -53,7 +52,7 @@ def calibrate(
     model, counts, text, _ = open_trained(ckpt_path, **options)
     found_on, judged_on = text.halves()
     dense = model.plan
-    solve = fixed_numbers if fixed else thresholds
+    family = FIXED_NUMBERS if fixed else THRESHOLDS
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading the text with all experts")
@@ -63,11 +62,8 @@ def calibrate(
             progress.update(task, advance=1, description="trying plans")
             return evaluate_plan(model, plan, found_on, counts)
 
-        if increase is None:
-            make_diverge = partial(divergence, model, found_on)
-            found = search(statistics, budget or 0.0, solve, measure, make_diverge)
-        else:
-            found = sparsest(statistics, increase, solve, measure)
+        search = PlanSearch(statistics, measure, family, partial(divergence, model, found_on))
+        found = search.within(budget or 0.0) if increase is None else search.sparsest(increase)
         progress.update(task, description="judging the plan on the other half")
         judged = {
             "all experts": evaluate_plan(model, dense, judged_on, counts),

@@ -1,6 +1,6 @@
 """What every router of a model says of a text, and what a threshold for each would cost.
 
-Shapes: X tokens, N experts.
+Shapes: B sequences in a batch, T positions, N tokens that count, E experts.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,28 @@ class RouterStatistics(NamedTuple):
     """One router on a text, all experts running.
 
     Args:
-        probs_XN: its probabilities in descending order.
+        probs_NE: its probabilities in descending order.
         per_expert: parameters of one of its experts.
     """
 
-    probs_XN: Tensor
+    probs_NE: Tensor
     per_expert: int
 
     @property
     def n_experts(self) -> int:
-        """Number of experts N."""
-        return self.probs_XN.shape[-1]
+        """Number of experts E."""
+        return self.probs_NE.shape[-1]
 
-    def kept(self, eps: float) -> Tensor:
+    def running(self, eps: float) -> Tensor:
         """Mean number of experts that `Threshold(eps)` runs."""
-        above_XN = self.probs_XN * self.n_experts > eps
-        return above_XN.sum(-1).clamp_min(1).double().mean()
+        above_NE = self.probs_NE * self.n_experts > eps
+        return above_NE.sum(-1).clamp_min(1).double().mean()
 
     def dropped_mass(self, eps: float) -> Tensor:
         """Mean probability of the experts that `Threshold(eps)` does not run."""
-        below_XN = self.probs_XN * self.n_experts <= eps
-        below_XN[:, 0] = False
-        return (self.probs_XN * below_XN).sum(-1).double().mean()
+        below_NE = self.probs_NE * self.n_experts <= eps
+        below_NE[:, 0] = False
+        return (self.probs_NE * below_NE).sum(-1).double().mean()
 
 
 class Statistics(NamedTuple):
@@ -76,7 +76,7 @@ class Statistics(NamedTuple):
         for routers, thresholds in ((self.experts, experts), (self.attention, attention)):
             for router, eps in zip(routers, thresholds, strict=True):
                 if router is not None:
-                    active += router.kept(eps).item() * router.per_expert
+                    active += router.running(eps).item() * router.per_expert
         return active / self.hidden
 
 

@@ -1,11 +1,14 @@
 """The best plan of a share of the parameters, if the routers tell what an expert is worth.
 
-An expert that does not run for a token is taken to cost s_r S_e, its gate times the sensitivity s_r
-of its router, and to save its parameters c_r. Then the best plan of a share keeps the experts with
-s_r S_e > l c_r for one number l: a threshold for each router, or the best K of each.
+Leaving out an expert for a token is assumed to cost s_r S_e, its gate times the sensitivity s_r of
+its router, and to save its parameters c_r. Then the best plan of a share runs the experts with
+s_r S_e > l c_r for one price l: a threshold for each router, or the best K of each.
+
+Uniform plans, which treat all layers alike, are what others are compared with.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from lightning_dsmoe.analysis.evaluation import Found, Measure
 from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
@@ -15,10 +18,27 @@ Sensitivities = tuple[float, ...]
 """Of each router: those of feed-forward experts by layer, then those of attention experts."""
 
 Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
+"""From statistics, sensitivities and a share to the best plan of that share."""
 
-_HALVINGS = 40
-_WIDEST = 1e18
-_MOST = 1 - 2**-20  # of N, which no N S_e can exceed
+UniformPlans = Callable[[Statistics, float], list[SelectionPlan]]
+"""From statistics and a share to the uniform plans that run at most that share."""
+
+
+class PlanFamily(NamedTuple):
+    """Plans of one kind, `THRESHOLDS` or `FIXED_NUMBERS`.
+
+    Args:
+        solve: makes the best plan of a share.
+        uniform: makes the uniform plans that may take its place.
+    """
+
+    solve: Solver
+    uniform: UniformPlans
+
+
+_BISECTIONS = 40
+_WIDEST = 1e18  # of prices: covers any size of an expert and any sensitivity
+_MOST = 1 - 2**-20  # of E, which no E·S_e can exceed
 
 
 def even(statistics: Statistics) -> Sensitivities:
@@ -34,7 +54,13 @@ def alike(statistics: Statistics) -> Sensitivities:
 
 
 def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float) -> SelectionPlan:
-    """The thresholds of every router that run a share of the parameters."""
+    """The thresholds of every router that run a share of the parameters.
+
+    Args:
+        statistics: what the routers say of a text.
+        sensitivity: of each router.
+        budget: share of the hidden parameters, in the mean over tokens.
+    """
     routers = statistics.routers
     layers = len(statistics.experts)
 
@@ -45,7 +71,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
         ]
 
     low, high = 1 / _WIDEST, _WIDEST
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
         values = eps(middle)
         if statistics.share(values[:layers], values[layers:]) > budget:
@@ -63,7 +89,16 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
 def fixed_numbers(
     statistics: Statistics, sensitivity: Sensitivities, budget: float
 ) -> SelectionPlan:
-    """The number of experts of every router that run at most a share of the parameters."""
+    """The number of experts of every router that run at most a share of the parameters.
+
+    Adds one expert at a time, the one that gives most for its parameters. Gains fall with each
+    expert of a router, so only the last few parameters of the budget may be spent better.
+
+    Args:
+        statistics: what the routers say of a text.
+        sensitivity: of each router.
+        budget: share of the hidden parameters.
+    """
     numbers = [1 for _ in statistics.routers]
     routers = {n: router for n, router in enumerate(statistics.routers) if router is not None}
     gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
@@ -93,8 +128,7 @@ def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
     if share < statistics.least_share:
         return []
     one_threshold = thresholds(statistics, alike(statistics), share)
-    numbers, mixed = uniform_numbers(statistics, share), uniform_mixed(statistics, share)
-    return [one_threshold, *numbers, *mixed]
+    return [one_threshold, *THRESHOLDS.uniform(statistics, share)]
 
 
 def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Found | None:
@@ -115,7 +149,7 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
     room = share * statistics.hidden - statistics.always
     plans = []
     for heads in range(1, most_heads + 1):
-        left = room - heads * cost_heads + 0.5
+        left = room - heads * cost_heads + 0.5  # half a parameter, against rounding
         if left < cost:
             break
         number = min(int(left // cost), most) if cost else most
@@ -130,6 +164,14 @@ def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
     most = min((router.n_experts for router in statistics.attention if router), default=0)
     plans = [_threshold_beside(heads, statistics, share) for heads in range(1, most + 1)]
     return [plan for plan in plans if plan is not None]
+
+
+THRESHOLDS = PlanFamily(
+    thresholds,
+    # One threshold for all is not among them: a search starts there.
+    lambda statistics, share: uniform_numbers(statistics, share) + uniform_mixed(statistics, share),
+)
+FIXED_NUMBERS = PlanFamily(fixed_numbers, uniform_numbers)
 
 
 def check_budget(statistics: Statistics, budget: float) -> None:
@@ -170,5 +212,5 @@ def _threshold_beside(heads: int, statistics: Statistics, share: float) -> Selec
 
 def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
     """What the best expert, the second one and so on give for a parameter."""
-    means: list[float] = router.probs_XN.double().mean(0).tolist()
+    means: list[float] = router.probs_NE.double().mean(0).tolist()
     return [sensitivity * mean / router.per_expert for mean in means]

@@ -25,8 +25,8 @@ EVEN = (1.0,) * 4
 def test_statistics_tell_what_a_threshold_keeps_and_drops() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04], [0.34, 0.33, 0.33]])
     router = RouterStatistics(probs, per_expert=10)
-    assert router.kept(0.7).item() == pytest.approx((2 + 1 + 3) / 3)
-    assert router.kept(3.0).item() == 1
+    assert router.running(0.7).item() == pytest.approx((2 + 1 + 3) / 3)
+    assert router.running(3.0).item() == 1
     assert router.dropped_mass(0.7).item() == pytest.approx((0.2 + 0.1) / 3)
     assert router.dropped_mass(3.0).item() == pytest.approx((0.5 + 0.1 + 0.66) / 3)
     whole = Statistics([router], [None], always=5, hidden=35)
@@ -36,8 +36,8 @@ def test_statistics_tell_what_a_threshold_keeps_and_drops() -> None:
 def test_statistics_are_of_counted_tokens(statistics: Statistics, text: HeldOut) -> None:
     for router in statistics.experts + statistics.attention:
         assert router is not None
-        assert len(router.probs_XN) == text.n_tokens
-        assert (router.probs_XN.diff(dim=-1) <= 0).all()
+        assert len(router.probs_NE) == text.n_tokens
+        assert (router.probs_NE.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize("budget", [0.55, 0.7, 0.9])
