@@ -8,7 +8,15 @@ from reprlib import repr as short_repr
 from typing import Any, Self
 
 from lightning_dsmoe.files import read_json, write_text
-from lightning_dsmoe.routing.selection import AllExperts, Selection, check_selection
+from lightning_dsmoe.routing.selection import (
+    AllExperts,
+    Selection,
+    Threshold,
+    ThresholdTopK,
+    TopK,
+    TopP,
+    check_selection,
+)
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version", "experts", "attention"}
@@ -133,6 +141,57 @@ def check_plan(plan: object, n_layers: int) -> None:
             f"a plan holds a selection for each layer, such as SelectionPlan.uniform({n_layers}, "
             f"experts=TopK(2)); got {plan!r:.80}"
         )
+
+
+def describe(plan: SelectionPlan) -> str:
+    """A plan in words.
+
+    Example:
+        >>> from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+        >>> describe(SelectionPlan.uniform(8, experts=Threshold(0.5), attention=TopK(2)))
+        'experts: threshold 0.5; attention: top 2'
+    """
+    experts, attention = map(describe_selections, (plan.experts, plan.attention))
+    return f"experts: {experts}; attention: {attention}"
+
+
+def describe_selections(selections: Sequence[Selection]) -> str:
+    """The selections of all layers in words, to three significant digits.
+
+    Example:
+        >>> from lightning_dsmoe.routing import AllExperts, Threshold
+        >>> describe_selections([Threshold(0.25), Threshold(0.5)])
+        'threshold 0.25 to 0.5 by layer'
+        >>> describe_selections([AllExperts(), Threshold(0.25), Threshold(0.5)])
+        'all in 1 layer, threshold 0.25 to 0.5 in 2 layers'
+    """
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for selection in selections:
+        name = _SELECTION_WORDS.get(type(selection))
+        if name is None:  # one of the user's own
+            kinds.setdefault((str(selection), ""), []).append(None)
+            continue
+        options = asdict(selection)
+        ending = "renormalized" if options.pop("renormalize") else ""
+        kinds.setdefault((name, ending), []).append(*(options.values() or [None]))
+    words = []
+    for (name, ending), values in kinds.items():
+        ends = [] if values[0] is None else sorted({min(values), max(values)})
+        place = "by layer" if len(ends) > 1 else ""
+        if len(kinds) > 1:
+            place = f"in {len(values)} layer{'s' * (len(values) > 1)}"
+        span = " to ".join(f"{e:.3g}" if isinstance(e, float) else str(e) for e in ends)
+        words.append(" ".join(filter(None, (name, span, ending, place))))
+    return ", ".join(words)
+
+
+_SELECTION_WORDS: dict[type[Selection], str] = {
+    AllExperts: "all",
+    TopK: "top",
+    Threshold: "threshold",
+    ThresholdTopK: "threshold top-k",
+    TopP: "top-p",
+}
 
 
 def _known_selections(base: type[Selection] = Selection) -> dict[str, type[Selection]]:

@@ -12,7 +12,9 @@ from lightning_dsmoe.routing import (
     TopK,
     TopP,
 )
+from lightning_dsmoe.routing.plan import describe, describe_selections
 
+OWN: Any = print  # any callable may be a selection
 PLAN = SelectionPlan(
     experts=(TopK(2), Threshold(0.5, renormalize=True), ThresholdTopK(0.48)),
     attention=(AllExperts(), TopP(0.9), TopK(1, renormalize=True)),
@@ -112,3 +114,14 @@ def test_check_names_layer_and_kind() -> None:
         PLAN.check([1, 4, 4], [2, 2, 2])
     with pytest.raises(ValueError, match="a plan of 3 layers, a model of 2"):
         PLAN.check([4, 4], [2, 2])
+
+
+def test_plans_in_words() -> None:
+    plan = SelectionPlan((TopK(2), TopK(2), TopK(3)), (TopP(0.9), TopP(0.9, renormalize=True), OWN))
+    assert describe(plan) == (
+        "experts: top 2 to 3 by layer; attention: top-p 0.9 in 1 layer, "
+        f"top-p 0.9 renormalized in 1 layer, {OWN} in 1 layer"
+    )
+    assert describe(SelectionPlan.uniform(2)) == "experts: all; attention: all"
+    thresholds = (ThresholdTopK(1 / 3), ThresholdTopK(2 / 3))
+    assert describe_selections(thresholds) == "threshold top-k 0.333 to 0.667 by layer"
