@@ -43,7 +43,7 @@ def test_halves_of_a_single_batch_share_its_windows() -> None:
     assert torch.equal(first.batches[0][0], inputs_BT[:2])
     assert torch.equal(second.batches[0][1], labels_BT[2:])
     assert (first.n_tokens, second.n_tokens) == (8, 4)
-    with pytest.raises(ValueError, match=r"4 tokens in one window, .* it takes more than 4"):
+    with pytest.raises(ValueError, match=r"4 tokens in one window, .* more than 4 are needed"):
         second.halves()
 
 

@@ -19,22 +19,49 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Point = tuple[float, float]
-"""Active share and loss."""
+"""Active share and loss of a plan."""
 
 EPS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 P = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_KINDS = ("threshold top-k", "threshold", "top-p", "top", "all")
+_LABELS = {
+    "threshold top-k": "threshold top-k",
+    "threshold": "threshold",
+    "top-p": "top-p",
+    "top": "top-k",
+    "all": "all experts",
+}
+"""Of plans in the figure, by how their name starts; the first that fits."""
 
 
 def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
-    """Plans by name: dense; then fixed numbers, thresholds and probabilities.
+    """Some forty uniform plans: dense, top-k, thresholds and top-p.
 
-    The same selection runs in both kinds of experts, and then fixed numbers and thresholds in one
-    kind alone, all experts of the other running.
+    The same kind of selection runs in feed-forward and attention experts; then top-k in one of the
+    two, while all experts of the other run.
 
     Args:
         decoder: the model; layers without a router run whole.
+
+    Returns:
+        Plans by name, such as "threshold 0.5".
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.analysis import sweep_plans
+        >>> decoder = Decoder(
+        ...     256,
+        ...     16,
+        ...     2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=8, d_expert=4),
+        ... )
+        >>> plans = sweep_plans(decoder)
+        >>> list(plans)[:3]
+        ['all', 'top 1 and 1', 'top 2 and 2']
+        >>> plans["threshold 0.5"].experts[0].eps
+        0.5
     """
     n_experts, n_attention = decoder.plan_sizes
     plans = {"all": SelectionPlan.uniform(decoder.n_layers)}
@@ -60,7 +87,19 @@ def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
 
 
 def frontier(points: Sequence[Point]) -> list[int]:
-    """Numbers of the points that no other beats at both, by ascending share."""
+    """The points that no other beats in both share and loss.
+
+    Args:
+        points: active share and loss of each plan.
+
+    Returns:
+        Indices of these points, by ascending share.
+
+    Example:
+        >>> from lightning_dsmoe.analysis import frontier
+        >>> frontier([(1.0, 1.4), (0.3, 1.5), (0.5, 1.6)])  # the last runs more at a higher loss
+        [1, 0]
+    """
     best: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: points[n]):
         if not best or points[number][1] < points[best[-1]][1]:
@@ -69,19 +108,32 @@ def frontier(points: Sequence[Point]) -> list[int]:
 
 
 def knee(points: Sequence[Point]) -> int:
-    """Number of the point of the frontier where more experts stop paying.
+    """The point of the frontier where more experts stop paying.
 
     It is the point of the frontier farthest below the falling diagonal, both axes scaled to 1: the
     share from the least to the most of all points, the loss from the frontier's worst to its best
     (Satopaa et al. 2011, "Finding a Kneedle in a Haystack").
 
+    Args:
+        points: active share and loss of each plan.
+
+    Returns:
+        Index of that point.
+
     Raises:
         ValueError: if there are no points.
+
+    Example:
+        >>> from lightning_dsmoe.analysis import knee
+        >>> knee([(1.0, 1.40), (0.3, 1.41), (0.1, 1.90)])
+        1
     """
     if not points:
         raise ValueError("there is no knee without points")
     best = frontier(points)
     (left, top), (_, bottom) = points[best[0]], points[best[-1]]
+    # The most of all points, not of the frontier: where a sparse plan has the lowest loss, that is
+    # narrow, and chance differences scaled to 1 would look like a bend.
     right = max(share for share, _ in points)
 
     def below(number: int) -> float:
@@ -99,18 +151,18 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    names, points = list(results), [(r.active_share_mean, r.loss) for r in results.values()]
-    best = frontier(points)
-    axes.plot(*zip(*(_at(points[n]) for n in best), strict=True), color="0.6", zorder=1)
-    for kind in _KINDS:
-        some = [_at(p) for name, p in zip(names, points, strict=True) if _kind(name) == kind]
+    names = list(results)
+    points = [(100 * result.active_share_mean, result.loss) for result in results.values()]
+    axes.plot(*zip(*(points[n] for n in frontier(points)), strict=True), color="0.6", zorder=1)
+    for kind, label in _LABELS.items():
+        some = [p for name, p in zip(names, points, strict=True) if _kind(name) == kind]
         if some:
             shares, losses = zip(*some, strict=True)
-            axes.scatter(shares, losses, s=22, label=_LABELS[kind], zorder=2)
+            axes.scatter(shares, losses, s=22, label=label, zorder=2)
     number = knee(points)
     axes.annotate(
-        f"{names[number]}\n{points[number][0]:.1%} active",
-        _at(points[number]),
+        f"{names[number]}\n{points[number][0]:.1f} % active",
+        points[number],
         xytext=(18, 28),
         textcoords="offset points",
         arrowprops={"arrowstyle": "->"},
@@ -121,26 +173,13 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
     return figure
 
 
-_LABELS = {
-    "all": "all experts",
-    "top": "top-k",
-    "threshold": "threshold",
-    "threshold top-k": "threshold top-k",
-    "top-p": "top-p",
-}
-
-
 def _kind(name: str) -> str:
     if name.startswith("all experts, top"):
         return "top"
-    return next(kind for kind in _KINDS if name.startswith(kind))
-
-
-def _at(point: tuple[float, float]) -> tuple[float, float]:
-    return 100 * point[0], point[1]
+    return next(kind for kind in _LABELS if name.startswith(kind))
 
 
 def _numbers(counts: Sequence[int | None]) -> list[int]:
-    """Numbers of experts that are fewer than those of any layer with a router."""
+    """Numbers of experts below the fewest of any layer with a router."""
     least = min((count for count in counts if count is not None), default=0)
     return [number for number in NUMBERS if number < least]

@@ -248,12 +248,9 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, score: Objective)
         mass = 0.0
         if router is not None and isinstance(selection, Threshold):
             mass = router.dropped_mass(selection.eps).item()
-        if not mass:
-            found.append(None)
-            continue
         alone = [*dense.experts, *dense.attention]
         alone[number] = selection
-        found.append(max(0.0, score(plan_of(alone)).value - base) / mass)
+        found.append(max(0.0, score(plan_of(alone)).value - base) / mass if mass else None)
     typical = median([s for s in found if s] or [1.0])
     return tuple(typical if s is None else max(s, typical / 20) for s in found)
 

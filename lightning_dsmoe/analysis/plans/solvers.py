@@ -158,12 +158,23 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
 
 
 def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    """For each number of attention experts the threshold of feed-forward experts that fits."""
+    """For each number of attention experts the threshold of feed-forward experts that fits.
+
+    Args:
+        statistics: what the routers say of a text.
+        share: of the hidden parameters, in the mean over tokens.
+    """
     if not any(statistics.experts):
         return []
-    most = min((router.n_experts for router in statistics.attention if router), default=0)
-    plans = [_threshold_beside(heads, statistics, share) for heads in range(1, most + 1)]
-    return [plan for plan in plans if plan is not None]
+    attention = [router for router in statistics.attention if router]
+    n_layers, plans = len(statistics.attention), []
+    for heads in range(1, min((router.n_experts for router in attention), default=0) + 1):
+        always = statistics.always + heads * sum(router.per_expert for router in attention)
+        others = statistics._replace(attention=[None] * n_layers, always=always)
+        if share >= others.least_share:
+            experts = thresholds(others, alike(others), share).experts
+            plans.append(SelectionPlan(experts, (TopK(heads),) * n_layers))
+    return plans
 
 
 THRESHOLDS = PlanFamily(
@@ -188,26 +199,6 @@ def plan_of(selections: Iterable[Selection]) -> SelectionPlan:
     listed = tuple(selections)
     layers = len(listed) // 2
     return SelectionPlan(listed[:layers], listed[layers:])
-
-
-def _threshold_beside(heads: int, statistics: Statistics, share: float) -> SelectionPlan | None:
-    """The threshold of feed-forward experts beside a number of attention experts.
-
-    Args:
-        heads: attention experts of each layer.
-        statistics: what the routers say of a text.
-        share: of the hidden parameters, in the mean over tokens.
-
-    Returns:
-        The plan of that share; None if one feed-forward expert in each layer is more.
-    """
-    layers = len(statistics.attention)
-    fixed = heads * sum(router.per_expert for router in statistics.attention if router)
-    others = statistics._replace(attention=[None] * layers, always=statistics.always + fixed)
-    if share < others.least_share:
-        return None
-    plan = thresholds(others, alike(others), share)
-    return SelectionPlan(plan.experts, (TopK(heads),) * layers)
 
 
 def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:

@@ -103,7 +103,7 @@ def test_codes_between_two_may_fall_to_either_but_few_do(decoder: Decoder) -> No
     moved[moved.abs().argmin()] += 1
     check_weights(model, decoder)
     moved -= moved.sign()
-    with pytest.raises(ValueError, match=r"blocks\.0\.feed_forward\.experts\.w_out.* is another"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.feed_forward\.experts\.w_out.* differs"):
         check_weights(model, decoder)
 
 
