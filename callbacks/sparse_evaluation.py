@@ -13,11 +13,11 @@ from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
-from lightning_dsmoe.moved import old_attributes
+from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
-@old_attributes(loss="sparse_loss", gap="relative_gap", active_share="active_share_mean")
+@renamed_attributes(loss="sparse_loss", gap="relative_gap", active_share="active_share_mean")
 class SparseResult(NamedTuple):
     """A model under one plan, over a whole split.
 

@@ -102,7 +102,7 @@ def find_moved_modules() -> None:
         sys.meta_path.append(_Moved())
 
 
-def old_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
+def renamed_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
     """Let attributes of a class be read by their names of version 0.1, with a warning.
 
     Args:

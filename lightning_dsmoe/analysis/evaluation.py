@@ -16,7 +16,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import window_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
-from lightning_dsmoe.moved import old_attributes
+from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -45,7 +45,7 @@ class Gain(NamedTuple):
         return self.total > self.error
 
 
-@old_attributes(
+@renamed_attributes(
     share="active_share_mean", share_p50="active_share_p50", share_p95="active_share_p95"
 )
 class PlanResult(NamedTuple):

@@ -45,9 +45,8 @@ class HeldOut(NamedTuple):
         """
         batches = self.batches
         if len(batches) == 1:
-            [(inputs_BT, labels_BT)] = batches
-            half = -(-len(inputs_BT) // 2)
-            batches = list(zip(inputs_BT.split(half), labels_BT.split(half), strict=True))
+            n_windows, context = batches[0][0].shape
+            batches = self.in_batches_of(-(-n_windows // 2) * context).batches
         if len(batches) < 2:
             raise ValueError(
                 f"the text has {self.n_tokens} tokens in one window, which is too short to find a "

@@ -30,8 +30,7 @@ from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.artifact.certificate import load_certificate, save_certificate
 from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
 
-_NAMED = 3
-_MAX_TOKENS, _BATCH_TOKENS = 100_000, 2048
+_NAMED_DIFFERENCES = 3
 
 
 def certify(
@@ -127,8 +126,9 @@ def _compare(
     """Print both certificates, or raise a ValueError that names what differs."""
     faults = differences(recorded, measured, dense_too=same_dense)
     if faults:
-        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        raise ValueError(f"{name} does not match: {'; '.join(faults[:_NAMED])}{more}")
+        named, others = faults[:_NAMED_DIFFERENCES], len(faults) - _NAMED_DIFFERENCES
+        more = f" and {others} more" if others > 0 else ""
+        raise ValueError(f"{name} does not match: {'; '.join(named)}{more}")
     print_certificates({"certificate": recorded, "now": measured})
     print(f"{name} matches.")
     if not same_dense:
@@ -156,8 +156,8 @@ def _text(
         "val_fraction": first_given(trained_on.val_fraction, VAL_FRACTION),
         "test_fraction": first_given(trained_on.test_fraction, TEST_FRACTION),
         "context": first_given(trained_on.context, CONTEXT),
-        "max_tokens": _MAX_TOKENS,
-        "batch_tokens": _BATCH_TOKENS,
+        "max_tokens": 100_000,
+        "batch_tokens": 2048,
     }
     options: dict[str, Any] = {
         name: first_given(given[name], earlier.get(name), value) for name, value in defaults.items()

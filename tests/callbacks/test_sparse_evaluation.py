@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention import GroupedQueryAttention
-from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
+from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation, SparseResult
 from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
@@ -210,3 +210,10 @@ def test_nan_is_not_hidden(
         model, make_loader(1), verbose=False
     )
     assert callback.results["top_1"].sparse_loss != callback.results["top_1"].sparse_loss
+
+
+def test_names_of_version_0_1() -> None:
+    result: Any = SparseResult(1.5, 1.0, 0.5, 0.3, 0.2, 0.4)
+    for old, value in (("loss", 1.5), ("gap", 0.5), ("active_share", 0.3)):
+        with pytest.warns(DeprecationWarning, match=f"SparseResult.{old} is now "):
+            assert getattr(result, old) == value

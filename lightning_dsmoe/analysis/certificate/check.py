@@ -18,6 +18,8 @@ ROUNDING = 1e-5
 
 _OTHER_CODES = 1e-3
 """Largest share of the 8-bit codes of a weight that rounding may change, each by one."""
+# Rounding differs by machine and may decide which of two near-equal experts runs; that moves shares
+# and errors of single tokens more than the loss.
 _RELATIVE, _ABSOLUTE = 1e-2, 1e-4
 _TOLERANCES = {
     "tokens": (0.0, 0.0),

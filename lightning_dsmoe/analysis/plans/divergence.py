@@ -24,7 +24,7 @@ def divergence(model: SparseModel, text: HeldOut, *, n_probable: int = 64) -> Di
 
     KL(p || q) = sum over tokens v of p_v ln(p_v / q_v), p of all experts and q of the plan, over
     the tokens that are most probable under p, and all others as one. Where p is right it is the
-    increase of the expected loss, but it needs no next token, so it varies far less from text to
+    increase of the expected loss, but it needs no next token, so it varies less from text to
     text than the loss does (docs/lab_notes/plans.md). Whole distributions of a large vocabulary
     would fill the memory.
 

@@ -1,4 +1,4 @@
-"""What every router of a model says of a text, and what a threshold for each would cost.
+"""Gates of every router of a model on a text, and the cost of a threshold for each.
 
 Shapes: B sequences in a batch, T positions, N tokens that count, E experts.
 """

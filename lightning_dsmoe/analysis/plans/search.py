@@ -28,7 +28,7 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold
 
 _FACTORS = (2.0, 0.5)
 _MOST_STEPS = 4
-_BISECTIONS = 7  # shares to a hundredth of the range
+_SHARE_BISECTIONS = 7  # shares to a hundredth of the range
 
 
 class Score(NamedTuple):
@@ -67,7 +67,7 @@ class PlanSearch:
     """Searches for plans of a trained model that lose little and run few parameters.
 
     Args:
-        statistics: what the routers say of a text, from `routing_statistics`.
+        statistics: gates of a text, from `routing_statistics`.
         measure: evaluates a plan on that text; called once for each plan.
         family: the plans to search among: `THRESHOLDS`, or `FIXED_NUMBERS` of experts.
         make_divergence: called by `within` to get the divergence of plans on that text, which then
@@ -216,7 +216,7 @@ class PlanSearch:
     ) -> tuple[SelectionPlan, float]:
         """The sparsest plan found below a share whose loss is within a limit, and its share."""
         least = self.statistics.least_share
-        for _ in range(_BISECTIONS):
+        for _ in range(_SHARE_BISECTIONS):
             middle = (least + share) / 2
             candidate = self.family.solve(self.statistics, tried, middle)
             if self._loss(candidate).value <= limit:

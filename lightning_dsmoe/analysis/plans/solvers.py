@@ -1,4 +1,4 @@
-"""The best plan of a share of the parameters, if the routers tell what an expert is worth.
+"""The best plan of a share of the parameters, if gates measure what an expert is worth.
 
 Leaving out an expert for a token is assumed to cost s_r S_e, its gate times the sensitivity s_r of
 its router, and to save its parameters c_r. Then the best plan of a share runs the experts with
@@ -36,9 +36,9 @@ class PlanFamily(NamedTuple):
     uniform: UniformPlans
 
 
-_BISECTIONS = 40
+_PRICE_BISECTIONS = 40
 _WIDEST = 1e18  # of prices: covers any size of an expert and any sensitivity
-_MOST = 1 - 2**-20  # of E, which no E·S_e can exceed
+_ALMOST_ONE = 1 - 2**-20  # of E, which no E·S_e can exceed
 
 
 def even(statistics: Statistics) -> Sensitivities:
@@ -57,7 +57,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
     """The thresholds of every router that run a share of the parameters.
 
     Args:
-        statistics: what the routers say of a text.
+        statistics: gates of a text, from `routing_statistics`.
         sensitivity: of each router.
         budget: share of the hidden parameters, in the mean over tokens.
     """
@@ -71,7 +71,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
         ]
 
     low, high = 1 / _WIDEST, _WIDEST
-    for _ in range(_BISECTIONS):
+    for _ in range(_PRICE_BISECTIONS):
         middle = (low * high) ** 0.5
         values = eps(middle)
         if statistics.share(values[:layers], values[layers:]) > budget:
@@ -80,7 +80,9 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
             high = middle
     return plan_of(
         [
-            AllExperts() if router is None else Threshold(min(value, _MOST * router.n_experts))
+            AllExperts()
+            if router is None
+            else Threshold(min(value, _ALMOST_ONE * router.n_experts))
             for router, value in zip(routers, eps(high), strict=True)
         ]
     )
@@ -95,7 +97,7 @@ def fixed_numbers(
     expert of a router, so only the last few parameters of the budget may be spent better.
 
     Args:
-        statistics: what the routers say of a text.
+        statistics: gates of a text, from `routing_statistics`.
         sensitivity: of each router.
         budget: share of the hidden parameters.
     """
@@ -104,14 +106,9 @@ def fixed_numbers(
     gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
     room = budget * statistics.hidden - statistics.always
     room -= sum(router.per_expert for router in routers.values())
-    while True:
-        fitting = [
-            n
-            for n, router in routers.items()
-            if numbers[n] < router.n_experts and router.per_expert <= room
-        ]
-        if not fitting:
-            break
+    while fitting := [
+        n for n, r in routers.items() if numbers[n] < r.n_experts and r.per_expert <= room
+    ]:
         best = max(fitting, key=lambda n: gains[n][numbers[n]])
         room -= routers[best].per_expert
         numbers[best] += 1
@@ -122,7 +119,7 @@ def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
     """Plans of at most a share: one threshold, pairs of fixed numbers, and one of each.
 
     Args:
-        statistics: what the routers say of a text.
+        statistics: gates of a text, from `routing_statistics`.
         share: of the hidden parameters, in the mean over tokens.
     """
     if share < statistics.least_share:
@@ -138,7 +135,7 @@ def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Foun
 
 
 def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    """For each number of attention experts the most feed-forward experts that fit."""
+    """For each number of attention experts, the most feed-forward experts that fit the share."""
     layers = len(statistics.experts)
     kinds = [
         [r for r in routers if r is not None]
@@ -149,19 +146,19 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
     room = share * statistics.hidden - statistics.always
     plans = []
     for heads in range(1, most_heads + 1):
-        left = room - heads * cost_heads + 0.5  # half a parameter, against rounding
-        if left < cost:
+        rest = room - heads * cost_heads + 0.5  # half a parameter, against rounding
+        if rest < cost:
             break
-        number = min(int(left // cost), most) if cost else most
+        number = min(int(rest // cost), most) if cost else most
         plans.append(SelectionPlan.uniform(layers, experts=TopK(number), attention=TopK(heads)))
     return plans
 
 
 def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
-    """For each number of attention experts the threshold of feed-forward experts that fits.
+    """For each number of attention experts, the threshold of feed-forward experts that fits.
 
     Args:
-        statistics: what the routers say of a text.
+        statistics: gates of a text, from `routing_statistics`.
         share: of the hidden parameters, in the mean over tokens.
     """
     if not any(statistics.experts):
