@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import Source, TextSource, certificate
 from lightning_dsmoe.analysis.certificate.judgement import judge
+from lightning_dsmoe.analysis.certificate.record import Source, TextSource, certificate
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.callbacks.rank_zero import on_rank_zero

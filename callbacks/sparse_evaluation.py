@@ -16,25 +16,27 @@ from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
+@renamed_attributes(loss="sparse_loss", gap="relative_gap", active_share="active_share_mean")
 class SparseResult(NamedTuple):
     """A model under one plan, over a whole split.
 
     Args:
-        loss: cross entropy under the plan, in nats per token.
+        sparse_loss: cross entropy under the plan, in nats per token.
         dense_loss: cross entropy of the same tokens as the model runs without the plan.
-        gap: loss / dense_loss - 1.
-        active_share: mean share of the hidden parameters that run for a token.
+        relative_gap: sparse_loss / dense_loss - 1.
+        active_share_mean: mean share of the hidden parameters that run for a token.
         active_share_p50: its median over tokens.
         active_share_p95: its 95th percentile.
     """
 
-    loss: float
+    sparse_loss: float
     dense_loss: float
-    gap: float
-    active_share: float
+    relative_gap: float
+    active_share_mean: float
     active_share_p50: float
     active_share_p95: float
 
@@ -145,7 +147,7 @@ class SparseEvaluation(Callback):
             pl_module.log_dict(
                 {
                     f"{stage}/sparse/{name}/loss": sparse_loss,
-                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share,
+                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share_mean,
                     f"{stage}/sparse/{name}/gap": gap,
                 },
                 sync_dist=True,

@@ -3,15 +3,16 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
+Owner = TypeVar("Owner")
 
 _PACKAGE = "lightning_dsmoe."
 MOVED = {
@@ -65,12 +66,12 @@ MOVED = {
     "analysis.certificate_check": "analysis.certificate.check",
     "analysis.plan_search": "analysis.plans.search",
     "analysis.solvers": "analysis.plans.solvers",
-    "analysis.uniform": "analysis.plans.uniform",
+    "analysis.uniform": "analysis.plans.solvers",
     "analysis.divergence": "analysis.plans.divergence",
     "analysis.routing_statistics": "analysis.plans.routing_statistics",
     "analysis.frontier": "analysis.plans.frontier",
-    "analysis.frontier_figure": "analysis.plans.frontier_figure",
-    "analysis.sweep": "analysis.plans.sweep",
+    "analysis.frontier_figure": "analysis.plans.frontier",
+    "analysis.sweep": "analysis.plans.frontier",
     "analysis.report_page": "analysis.report",
     "analysis.pruning": "analysis.unused_experts",
     "analysis.utilization": "analysis.report.utilization",
@@ -142,5 +143,24 @@ def renamed_options(
             return function(*args, **options)
 
         return call
+
+    return decorate
+
+
+def renamed_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
+    """Let attributes of a class be read by their names of version 0.1, with a warning.
+
+    Args:
+        names: the new name for each old one.
+    """
+
+    def get(new: str, old: str, instance: object) -> Any:
+        warn_renamed(f"{type(instance).__name__}.{old}", new)
+        return getattr(instance, new)
+
+    def decorate(owner: type[Owner]) -> type[Owner]:
+        for old, new in names.items():
+            setattr(owner, old, property(partial(get, new, old)))
+        return owner
 
     return decorate

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import machine
-from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, PlanSearch, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.plans.search import search
-from lightning_dsmoe.analysis.plans.solvers import Solver, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import uniform_plans
+from lightning_dsmoe.analysis.plans.solvers import (
+    FIXED_NUMBERS,
+    THRESHOLDS,
+    PlanFamily,
+    uniform_plans,
+)
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.files import write_text
 
@@ -55,10 +58,10 @@ def main() -> None:
         "max_tokens": options.max_tokens,
         "batch_tokens": 4096,
     }
-    solve = fixed_numbers if options.fixed else thresholds
+    family = FIXED_NUMBERS if options.fixed else THRESHOLDS
     rows = []
     for path, twin in zip(options.ckpt_paths, twins, strict=True):
-        rows += compare(path, options.budgets, solve, source, twin=twin)
+        rows += compare(path, options.budgets, family, source, twin=twin)
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     print(f"{rows[0]['machine'] if rows else machine()}\n\n{table(rows)}")
 
@@ -66,7 +69,7 @@ def main() -> None:
 def compare(
     path: Path,
     budgets: list[float],
-    solve: Solver,
+    family: PlanFamily,
     source: dict[str, Any],
     *,
     twin: Path | None = None,
@@ -76,7 +79,7 @@ def compare(
     Args:
         path: of the checkpoint.
         budgets: active shares to calibrate for.
-        solve: what kind of plans to find.
+        family: the plans to search among.
         source: options of `open_trained` that say which text to use.
         twin: checkpoint of the dense model to compare with.
     """
@@ -88,19 +91,19 @@ def compare(
     unseen = routing_statistics(model, judged_on, counts)
     dense = evaluate_plan(model, model.plan, judged_on, counts)
     twin_loss = None if twin is None else dense_loss(twin, source, judged_on)
+    search = PlanSearch(
+        statistics,
+        lambda plan: evaluate_plan(model, plan, found_on, counts),
+        family,
+        lambda: diverge,
+    )
     rows = []
     for budget in budgets:
         if budget < statistics.least_share:
             continue
-        found = search(
-            statistics,
-            budget,
-            solve,
-            lambda plan: evaluate_plan(model, plan, found_on, counts),
-            lambda: diverge,
-        )
+        found = search.within(budget)
         calibrated = evaluate_plan(model, found.plan, judged_on, counts)
-        plans = uniform_plans(unseen, calibrated.share)
+        plans = uniform_plans(unseen, calibrated.active_share_mean)
         rivals = [evaluate_plan(model, plan, judged_on, counts) for plan in plans]
         uniform = min(rivals, key=lambda result: result.loss)
         gain, error = (nats / sum(uniform.window_losses) for nats in calibrated.gain_over(uniform))
@@ -108,13 +111,13 @@ def compare(
             {
                 "model": path.stem,
                 "machine": machine(trained.text.device),
-                "fixed": solve is fixed_numbers,
+                "fixed": family is FIXED_NUMBERS,
                 "budget": budget,
-                "share": calibrated.share,
+                "share": calibrated.active_share_mean,
                 "loss": calibrated.loss,
                 "all_experts": dense.loss,
                 "dense_twin": twin_loss,
-                "uniform_share": uniform.share,
+                "uniform_share": uniform.active_share_mean,
                 "uniform_loss": uniform.loss,
                 "divergence": sum(diverge_unseen(found.plan)) / judged_on.n_tokens,
                 "uniform_divergence": min(sum(diverge_unseen(plan)) for plan in plans)

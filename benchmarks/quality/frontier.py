@@ -12,8 +12,7 @@ from lightning_dsmoe.analysis.plans.routing_statistics import (
     Statistics,
     routing_statistics,
 )
-from lightning_dsmoe.analysis.plans.solvers import alike, thresholds
-from lightning_dsmoe.analysis.plans.uniform import uniform_mixed, uniform_numbers
+from lightning_dsmoe.analysis.plans.solvers import alike, thresholds, uniform_mixed, uniform_numbers
 from lightning_dsmoe.commands.evaluation_setup import Trained
 from lightning_dsmoe.data.windows import IGNORED
 
@@ -55,7 +54,7 @@ def measure(
         points.append({"rule": rule, "budget": budget, "plan": name, "share": share, "loss": loss})
 
     def add_threshold(share: float) -> None:
-        plan = threshold(statistics, share, lambda plan: on_part(plan).share)
+        plan = threshold(statistics, share, lambda plan: on_part(plan).active_share_mean)
         if plan is not None:
             add("threshold", share, plan)
 
@@ -110,7 +109,7 @@ def running(routers: list[RouterStatistics | None], eps: float) -> dict[str, flo
         The `share` n / N of the experts, and `beyond_one`, the share (n - 1) / (N - 1) of those
         that can be left out, as one always runs.
     """
-    kept = [(r.kept(eps).item(), r.n_experts) for r in routers if r is not None]
+    kept = [(r.running(eps).item(), r.n_experts) for r in routers if r is not None]
     if not kept:
         return None
     return {

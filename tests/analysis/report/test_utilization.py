@@ -117,8 +117,8 @@ def test_losses_and_active_share_are_those_of_the_plans(
         evaluate_plan(model, SelectionPlan.uniform(2), text, counts).loss
     )
     assert use.plan_loss == pytest.approx(plan.loss)
-    assert use.active.mean.item() == pytest.approx(plan.share)
-    assert use.active.p95.item() == pytest.approx(plan.share_p95)
+    assert use.active.mean.item() == pytest.approx(plan.active_share_mean)
+    assert use.active.p95.item() == pytest.approx(plan.active_share_p95)
     assert use.plan_loss != use.loss
 
 

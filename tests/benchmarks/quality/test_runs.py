@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_dsmoe.analysis.plans.solvers import thresholds
+from lightning_dsmoe.analysis.plans.solvers import THRESHOLDS
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 
 
@@ -99,7 +99,7 @@ def test_other_ways_of_training(
     run = benchmark_modules.runs.carry_out(settings, str(text), 1, str(kept))
     assert run["points"][0]["rule"] == "all"
     source = {"files": str(text), "val_fraction": 0.5}
-    rows = benchmark_modules.calibration.compare(kept, [0.1, 0.6], thresholds, source, twin=kept)
+    rows = benchmark_modules.calibration.compare(kept, [0.1, 0.6], THRESHOLDS, source, twin=kept)
     assert [row["budget"] for row in rows] == [0.6]  # less than one expert of each is left out
     assert rows[0]["uniform_share"] <= rows[0]["share"] + 1e-9
     assert rows[0]["gain"] == pytest.approx(1 - rows[0]["loss"] / rows[0]["uniform_loss"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import TextSource, certificate
 from lightning_dsmoe.analysis.certificate.judgement import Judgement, judge
 from lightning_dsmoe.analysis.certificate.reading import read_certificate
+from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan, TopK

@@ -16,7 +16,7 @@ Source = Literal["standard library", "files", "other"]
 
 
 class TextSource(NamedTuple):
-    """Where a text came from, as far as it can be told without naming files.
+    """Where a text came from, without naming files.
 
     Args:
         source: "standard library" for the interpreter's Python sources, "files" for the user's,
@@ -35,7 +35,7 @@ class TextSource(NamedTuple):
 def certificate(
     judgement: Judgement, text: HeldOut, source: TextSource, *, checkpoint: str | None = None
 ) -> dict[str, Any]:
-    """A judgement and what it takes to repeat it, as plain data.
+    """A judgement and what is needed to repeat it, as plain data.
 
     Writing it into an artifact adds `sha256`, the hashes of its plan, weights and configuration.
 
