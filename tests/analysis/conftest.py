@@ -16,8 +16,9 @@ from lightning_dsmoe.routing import AllExperts, LinearRouter, SelectionPlan
 ROUTER = partial(LinearRouter, init_std=0.2)
 
 
-@pytest.fixture
-def decoder() -> Decoder:
+def make_decoder() -> Decoder:
+    """The same for every test, so that what is measured of it can be shared."""
+    torch.manual_seed(1234)
     made = Decoder(
         29,
         16,
@@ -30,6 +31,20 @@ def decoder() -> Decoder:
             if "router" not in name:
                 parameter.mul_(3)
     return made.eval()
+
+
+def make_text(decoder: Decoder) -> HeldOut:
+    """Random text, followed by what the model finds most probable."""
+    tokens = torch.randint(29, (6, 2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        batches = [(part, decoder(part).logits.argmax(-1)) for part in tokens]
+    batches[-1][1][1, 5:] = -100
+    return HeldOut(batches, 6 * 2 * 16 - 11)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    return make_decoder()
 
 
 @pytest.fixture
@@ -45,12 +60,7 @@ def model(decoder: Decoder) -> SparseModel:
 
 @pytest.fixture
 def text(decoder: Decoder) -> HeldOut:
-    """Random text, followed by what the model finds most probable."""
-    tokens = torch.randint(29, (6, 2, 16), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        batches = [(part, decoder(part).logits.argmax(-1)) for part in tokens]
-    batches[-1][1][1, 5:] = -100
-    return HeldOut(batches, 6 * 2 * 16 - 11)
+    return make_text(decoder)
 
 
 @pytest.fixture

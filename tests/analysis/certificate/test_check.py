@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.certificate.check import check_weights, differences, is_exact
 from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
@@ -14,11 +13,15 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
+from ..conftest import make_decoder, make_text
+
 PLAN = SelectionPlan.uniform(2, experts=Threshold(0.9), attention=TopK(2))
 
 
-@pytest.fixture
-def made(decoder: Decoder, text: HeldOut) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    decoder = make_decoder()
+    text = make_text(decoder)
     judgement = judge(compile_sparse(decoder, PLAN), text, decoder)
     plain: dict[str, Any] = json.loads(
         json.dumps(certificate(judgement, text, TextSource("files", "val")))

@@ -11,15 +11,18 @@ from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.certificate.judgement import Judgement, judge
 from lightning_dsmoe.analysis.certificate.reading import read_certificate
 from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
-from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan, TopK
+
+from ..conftest import make_decoder, make_text
 
 HASHES = dict.fromkeys(("config.json", "plan.json", "model.safetensors"), "0" * 64)
 
 
-@pytest.fixture
-def made(decoder: Decoder, text: HeldOut) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    decoder = make_decoder()
+    text = make_text(decoder)
     plan = SelectionPlan.uniform(2, experts=TopK(2))
     judgement = judge(compile_sparse(decoder, plan), text)
     return certificate(judgement, text, TextSource("files", "test", 0.1, 0.2), checkpoint="ab")
