@@ -6,19 +6,26 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format gpu clean
+.PHONY: help demo test test-fast docs check format gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(STAMP) ## set up, then train, evaluate and compile a small model on the built-in corpus
 	$(BIN)/python $(DEMO)
 
-test: $(STAMP) ## set up, then run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+test: $(STAMP) ## set up, then run all tests and the examples of the docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-fast: $(STAMP) ## set up, then run the tests that train, compile and start nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -31,10 +38,10 @@ format: $(STAMP) ## rewrite the sources in the project's style
 
 # Not in the environment above: a machine with a GPU has a PyTorch of its own, and may have no network.
 gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode, TEXT=text.txt)
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip 25 knows dependency groups; torch comes first so that nothing later chooses another one.
@@ -45,4 +52,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --upgrade pip setuptools
 	$(PIP) install --constraint constraints.txt torch==2.13.0 hatchling
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable . --group dev
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --constraint constraints.txt --group docs
 	@touch $@

@@ -1,4 +1,4 @@
-"""Lightning callbacks."""
+"""Lightning callbacks that control, measure and compile models with routed layers."""
 
 from lightning_dsmoe.callbacks.expert_utilization_monitor import (
     ExpertUtilizationMonitor as ExpertUtilizationMonitor,

@@ -1,4 +1,4 @@
-"""Watches how routers use their experts."""
+"""How routers use their experts."""
 
 import shutil
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.callbacks.run_folder import run_folder
-from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
 
@@ -17,25 +17,33 @@ Utilizations = dict[str, list[Utilization | None]]
 
 
 class ExpertUtilizationMonitor(Callback):
-    """Logs how every router uses its experts, in training and in validation, and draws it.
+    """Logs and plots how every router uses its experts, in training and in validation.
 
-    For each router it logs the number of effective experts, both entropies, the largest gate share
-    and the number of dead experts, under names such as `train/experts/layer_03/effective` and
-    `val/attention/layer_00/entropy`. Each validation draws the gate shares of all layers, to
-    `utilization/` in the folder of the run, which is the log directory, and to loggers that take
-    images; without validation, training draws its last report at its end.
+    For each router it logs the number of effective experts, both entropies in nats, the largest
+    gate share and the number of dead experts, under names such as
+    `train/experts/layer_03/effective` and `val/attention/layer_00/entropy`. Each validation plots
+    the gate shares of all layers, to `utilization/` in the log directory of the run and to loggers
+    that take images; without validation, training plots its last report at its end.
 
     `results` holds the last report of "train" and of "val": for "experts" and for "attention" one
     `Utilization` per layer, None for a layer without a router.
 
     Args:
-        every_n_steps: training batches from report to report.
+        every_n_steps: training batches between reports.
         window: training batches that a report covers, the last ones before it.
         dead_share: an expert is dead if its gate share is at most this fraction of an even share.
 
     Raises:
         ValueError: if not 1 <= window <= every_n_steps or `dead_share` not in [0, 1), and before
             the first batch if there is another ExpertUtilizationMonitor with other settings.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning_dsmoe.callbacks import ExpertUtilizationMonitor
+        >>> monitor = ExpertUtilizationMonitor(every_n_steps=200, window=20)
+        >>> trainer = Trainer(callbacks=[monitor], logger=False, accelerator="cpu")
+        >>> monitor.results  # until the first report
+        {}
     """
 
     def __init__(
@@ -59,13 +67,13 @@ class ExpertUtilizationMonitor(Callback):
         monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
         settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
         if len(settings) > 1:
-            found = "; ".join(
+            listed = "; ".join(
                 "every_n_steps={}, window={}, dead_share={}".format(*each)
                 for each in sorted(settings)
             )
             raise ValueError(
                 "ExpertUtilizationMonitors with different settings log under the same names, so "
-                f"there can be only one, got {found}"
+                f"there can be only one, got {listed}"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,12 +81,7 @@ class ExpertUtilizationMonitor(Callback):
         self._start("train", pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         place = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
         if place == 0 or place > self.every_n_steps - self.window:
@@ -111,8 +114,7 @@ class ExpertUtilizationMonitor(Callback):
             self._draw("val", trainer)
 
     def _start(self, stage: str, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         self._meters[stage] = {
             kind: [
                 None

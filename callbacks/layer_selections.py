@@ -1,4 +1,4 @@
-"""How a configuration names the experts that run."""
+"""How a configuration names a plan."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,12 @@ class LayerSelections:
     Args:
         experts: selection of the feed-forward experts.
         attention: selection of the attention experts.
+
+    Example:
+        >>> from lightning_dsmoe import Threshold, TopK
+        >>> from lightning_dsmoe.callbacks import LayerSelections
+        >>> LayerSelections(experts=Threshold(0.1), attention=TopK(1)).attention.k
+        1
     """
 
     experts: Selection = AllExperts()

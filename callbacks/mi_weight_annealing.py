@@ -1,12 +1,14 @@
-"""A schedule for the weights of the mutual-information loss."""
+"""A schedule of the weights of the mutual-information loss."""
 
 import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
 
-from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
+from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
+from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS
 
 Schedule = Literal["linear", "cosine", "constant_then_ramp"]
 
@@ -21,8 +23,13 @@ def annealed_factor(
         schedule: "linear" and "constant_then_ramp" are straight, "cosine" is half a cosine wave.
         start: factor up to step `delay`.
         end: factor from step `delay + steps` on.
-        steps: length of the change.
-        delay: length of the constant beginning.
+        steps: optimizer steps of the change.
+        delay: optimizer steps before it.
+
+    Example:
+        >>> from lightning_dsmoe.callbacks.mi_weight_annealing import annealed_factor
+        >>> [annealed_factor(s, schedule="linear", start=0, end=1, steps=4) for s in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
     """
     progress = min(1.0, max(0.0, (step - delay) / steps))
     if schedule == "cosine":
@@ -31,22 +38,28 @@ def annealed_factor(
 
 
 class MIWeightAnnealing(MIWeightSetter):
-    """Scales the weights of the mutual-information loss in training by a factor that changes.
+    """Anneals the weights of the mutual-information loss: scales them by a factor per step.
 
-    The weights that the model was made with are its configuration, and the factor depends on the
-    number of optimizer steps alone, so a resumed run continues exactly. Once training ends, for
-    whatever reason, the model has its own weights again.
+    The factor multiplies the weights that the model is configured with. It depends on the number of
+    optimizer steps alone, so a resumed run continues exactly. Once training ends, for whatever
+    reason, the model has its own weights again.
 
     Args:
-        schedule: "linear" or "cosine" from the first step on, "constant_then_ramp" holds `start`
-            for `delay` steps and is linear then.
+        schedule: "linear" or "cosine" from the first step on; "constant_then_ramp" keeps `start`
+            for `delay` steps, then is linear.
         start: factor at the beginning.
-        end: factor in the end.
+        end: factor at the end.
         steps: optimizer steps from `start` to `end`.
         delay: optimizer steps before a ramp; 0 for the other schedules.
 
     Raises:
         ValueError: if the schedule does not exist or a number is out of range.
+
+    Example:
+        >>> from lightning_dsmoe.callbacks import MIWeightAnnealing
+        >>> annealing = MIWeightAnnealing(schedule="cosine", start=0.0, end=1.0, steps=1000)
+        >>> round(annealing.factor(500), 3)
+        0.5
     """
 
     def __init__(
@@ -70,30 +83,21 @@ class MIWeightAnnealing(MIWeightSetter):
                 "delay must be at least 1 for constant_then_ramp and 0 for other schedules, "
                 f"got delay={delay} for {schedule}"
             )
-        self.schedule = schedule
-        self.start = start
-        self.end = end
-        self.steps = steps
-        self.delay = delay
+        self._factor = partial(
+            annealed_factor, schedule=schedule, start=start, end=end, steps=steps, delay=delay
+        )
 
     def factor(self, step: int) -> float:
         """Factor at an optimizer step."""
-        return annealed_factor(
-            step,
-            schedule=self.schedule,
-            start=self.start,
-            end=self.end,
-            steps=self.steps,
-            delay=self.delay,
-        )
+        return self._factor(step)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remember(pl_module, WEIGHTS)
+        self._remember(pl_module, MI_WEIGHTS)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        factors = dict.fromkeys(WEIGHTS, self.factor(trainer.global_step))
+        factors = dict.fromkeys(MI_WEIGHTS, self.factor(trainer.global_step))
         self._scale(pl_module, factors)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:

@@ -1,4 +1,4 @@
-"""What sets the weights of the mutual-information loss while a model trains."""
+"""Base of the callbacks that set the weights of the mutual-information loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -6,12 +6,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-WEIGHTS = {"experts": "expert_mi_weight", "attention": "attention_mi_weight"}
-"""Name of the weight of each kind of expert in a model."""
+from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
 class MIWeightSetter(Callback, ABC):
-    """Base of callbacks that scale a model's weights in training, and give them back at its end."""
+    """Scales a model's MI weights in training, and restores them at its end."""
 
     def __init__(self) -> None:
         self._configured: dict[str, float] = {}
@@ -39,20 +38,21 @@ class MIWeightSetter(Callback, ABC):
         self._restore(pl_module)
 
     def _remember(self, pl_module: LightningModule, kinds: Iterable[str]) -> None:
-        self._configured = {kind: float(getattr(pl_module, WEIGHTS[kind])) for kind in kinds}
+        model = routed_model(self, pl_module, *(MI_WEIGHTS[kind] for kind in kinds))
+        self._configured = {kind: float(getattr(model, MI_WEIGHTS[kind])) for kind in kinds}
 
     def _scale(self, pl_module: LightningModule, factors: Mapping[str, float]) -> None:
         for kind, factor in factors.items():
-            setattr(pl_module, WEIGHTS[kind], factor * self._configured[kind])
+            setattr(pl_module, MI_WEIGHTS[kind], factor * self._configured[kind])
 
     def _weights(self, factors: Mapping[str, float]) -> dict[str, float]:
         """The scaled weights, by the names that they are logged under."""
         return {
-            f"train/{WEIGHTS[kind]}": factor * self._configured[kind]
+            f"train/{MI_WEIGHTS[kind]}": factor * self._configured[kind]
             for kind, factor in factors.items()
         }
 
     def _restore(self, pl_module: LightningModule) -> None:
         for kind, weight in self._configured.items():
-            setattr(pl_module, WEIGHTS[kind], weight)
+            setattr(pl_module, MI_WEIGHTS[kind], weight)
         self._configured = {}

@@ -7,8 +7,8 @@ def check_name(what: str, name: object) -> None:
     """Check that a name can be a part of metric names, and a folder.
 
     Raises:
-        ValueError: if it is not a string or has other signs than letters, digits, `_`, `.`, `+`
-            and `-`, which loggers and the file names of checkpoints take apart or refuse.
+        ValueError: if it is not a string or has characters beyond letters, digits, `_`, `.`, `+`
+            and `-`, which loggers and the file names of checkpoints split at or refuse.
     """
     if not isinstance(name, str):
         raise ValueError(f"{what} must be a string, got {name!r}: write it in quotes in YAML")

@@ -16,7 +16,7 @@ def on_rank_zero(trainer: Trainer, work: Callable[[], None]) -> None:
 
     A collective of the default group gives up after its time limit, 10 minutes with NCCL, so the
     others wait in a group of their own; as in Lightning's `prepare_data`, its backend is Gloo, the
-    only one whose limit can be as long as one likes.
+    only one that takes a limit of any length.
 
     Args:
         trainer: whose ranks wait.

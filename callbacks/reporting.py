@@ -1,4 +1,4 @@
-"""Numbers and pictures to whatever loggers a trainer has."""
+"""Scalars and figures for all loggers of a trainer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def log_scalars(trainer: Trainer, scalars: Mapping[str, float]) -> None:
-    """Send numbers to every logger at once, and offer them to other callbacks by name."""
+    """Log scalars to every logger, and offer them to other callbacks as `callback_metrics`."""
     trainer.callback_metrics.update(
         {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
     )

@@ -1,10 +1,12 @@
-"""The folder in which callbacks write what a run leaves behind."""
+"""The folder for the files that callbacks write."""
 
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_dsmoe.training.logger_folder import logger_folder, version_name
 
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
@@ -13,10 +15,9 @@ def run_folder(trainer: Trainer) -> Path | None:
     """The folder of a trainer's run, the same on all ranks; None with `fast_dev_run`.
 
     Call on all ranks. It is the first logger's directory, name and version, where `ModelCheckpoint`
-    has its folder of checkpoints if there are all three. `Trainer.log_dir` has no name and version
-    but for the CSV and the TensorBoard logger, so that there runs would replace each other's files.
-    Where no logger has a version, it is a new folder `version_0`, `version_1` and so on for each
-    trainer.
+    has its folder of checkpoints. `Trainer.log_dir` has name and version only for the CSV and the
+    TensorBoard logger; with any other, runs would replace each other's files. Where the logger has
+    no version, it is a new folder `version_0`, `version_1` and so on for each trainer.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -33,11 +34,8 @@ def _folder(trainer: Trainer) -> Path:
     logger = trainer.loggers[0]
     if isinstance(logger, CSVLogger | TensorBoardLogger):
         return Path(logger.log_dir)
-    parent = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "")
-    if logger.version is None:
-        return _new_version(parent)
-    version = logger.version
-    return parent / (version if isinstance(version, str) else f"version_{version}")
+    parent = Path(logger_folder(trainer))
+    return _new_version(parent) if logger.version is None else parent / version_name(logger)
 
 
 def _new_version(parent: Path) -> Path:

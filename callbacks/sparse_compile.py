@@ -1,4 +1,4 @@
-"""Writes the sparse model when training is done."""
+"""Writes the artifact of the sparse model after training."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import Source, TextSource, certificate
 from lightning_dsmoe.analysis.certificate.judgement import judge
+from lightning_dsmoe.analysis.certificate.record import Source, TextSource, certificate
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
 from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED, EvaluationSampler
@@ -28,27 +29,27 @@ from lightning_dsmoe.inference.engine.weights.packing import Quantization
 from lightning_dsmoe.moved import warn_renamed
 from lightning_dsmoe.serialization.architecture import describe_decoder
 
-_TAKEN = {"checkpoints", "utilization"}
-"""Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write."""
+_RESERVED = {"checkpoints", "utilization"}
+"""Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write to."""
 
 
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 
-    The measurement runs the compiled model and the trained one on the same validation batches and
-    tells what `Judgement` holds. It goes into the artifact's `certificate.json`, which
-    `lightning-dsmoe certify` checks, and into its model card. After `fit`, `artifact` is its
-    directory; with `fast_dev_run` nothing is written and it is None.
+    The measurement compares the compiled model with the trained one on the same validation batches.
+    It goes into the artifact's `certificate.json`, which `lightning-dsmoe certify` verifies, and
+    into its model card. After `fit`, `artifact` is its directory; with `fast_dev_run` nothing is
+    written and it is None.
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
-        quantization: "int8" puts the routed experts into 8 bits with bitsandbytes.
-        quantize_head: put the last projection into 8 bits too.
-        tune: measure on this machine which way of running experts is the fastest for how many
+        quantization: "int8" quantizes the routed experts to 8 bits with bitsandbytes.
+        quantize_head: quantize the output head to 8 bits too.
+        tune: measure on this machine which method of running experts is the fastest for how many
             tokens, which takes about a minute, and keep that in the artifact.
         calibrate: old name of `tune`, until version 0.3.
-        name: name of the artifact in the folder of the run, which is the log directory; several
-            of these callbacks need different ones.
+        name: name of the artifact in the log directory of the run; several of these callbacks need
+            different ones.
         path: directory of the artifact instead. An earlier artifact there is replaced.
         max_batches: validation batches to measure on; 0 measures nothing.
 
@@ -57,7 +58,14 @@ class SparseCompile(Callback):
             the plan does not fit the model, the model cannot be described, the strategy shards it
             or another SparseCompile writes to the same place.
         FileExistsError: before training, if something else than an artifact is at `path`, or
-            anything in the place of the artifact in the folder of the run.
+            anything in the place of the artifact in the log directory.
+
+    Example:
+        >>> from lightning_dsmoe import Threshold
+        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseCompile
+        >>> plan = LayerSelections(experts=Threshold(0.1), attention=Threshold(0.1))
+        >>> SparseCompile(plan, quantization="int8", name="sparse_int8").artifact is None
+        True
     """
 
     def __init__(
@@ -73,7 +81,7 @@ class SparseCompile(Callback):
         max_batches: int = 50,
     ) -> None:
         check_name("the name of an artifact", name)
-        if name in _TAKEN:
+        if name in _RESERVED:
             raise ValueError(
                 f"the run has a folder {name!r} of its own: name the artifact otherwise"
             )
@@ -95,7 +103,7 @@ class SparseCompile(Callback):
         # `setup`, over that of an earlier run in the same folder.
         if stage != "fit":
             return
-        decoder = _decoder(pl_module)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         plan_for("SparseCompile", self.plan, decoder)
         describe_decoder(decoder)
         self._check_place(trainer)
@@ -109,11 +117,12 @@ class SparseCompile(Callback):
         if self._folder(trainer) is None:
             return
         folder: Path = trainer.strategy.broadcast(self._free_folder(trainer))  # type: ignore[assignment]
-        on_rank_zero(trainer, lambda: self._write(trainer, _decoder(pl_module), folder))
+        decoder = routed_model(self, pl_module, "decoder").decoder
+        on_rank_zero(trainer, lambda: self._write(trainer, decoder, folder))
         self.artifact = folder
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Where the artifact goes; None if none is written."""
+        """Directory of the artifact; None if none is written."""
         if self.path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             return Path(self.path)
         run = run_folder(trainer)
@@ -195,7 +204,7 @@ class SparseCompile(Callback):
 def _validation_batches(trainer: Trainer) -> Iterable[dict[str, Tensor]]:
     """Those of one process, also where each of several ranks has a part of them."""
     loader: Iterable[dict[str, Tensor]] = CombinedLoader(trainer.val_dataloaders).flattened[0]
-    # Only of these samplers is it known that all of them together read the dataset in order.
+    # Only these samplers are known to read the whole dataset in order, all ranks together.
     samplers = DistributedSampler, EvaluationSampler
     if (
         not isinstance(loader, DataLoader)
@@ -207,7 +216,8 @@ def _validation_batches(trainer: Trainer) -> Iterable[dict[str, Tensor]]:
         loader.dataset,
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
-        generator=torch.Generator(),  # a loader draws a seed, else one of the training's numbers
+        # A loader draws a seed: without its own generator, one of training's random numbers.
+        generator=torch.Generator(),
     )
 
 
@@ -217,9 +227,3 @@ def _source(trainer: Trainer) -> TextSource:
         return TextSource("other", "val")
     source: Source = "standard library" if data.files is None else "files"
     return TextSource(source, "val", data.val_fraction, data.test_fraction)
-
-
-def _decoder(pl_module: LightningModule) -> Decoder:
-    decoder = pl_module.decoder
-    assert isinstance(decoder, Decoder)
-    return decoder

@@ -1,4 +1,7 @@
-"""Evaluates a model under sparse plans beside the dense one."""
+"""Loss and active share of a model under sparse plans, beside the dense one.
+
+Shapes: B sequences, T positions, V vocabulary.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,47 +13,61 @@ from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
+@renamed_attributes(loss="sparse_loss", gap="relative_gap", active_share="active_share_mean")
 class SparseResult(NamedTuple):
     """A model under one plan, over a whole split.
 
     Args:
-        loss: cross entropy under the plan, in nats per token.
+        sparse_loss: cross entropy under the plan, in nats per token.
         dense_loss: cross entropy of the same tokens as the model runs without the plan.
-        gap: loss / dense_loss - 1.
-        active_share: mean share of the hidden parameters that run for a token.
+        relative_gap: sparse_loss / dense_loss - 1.
+        active_share_mean: mean share of the hidden parameters that run for a token.
         active_share_p50: its median over tokens.
         active_share_p95: its 95th percentile.
     """
 
-    loss: float
+    sparse_loss: float
     dense_loss: float
-    gap: float
-    active_share: float
+    relative_gap: float
+    active_share_mean: float
     active_share_p50: float
     active_share_p95: float
 
 
 class SparseEvaluation(Callback):
-    """Runs validation and test also under sparse plans, and logs their loss, active share and gap.
+    """Runs validation and test under sparse plans too, and logs their loss, active share and gap.
 
-    The names are `val/sparse/<plan>/loss`, `.../active_share` (of the hidden parameters, mean over
-    tokens) and `.../gap` (relative to the loss without the plan). `results` holds the last
-    evaluation: a `SparseResult` for each plan.
+    The names are `val/sparse/<plan>/loss`, `.../active_share` (share of the hidden parameters that
+    run, mean over tokens) and `.../gap` (loss relative to that without the plan, minus 1).
+    `results` holds the last evaluation: a `SparseResult` for each plan.
 
     Args:
-        plans: by name, either selections for all layers, a plan, or the path of a saved plan.
-            Names are made of letters, digits, `_`, `.`, `+` and `-`.
+        plans: by name, selections for all layers, a plan, or the path of a saved plan. Names
+            consist of letters, digits, `_`, `.`, `+` and `-`.
 
     Raises:
-        ValueError: if there is no plan, a name is no name or a file is not a plan, and before the
+        ValueError: if there is no plan, a name is invalid or a file is not a plan, and before the
             first batch if another SparseEvaluation has a plan of the same name, a plan does not fit
             the model or the strategy is FSDP.
+
+    Example:
+        >>> from lightning_dsmoe import Threshold, TopK
+        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
+        >>> evaluation = SparseEvaluation(
+        ...     {
+        ...         "top_1": LayerSelections(experts=TopK(1)),
+        ...         "threshold_0.1": LayerSelections(Threshold(0.1), Threshold(0.1)),
+        ...     }
+        ... )
+        >>> sorted(evaluation.plans)
+        ['threshold_0.1', 'top_1']
     """
 
     def __init__(self, plans: Mapping[str, PlanSpec]) -> None:
@@ -73,52 +90,13 @@ class SparseEvaluation(Callback):
                 "results would be logged under the same names: rename one"
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._report(pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(pl_module, "test")
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "SparseEvaluation runs the model outside of Lightning's own steps, which FSDP does "
                 "not let it; use another strategy or leave it out"
             )
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         counts = count_parameters(decoder)
         self._dense_loss = _mean().to(pl_module.device)
         self._meters = {}
@@ -127,12 +105,17 @@ class SparseEvaluation(Callback):
             active = ActiveParameters(counts).to(pl_module.device)
             self._meters[name] = _Meter(plan, _mean().to(pl_module.device), active)
 
-    def _evaluate(
+    # In `fit` too, so that what does not fit the model fails before the first step.
+    on_fit_start = on_test_start = on_validation_start
+
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Mapping[str, Any],
+        outputs: Any,
         batch: Mapping[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         mask_BT = outputs["mask"]
         count = mask_BT.sum()
@@ -143,6 +126,15 @@ class SparseEvaluation(Callback):
             nll = summed_cross_entropy(logits_BTV, batch["labels"])
             loss.update(nll / count.clamp_min(1), count)
             active.update(*active_masks(routings, plan), mask_BT)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(pl_module, "test")
 
     def _report(self, pl_module: LightningModule, stage: str) -> None:
         dense_loss = self._dense_loss.compute().item()
@@ -155,7 +147,7 @@ class SparseEvaluation(Callback):
             pl_module.log_dict(
                 {
                     f"{stage}/sparse/{name}/loss": sparse_loss,
-                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share,
+                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share_mean,
                     f"{stage}/sparse/{name}/gap": gap,
                 },
                 sync_dist=True,

@@ -1,27 +1,28 @@
 """A last phase of training that runs only some experts."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import routed_model
 from lightning_dsmoe.routing import SelectionPlan
 
 
 class SparseFinishing(Callback):
     """Trains the last steps of `fit` under the plan, or plans, that the model is to run with later.
 
-    In these steps only the plan's experts count for a token, and `train/loss` and the
-    load-balancing loss are those of the step's plan. If the model has a `consistency_weight`, the
-    same steps train it with all experts too and keep the two predictions alike, in about twice the
-    time and with twice the activations in memory. Plans that run more and fewer experts by turns
-    make one model that serves all shares between them.
+    In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
+    loss are those of the step's plan. If the model has a `consistency_weight`, the same steps train
+    it with all experts too and keep the two predictions alike, in about twice the time and with
+    twice the activations in memory. Alternating between plans that run more and fewer experts makes
+    one model that serves all active shares between them.
 
-    Validation goes on with the model as it is configured, so that `val/loss` means the same in the
-    whole run; `SparseEvaluation` tells the loss under the plan.
+    Validation continues with the model as it is configured, so that `val/loss` means the same in
+    the whole run; `SparseEvaluation` logs the loss under the plan.
 
     Which steps are the last ones depends on the length of the run and the number of optimizer steps
     alone, so a run resumed with the same length continues exactly. A run that is stopped earlier,
@@ -29,20 +30,41 @@ class SparseFinishing(Callback):
 
     Args:
         plan: selections for all layers, a plan, or the path of a saved plan.
-        steps: how many optimizer steps the phase has; fewer than the run, whose length
-            `max_steps` or `max_epochs` of the trainer has to set.
-        turns_with: further plans; each step takes the next one, and the first one `plan`.
+        steps: optimizer steps of the phase; fewer than the run, whose length `max_steps` or
+            `max_epochs` of the trainer has to set.
+        alternate_with: further plans; `plan` runs in the first step, then each step runs the next
+            one.
+        turns_with: old name of `alternate_with`, until version 0.3.
 
     Raises:
         ValueError: if a file is not a plan, `steps` is below 1 or there is another SparseFinishing,
             and before the first step if the plan does not fit the model, the length of the run is
             unknown or `steps` is not below it.
+
+    Example:
+        >>> from lightning_dsmoe import TopK
+        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
+        >>> plans = [LayerSelections(experts=TopK(k)) for k in (2, 4)]
+        >>> finishing = SparseFinishing(plans[0], steps=100, alternate_with=plans[1:])
+        >>> len(finishing.plans)
+        2
     """
 
-    def __init__(self, plan: PlanSpec, *, steps: int, turns_with: Sequence[PlanSpec] = ()) -> None:
+    def __init__(
+        self,
+        plan: PlanSpec,
+        *,
+        steps: int,
+        alternate_with: Sequence[PlanSpec] = (),
+        turns_with: Sequence[PlanSpec] | None = None,
+    ) -> None:
+        if turns_with is not None:
+            message = "turns_with is now alternate_with; the old name goes with version 0.3"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            alternate_with = (*alternate_with, *turns_with)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.plans = [load_plan("SparseFinishing", each) for each in (plan, *turns_with)]
+        self.plans = [load_plan("SparseFinishing", each) for each in (plan, *alternate_with)]
         self.steps = steps
         self._first: int | None = None
         self._sparse: list[SelectionPlan] = []
@@ -54,8 +76,7 @@ class SparseFinishing(Callback):
             raise ValueError("one SparseFinishing per trainer, since both would set the plan")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
+        decoder = routed_model(self, pl_module, "decoder", "plan").decoder
         self._sparse = [plan_for("SparseFinishing", plan, decoder) for plan in self.plans]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,17 +100,12 @@ class SparseFinishing(Callback):
         assert self._first is not None
         step = trainer.global_step - self._first
         if step >= 0:
-            model: Any = pl_module
+            model = routed_model(self, pl_module, "plan")
             self._configured = model.plan
             model.plan = self._sparse[step % len(self._sparse)]
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._restore(pl_module)
 
@@ -98,7 +114,7 @@ class SparseFinishing(Callback):
     ) -> None:
         self._restore(pl_module)
 
-    def _restore(self, pl_module: Any) -> None:
+    def _restore(self, pl_module: LightningModule) -> None:
         if self._configured is not None:
-            pl_module.plan = self._configured
+            routed_model(self, pl_module, "plan").plan = self._configured
             self._configured = None

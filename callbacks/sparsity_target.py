@@ -1,38 +1,42 @@
-"""A controller for the weights of the mutual-information loss."""
+"""A controller of the weights of the mutual-information loss.
+
+Shapes: B sequences, T positions.
+"""
 
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_dsmoe.callbacks.gate_mass_controller import check_steering, steered_factor, top_mass
-from lightning_dsmoe.callbacks.mi_weight_setter import WEIGHTS, MIWeightSetter
+from lightning_dsmoe.callbacks.gate_mass_controller import GateMassController, gate_mass_totals
+from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
 from lightning_dsmoe.callbacks.reporting import log_scalars
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
 class SparsityTarget(MIWeightSetter):
-    """Steers the weights of the mutual-information loss so that the top K hold a wanted gate mass.
+    """Controls the weights of the mutual-information loss until the top K experts hold a gate mass.
 
-    m is the mean over routers and tokens of the sum of the K largest probabilities S, measured on
-    every `every`-th optimizer step for feed-forward and for attention experts by themselves, and
-    smoothed: m <- smoothing m + (1 - smoothing) measured. Then the weight is multiplied by
+    The gate mass m is the mean over routers and tokens of the sum of the K largest probabilities,
+    measured on every `every`-th optimizer step for feed-forward and for attention experts by
+    themselves, and smoothed: m <- smoothing m + (1 - smoothing) measured. Then the weight is
+    multiplied by
 
         rate^clip(e, -1, 1),  e = d + ahead (d - d'),  d = ln((1 - m) / (1 - mass)),
 
-    with d' from the measurement before. So with too little mass in the top K routing is made
-    sharper, with too much less sharp, and earlier than that if the trend leads there. (arXiv
-    2412.14711 steers the weight of its penalty in steps of 1.2 or 1/1.2.)
+    with d' from the measurement before. So with too little mass in the top K the weight grows and
+    the entropy of routing falls, with too much it is the reverse, and earlier than that if the
+    trend leads there. (arXiv 2412.14711 changes its penalty's weight in steps of 1.2 or 1/1.2.)
 
-    Routing that became sharp stays so for long under a smaller weight: begin with weights that are
-    rather too small. They are where steering starts and what its bounds refer to. The state is
+    Routing of low entropy keeps it for long under a smaller weight: begin with weights that are
+    rather too small. They are where the control starts and what its bounds refer to. The state is
     saved in checkpoints, so a resumed run continues exactly. Once training ends, for whatever
     reason, the model has its own weights again.
 
     Args:
         expert_top_k: K of the feed-forward experts; None leaves their weight alone.
         attention_top_k: K of the attention experts; None leaves their weight alone.
-        mass: the share of gates that the top K are to hold, above K/N and at most 0.9999.
+        mass: the gate mass that the top K are to hold, above K/E of E experts and at most 0.9999.
         rate: the largest factor of a change, above 1.
         every: optimizer steps from change to change.
         smoothing: what earlier measurements count for, from 0 to below 1.
@@ -44,6 +48,12 @@ class SparsityTarget(MIWeightSetter):
     Raises:
         ValueError: if a number is out of range, if there is another callback that sets these
             weights, and before training if a K does not fit the model or its weight is 0.
+
+    Example:
+        >>> from lightning_dsmoe.callbacks import SparsityTarget
+        >>> target = SparsityTarget(expert_top_k=2, attention_top_k=1, mass=0.99)
+        >>> target.top_k
+        {'experts': 2, 'attention': 1}
     """
 
     def __init__(
@@ -74,14 +84,9 @@ class SparsityTarget(MIWeightSetter):
             )
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        check_steering(target=mass, rate=rate, ahead=ahead, least=least, most=most)
-        self.mass = mass
-        self.rate = rate
+        self.controller = GateMassController(mass, rate, ahead, least, most)
         self.every = every
         self.smoothing = smoothing
-        self.ahead = ahead
-        self.least = least
-        self.most = most
         self.delay = delay
         self._start_afresh()
 
@@ -96,7 +101,7 @@ class SparsityTarget(MIWeightSetter):
         return {"factors": dict(self._factors), "masses": dict(self._masses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state, with those kinds that are steered now."""
+        """Continue from a state, with those kinds that are controlled now."""
         for name, values in (("factors", self._factors), ("masses", self._masses)):
             values.update({k: float(v) for k, v in state_dict[name].items() if k in self.top_k})
 
@@ -106,27 +111,26 @@ class SparsityTarget(MIWeightSetter):
             self._start_afresh()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = pl_module.decoder
-        assert isinstance(decoder, Decoder)
-        sizes = dict(zip(WEIGHTS, decoder.plan_sizes, strict=True))
-        for kind, k in self.top_k.items():
-            weight = float(getattr(pl_module, WEIGHTS[kind]))
-            self._check(kind, k, [n for n in sizes[kind] if n is not None], weight)
+        decoder = routed_model(self, pl_module, "decoder").decoder
         self._remember(pl_module, self.top_k)
+        sizes = dict(zip(MI_WEIGHTS, decoder.plan_sizes, strict=True))
+        for kind, k in self.top_k.items():
+            self._check(kind, k, [n for n in sizes[kind] if n is not None], self._configured[kind])
 
     def _check(self, kind: str, k: int, n_experts: list[int], weight: float) -> None:
-        name = f"SparsityTarget, {WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
+        target = self.controller.target
+        name = f"SparsityTarget, {MI_WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
         if not n_experts:
             raise ValueError(f"{name}: the model has no router of this kind")
         if k >= min(n_experts):
             raise ValueError(f"{name}: must be below the number of experts, {min(n_experts)}")
-        if self.mass <= k / min(n_experts):
+        if target <= k / min(n_experts):
             raise ValueError(
                 f"{name}: equal gates of {min(n_experts)} experts give the top {k} a mass of "
-                f"{k / min(n_experts):.4g} already, and mass must be above it, got {self.mass}"
+                f"{k / min(n_experts):.4g} already, and mass must be above it, got {target}"
             )
         if not weight > 0:
-            raise ValueError(f"{name}: {WEIGHTS[kind]} must be above 0 to be steered, got {weight}")
+            raise ValueError(f"{name}: {MI_WEIGHTS[kind]} must be above 0, got {weight}")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -135,12 +139,7 @@ class SparsityTarget(MIWeightSetter):
         self._scale(pl_module, self._factors)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = self._steps_before_batch + 1
         if step % self.every == 0:
@@ -148,7 +147,7 @@ class SparsityTarget(MIWeightSetter):
         if trainer.global_step < step:
             return  # gradients are being accumulated
         for kind, totals in self._totals.items():
-            self._steer(kind, trainer.strategy.reduce(totals, reduce_op="sum"), step)
+            self._control(kind, trainer.strategy.reduce(totals, reduce_op="sum"), step)
         self._totals = {}
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0:
@@ -157,27 +156,19 @@ class SparsityTarget(MIWeightSetter):
     def _measure(self, outputs: Any) -> None:
         routings, mask_BT = outputs["routings"], outputs["mask"]
         for kind, k in self.top_k.items():
-            totals = top_mass(getattr(routings, kind), k, mask_BT)
+            totals = gate_mass_totals(getattr(routings, kind), k, mask_BT)
             self._totals[kind] = self._totals.get(kind, 0) + totals
 
-    def _steer(self, kind: str, totals: Any, step: int) -> None:
-        held, tokens = totals.tolist()
+    def _control(self, kind: str, totals: Tensor, step: int) -> None:
+        mass, tokens = totals.tolist()
         if not tokens:
             return
-        before = self._masses.get(kind, held / tokens)
-        mass = self.smoothing * before + (1 - self.smoothing) * held / tokens
+        before = self._masses.get(kind, mass / tokens)
+        mass = self.smoothing * before + (1 - self.smoothing) * mass / tokens
         self._masses[kind] = mass
         if step >= self.delay:
-            self._factors[kind] = steered_factor(
-                self._factors[kind],
-                mass,
-                before,
-                target=self.mass,
-                rate=self.rate,
-                ahead=self.ahead,
-                least=self.least,
-                most=self.most,
-            )
+            factor = self._factors[kind]
+            self._factors[kind] = self.controller.next_factor(factor, mass, before)
 
     def _log(self, trainer: Trainer) -> None:
         masses = {f"train/{kind}/top_mass": mass for kind, mass in self._masses.items()}

@@ -1,5 +1,6 @@
-"""The command line: LightningCLI for training, and the tools that work on trained models."""
+"""The command line: LightningCLI for training, and the tools for trained models."""
 
+import argparse
 import os
 import re
 import sys
@@ -7,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from textwrap import fill
+from typing import Any
 
 import jsonargparse
 import torch
-from jsonargparse import Namespace
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -28,12 +29,11 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
+from lightning_dsmoe.callbacks.console import with_console_callbacks
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
-from lightning_dsmoe.commands.configuration_file import options_in
 from lightning_dsmoe.commands.console import console_output
-from lightning_dsmoe.commands.errors import one_line
-from lightning_dsmoe.files import check_mark
+from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, one_line
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
@@ -47,42 +47,20 @@ TOOLS: dict[str, Callable[..., None]] = {
     "report": report,
     "configs": configs,
 }
-_DEBUG = "JSONARGPARSE_DEBUG"
-_IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # so that processes that training starts import them too
-_IMPORT_HELP = "--import MODULE first imports a module with parts of your own (can be repeated)"
+_IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # read by the processes that a distributed strategy starts
+_COMMON_OPTIONS = """\
+options of every command:
+  --import MODULE       Import your own routers, experts or other classes first;
+                        may be repeated.
+  --debug               Show the traceback of an error."""
 _SIGTERM_EXIT_CODE = 143
 _CHECKPOINT_WORDS = {"best", "last", "hpc"}
-"""What `--ckpt_path` may say in place of a path."""
+"""Values of `--ckpt_path` that are not paths."""
 _PROCESSES_PER_CORE = 4
 
 
-class OneLineErrors(jsonargparse.ArgumentParser):
-    """Says a mistake in one line, unless a traceback is asked for."""
-
-    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        try:
-            parsed: Namespace = super().parse_path(path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            check_mark(Path(path))
-            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
-        return parsed
-
-    def parse_string(
-        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
-    ) -> Namespace:
-        if not path and not content:  # as where a shell's variable is not set
-            self.error("config must name a file, got ''")
-        try:
-            content = options_in(content, str(path or "config"))
-        except ValueError as error:
-            self.error(str(error), error)
-        parsed: Namespace = super().parse_string(content, path, *args, **kwargs)
-        return parsed
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if _DEBUG in os.environ or not self.exit_on_error:
-            super().error(message, ex)
-        sys.exit(_failure(one_line(message), code=2))
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the text below the options."""
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -90,7 +68,10 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps the configuration in the folder of the run, also where `log_dir` is not one."""
+    """Saves the configuration in the folder of the run, where checkpoints and results are.
+
+    Lightning's own callback writes to `trainer.log_dir`, which most loggers share between runs.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         run_folder(trainer)  # on all ranks
@@ -109,7 +90,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class DSMoECLI(LightningCLI):
-    """LightningCLI whose model takes its vocabulary size from the data."""
+    """LightningCLI that links the vocabulary size and vets checkpoints before anything is built."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments(
@@ -117,17 +98,20 @@ class DSMoECLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning lets a checkpoint's arguments silently beat the command line's."""
+        """Do nothing: Lightning would let a checkpoint's arguments override the command line's."""
 
     def before_instantiate_classes(self) -> None:
-        """Take a checkpoint as data only, and look into it before anything is built."""
+        """Read checkpoints as data only, and check one before minutes go into building a model."""
         options = self.config[self.subcommand]
         options.weights_only = options.weights_only is not False
         _check_processes(options.trainer)
         _look_into(options.ckpt_path, weights_only=options.weights_only)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        return super()._instantiate_trainer(with_console_callbacks(config), callbacks)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Find what `--ckpt_path last` stands for, which Lightning does in a new folder only."""
+        """Resolve `--ckpt_path last`, for which Lightning looks in this run's new folder only."""
         options = super()._prepare_subcommand_kwargs(subcommand)
         if options.get("ckpt_path") == "last":
             options["ckpt_path"] = find_last_checkpoint(self.trainer)
@@ -136,21 +120,21 @@ class DSMoECLI(LightningCLI):
 
 
 def _look_into(path: str | None, *, weights_only: bool) -> None:
-    """Raise a ValueError if what a run is to resume holds more than data, or is no checkpoint."""
+    """Raise a ValueError if the checkpoint to resume from holds code or is none."""
     if not path or path in _CHECKPOINT_WORDS:
         return
     if weights_only and Path(path).is_dir():
         raise ValueError(
-            f"{path} is the folder of a sharded checkpoint, which can run code when it is read: "
-            "--weights_only false resumes one that you trust"
+            f"{path} is the folder of a sharded checkpoint, which can run code when it is read; "
+            "--weights_only false loads one that you trust"
         )
     if Path(path).is_file():
-        # Damaged values are found when the Trainer loads it, which reads the whole file anyway.
+        # Without checksums: the Trainer, which reads the whole file anyway, compares them.
         read_checkpoint(path, weights_only=weights_only, checksums=False)
 
 
 def _check_processes(trainer: Any) -> None:
-    """Raise a ValueError if far more processes are asked for than a CPU can run side by side."""
+    """Raise a ValueError for far more processes than CPU cores: they would fill the memory."""
     devices, cores = str(trainer.devices), os.cpu_count() or 1
     on_cpu = trainer.accelerator == "cpu" or (
         trainer.accelerator == "auto" and not torch.accelerator.is_available()
@@ -186,12 +170,11 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
         parser_kwargs={
             "prog": "lightning-dsmoe",
             "description": (
-                "Train DS-MoE language models: every expert learns from every token, and only "
-                "those that matter run afterwards."
+                "Train DS-MoE language models: all experts are trained on every token;\n"
+                "at inference only those that matter run."
             ),
-            "epilog": (
-                f"Tools beside these: {', '.join(TOOLS)}; --debug shows tracebacks; {_IMPORT_HELP}."
-            ),
+            "epilog": f"tools for trained models:\n{_tools_in_words()}\n\n{_COMMON_OPTIONS}",
+            "formatter_class": _Help,
         },
         args=args,
     )
@@ -202,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if args is not None:
         sys.argv[1:] = args
     if "--debug" in sys.argv:
-        os.environ[_DEBUG] = "true"
+        os.environ[DEBUG] = "true"
     sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
@@ -212,16 +195,16 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(_SIGTERM_EXIT_CODE)
     except Exception as error:
-        if _DEBUG in os.environ:
+        if DEBUG in os.environ:
             raise
-        sys.exit(_failure(one_line(str(error)) or type(error).__name__, code=1))
+        fail(one_line(str(error)) or type(error).__name__, code=1)
 
 
 def _run(words: list[str], modules: list[str]) -> None:
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in commands:
         known = ", ".join(commands)
-        sys.exit(_failure(f"no command {words[0]!r}; there are {known}", code=2))
+        fail(f"no command {words[0]!r}; there are {known}", code=2)
     if words and words[0] in TOOLS:
         tool = words.pop(0)
         jsonargparse.auto_cli(
@@ -229,7 +212,8 @@ def _run(words: list[str], modules: list[str]) -> None:
             args=[_underscored(word) for word in words],
             as_positional=False,
             prog=f"lightning-dsmoe {tool}",
-            epilog=f"{_IMPORT_HELP}; --debug shows tracebacks.",
+            epilog=_COMMON_OPTIONS,
+            formatter_class=_Help,
             parser_class=OneLineErrors,
         )
     else:
@@ -238,25 +222,42 @@ def _run(words: list[str], modules: list[str]) -> None:
             cli_main()
 
 
+def _tools_in_words() -> str:
+    """Each tool with the first line of its docstring, as argparse lists subcommands."""
+    return "\n".join(
+        fill(
+            (tool.__doc__ or "").partition("\n")[0],
+            width=79,
+            initial_indent=f"    {name:20}",
+            subsequent_indent=" " * 24,
+        )
+        for name, tool in TOOLS.items()
+    )
+
+
 @contextmanager
 def _current_folder_searched() -> Iterator[None]:
     """Let modules in the current folder be found, as by `python -m`.
 
-    Only while a configuration or `--import` may name some: a tool that is called in the folder of
-    a model from elsewhere must not take a file there for an optional package of PyTorch's.
+    Only while a configuration or `--import` may name some. A tool that is called in a folder with
+    somebody else's model must not import a file there because PyTorch tries an optional package.
     """
-    if "" in sys.path:
-        yield
-        return
-    sys.path.append("")
+    path = list(sys.path)
+    if "" not in path:
+        sys.path.append("")
     try:
         yield
     finally:
-        sys.path.remove("")
+        if "" not in path:
+            sys.path.remove("")
 
 
 def _import_modules(words: list[str]) -> list[str]:
-    """Take every `--import MODULE` out of the words, import the modules and give their names."""
+    """Remove every `--import MODULE` from the words, and import the modules.
+
+    Returns:
+        Names of the modules, those for a parent process's sake too.
+    """
     names = [name for name in os.environ.get(_IMPORTS, "").split(",") if name]
     rest, each = [], iter(words)
     for word in each:
@@ -268,7 +269,7 @@ def _import_modules(words: list[str]) -> list[str]:
     words[:] = rest
     for name in names:
         if not all(map(str.isidentifier, name.split("."))) or name.endswith(".py"):
-            raise ValueError(f"--import takes the name of a module, like my_parts, got {name!r}")
+            raise ValueError(f"--import takes the name of a module, such as my_parts, got {name!r}")
         try:
             with _current_folder_searched():
                 import_module(name)
@@ -283,14 +284,9 @@ def _import_modules(words: list[str]) -> list[str]:
 
 
 def _underscored(word: str) -> str:
-    """An option that is written with dashes, such as `--max-loss-increase=1%`, as it is called."""
+    """`--max_loss_increase=1%` for `--max-loss-increase=1%`; other words stay as they are."""
     option = re.match("--[a-z]+(-[a-z]+)+(?=$|=)", word)
     return word if option is None else "--" + option[0][2:].replace("-", "_") + word[option.end() :]
-
-
-def _failure(message: str, *, code: int) -> int:
-    print(f"lightning-dsmoe: error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

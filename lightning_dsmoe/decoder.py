@@ -1,6 +1,6 @@
-"""A decoder-only transformer made of pluggable layers.
+"""A decoder-only transformer with interchangeable layers.
 
-Shapes: B batch, T tokens, D width, V vocabulary.
+Shapes: B sequences, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ class Routings(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """Logits `[B, T, V]` and the routing they came by."""
+    """Logits `[B, T, V]` and the routing of every layer."""
 
     logits: Tensor
     routings: Routings
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding that starts at standard deviation 0.02, fit to share its weights with a head."""
+    """An embedding initialised with a standard deviation of 0.02, so that a head can share it."""
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
@@ -115,7 +115,7 @@ class TokenEmbedding(nn.Embedding):
 
 
 class TokenHead(nn.Linear):
-    """The last projection, which starts as the embedding does since it may share its weights."""
+    """The projection to the vocabulary, initialised like the embedding that it may share."""
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
@@ -141,6 +141,21 @@ class Decoder(nn.Module):
 
     Raises:
         ValueError: if a size is below 1 or dropout is not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> decoder = Decoder(
+        ...     256,
+        ...     64,
+        ...     2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=16),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=8, d_expert=32),
+        ... )
+        >>> logits, routings = decoder(torch.randint(256, (1, 10)))
+        >>> logits.shape, len(routings.experts)
+        (torch.Size([1, 10, 256]), 2)
     """
 
     def __init__(
@@ -195,7 +210,7 @@ class Decoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._tie()  # leaving the meta device makes two parameters of one
+        self._tie()  # `to_empty` and the like make two parameters of a shared one
         return self
 
     @property
@@ -217,10 +232,13 @@ class Decoder(nn.Module):
         """Logits of the token after each token.
 
         Args:
-            tokens: `[B, T]`, whole numbers below V; with caches, those that follow what they hold.
+            tokens: `[B, T]`, integers below V; with caches, those that follow the tokens in them.
             plan: the experts that run in each layer; None runs all.
             mask: bool `[B, T]`, false for padding (on the left); None for no padding.
             caches: one KV cache per layer, to which the new tokens are added.
+
+        Returns:
+            Logits `[B, T, V]` and the routing of every layer.
 
         Raises:
             ValueError: if the plan has another number of layers or the context is too long.
@@ -254,13 +272,13 @@ class Decoder(nn.Module):
         """Embeddings `[B, T, D]` of new tokens, with learned positions where the model has them.
 
         Args:
-            tokens: `[B, T]`, those that follow what the caches hold.
+            tokens: `[B, T]`, those that follow the tokens in the caches.
             mask: bool `[B, T]`, false for padding; None for no padding.
             caches: one KV cache per layer.
 
         Raises:
             ValueError: if there are more tokens than learned positions, or the tokens are not
-                whole numbers `[B, T]` below V.
+                integers `[B, T]` below V.
         """
         try:
             x: Tensor = self.embedding(tokens)
@@ -284,7 +302,7 @@ class Decoder(nn.Module):
         return placed
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        """Say what is wrong with tokens that have no embeddings; only a CPU tells that they do."""
+        """Raise a ValueError that names what is wrong with tokens; only a CPU reads values."""
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.device.type == "cpu":

@@ -3,25 +3,31 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 Options = ParamSpec("Options")
 Result = TypeVar("Result")
+Owner = TypeVar("Owner")
 
 _PACKAGE = "lightning_dsmoe."
 MOVED = {
+    "losses.entropy": "losses.mutual_information",
+    "losses.masking": "losses.token_sums",
+    "losses.ranks": "losses.token_sums",
+    "routing.gate_scale": "routing.routing",
+    "experts.layer": "experts.feed_forward",
     "inference.architecture": "serialization.architecture",
     "inference.class_paths": "serialization.class_paths",
     "inference.checkpoint": "serialization.checkpoint",
     "inference.archive": "serialization.archive",
     "inference.pruning": "serialization.pruning",
     "language_model": "training.language_model",
-    "checkpointed_model": "training.checkpointed_model",
+    "checkpointed_model": "training.checkpoints",
     "objective": "training.objective",
     "routing_losses": "training.routing_losses",
     "parameter_groups": "training.parameter_groups",
@@ -60,19 +66,19 @@ MOVED = {
     "analysis.certificate_check": "analysis.certificate.check",
     "analysis.plan_search": "analysis.plans.search",
     "analysis.solvers": "analysis.plans.solvers",
-    "analysis.uniform": "analysis.plans.uniform",
+    "analysis.uniform": "analysis.plans.solvers",
     "analysis.divergence": "analysis.plans.divergence",
     "analysis.routing_statistics": "analysis.plans.routing_statistics",
     "analysis.frontier": "analysis.plans.frontier",
-    "analysis.frontier_figure": "analysis.plans.frontier_figure",
-    "analysis.sweep": "analysis.plans.sweep",
+    "analysis.frontier_figure": "analysis.plans.frontier",
+    "analysis.sweep": "analysis.plans.frontier",
     "analysis.report_page": "analysis.report",
     "analysis.pruning": "analysis.unused_experts",
     "analysis.utilization": "analysis.report.utilization",
     "analysis.drift": "analysis.report.drift",
     "analysis.sample_routing": "analysis.report.sample_routing",
-    "analysis.token_preferences": "analysis.report.token_preferences",
-    "analysis.expert_pairs": "analysis.report.expert_pairs",
+    "analysis.token_preferences": "analysis.report.lift",
+    "analysis.expert_pairs": "analysis.report.lift",
     "routing.remaining": "routing.removed",
     "attention.some_queries": "attention.sparse_attention",
     "commands.trained": "commands.evaluation_setup",
@@ -81,17 +87,26 @@ MOVED = {
 }
 
 
+def current_name(module: str) -> str:
+    """The name of a module today, which was perhaps moved."""
+    new = MOVED.get(module.removeprefix(_PACKAGE)) if module.startswith(_PACKAGE) else None
+    return module if new is None else _PACKAGE + new
+
+
 class _Moved(MetaPathFinder, Loader):
-    """Finds a moved module under its old name, as one that hands on all names of the new one."""
+    """Finds a moved module by its old name, as a module with the same objects.
+
+    A finder, rather than files of the old names, keeps old names out of the folders, and covers
+    `import`, `importlib`, pickles and the class paths in configurations alike.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        is_moved = fullname.removeprefix(_PACKAGE) in MOVED and fullname.startswith(_PACKAGE)
-        return ModuleSpec(fullname, self) if is_moved else None
+        return ModuleSpec(fullname, self) if current_name(fullname) != fullname else None
 
     def exec_module(self, module: ModuleType) -> None:
-        new = _PACKAGE + MOVED[module.__name__.removeprefix(_PACKAGE)]
+        new = current_name(module.__name__)
         warn_renamed(module.__name__, new)
         names = vars(import_module(new)).items()
         vars(module).update({name: value for name, value in names if not name.startswith("__")})
@@ -128,5 +143,24 @@ def renamed_options(
             return function(*args, **options)
 
         return call
+
+    return decorate
+
+
+def renamed_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
+    """Let attributes of a class be read by their names of version 0.1, with a warning.
+
+    Args:
+        names: the new name for each old one.
+    """
+
+    def get(new: str, old: str, instance: object) -> Any:
+        warn_renamed(f"{type(instance).__name__}.{old}", new)
+        return getattr(instance, new)
+
+    def decorate(owner: type[Owner]) -> type[Owner]:
+        for old, new in names.items():
+            setattr(owner, old, property(partial(get, new, old)))
+        return owner
 
     return decorate

@@ -1,4 +1,7 @@
-"""Optimizers that PyTorch does not have in one piece."""
+"""Optimizers.
+
+Shapes: R rows of a weight, D its columns.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,25 +20,36 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class MuonWithAdamW(AdamW):
-    """Muon for the matrices of hidden layers, each expert's its own, and AdamW for all else.
+    """Muon for the weight matrices of hidden layers, expert by expert, and AdamW for all others.
 
-    W <- (1 - lr decay) W - 0.2 lr sqrt(max(A, B)) NS(g + momentum m), m <- momentum m + g
+    W <- (1 - lr decay) W - 0.2 lr sqrt(max(R, D)) NS(g + momentum m), m <- momentum m + g
 
-    NS makes all singular values of an [A, B] matrix about 1, by five steps of Newton and Schulz
+    NS makes all singular values of a matrix [R, D] about 1, by five Newton-Schulz iterations
     (https://kellerjordan.github.io/posts/muon/). The factor gives updates the size of AdamW's, so
     that both parts share a learning rate and weight decay, which may be those found for AdamW
     (arXiv 2502.16982, eq. 4). Embeddings, the head, routers, norms and biases are AdamW's.
 
     Args:
-        params: groups of named parameters, as `parameter_groups` gives them.
+        params: groups of named parameters, as `parameter_groups` returns them.
         lr: learning rate of both parts.
-        betas: decay of AdamW's two means.
+        betas: decay rates of AdamW's two moments.
         eps: added to AdamW's denominator.
         weight_decay: of both parts, where a group does not have its own.
-        momentum: decay of Muon's mean.
+        momentum: decay rate of Muon's momentum.
 
     Raises:
         ValueError: if parameters have no names, are sharded, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_dsmoe.optimizers import MuonWithAdamW
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> optimizer = MuonWithAdamW(model.named_parameters(), lr=1e-3)
+        >>> [(group["muon"], len(group["params"])) for group in optimizer.param_groups]
+        [(True, 1), (False, 3)]
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -55,7 +69,7 @@ class MuonWithAdamW(AdamW):
         for group in groups:
             if "param_names" not in group:
                 raise ValueError(
-                    "MuonWithAdamW tells matrices of hidden layers by their names; give it "
+                    "MuonWithAdamW finds matrices of hidden layers by their names; give it "
                     "parameter_groups(model) or model.named_parameters()"
                 )
             named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
@@ -70,7 +84,7 @@ class MuonWithAdamW(AdamW):
                 group["momentum"] = momentum
 
     def _init_group(self, group: dict[str, Any], *args: Any) -> bool:
-        # Where AdamW collects what it updates, which Muon's groups are not.
+        # AdamW collects here what it updates: none of Muon's groups.
         return False if group["muon"] else super()._init_group(group, *args)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -87,7 +101,7 @@ class MuonWithAdamW(AdamW):
     def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            # AdamW looks for a step in every state that it loads.
+            # AdamW expects a step in every state that it loads.
             state["step"] = torch.zeros(())
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
@@ -104,11 +118,18 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     Source: https://kellerjordan.github.io/posts/muon/.
 
     Args:
-        matrices: `[..., A, B]`.
-        steps: iterations of Newton and Schulz.
+        matrices: `[..., R, D]`.
+        steps: Newton-Schulz iterations.
 
     Returns:
-        `[..., A, B]`, in bfloat16 on a GPU, where it suffices and is fast, else in float32.
+        `[..., R, D]`, in bfloat16 on a GPU, where it suffices and is fast, else in float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.optimizers import orthogonalize
+        >>> values = torch.linalg.svdvals(orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 1.0]])))
+        >>> bool((values > 0.6).all() and (values < 1.3).all())
+        True
     """
     a, b, c = _QUINTIC
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
@@ -118,5 +139,5 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    found: Tensor = x.mT if tall else x
-    return found
+    orthogonal: Tensor = x.mT if tall else x
+    return orthogonal

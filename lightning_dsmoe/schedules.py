@@ -1,4 +1,4 @@
-"""Learning-rate schedules that PyTorch does not have in one piece."""
+"""Learning-rate schedules."""
 
 import math
 
@@ -7,16 +7,29 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class LinearWarmupCosine(LambdaLR):
-    """Linear warm-up, then a cosine to a share of the full learning rate, per step.
+    """Linear warm-up, then cosine decay to a fraction of the peak learning rate, per step.
 
     Args:
-        optimizer: the optimizer whose learning rate is the full one.
-        max_steps: step at which the cosine ends.
-        warmup_steps: steps of the warm-up.
-        min_ratio: share of the full learning rate at the end.
+        optimizer: the optimizer, with the peak learning rate.
+        max_steps: optimizer step at which the decay ends.
+        warmup_steps: optimizer steps of the warm-up.
+        min_ratio: final learning rate as a fraction of the peak.
 
     Raises:
         ValueError: if the warm-up is not shorter than the schedule or a value is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.schedules import LinearWarmupCosine
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> schedule = LinearWarmupCosine(optimizer, max_steps=6, warmup_steps=2, min_ratio=0.1)
+        >>> rates = []
+        >>> for _ in range(7):
+        ...     rates.append(round(schedule.get_last_lr()[0], 3))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.5, 1.0, 1.0, 0.868, 0.55, 0.232, 0.1]
     """
 
     def __init__(
@@ -33,7 +46,7 @@ class LinearWarmupCosine(LambdaLR):
                 f"got {warmup_steps}, {max_steps} and {min_ratio}"
             )
 
-        # Kept in the state, so that a resumed run can tell whether they changed.
+        # Part of the state, so that a resumed run finds out whether they changed.
         self.max_steps, self.warmup_steps, self.min_ratio = max_steps, warmup_steps, min_ratio
 
         def factor(step: int) -> float:

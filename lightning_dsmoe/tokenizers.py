@@ -1,4 +1,4 @@
-"""Tokenizers: text to numbers and back, stored as plain JSON."""
+"""Tokenizers: text to token ids and back, saved as plain JSON."""
 
 import hashlib
 import json
@@ -16,22 +16,31 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(ABC):
-    """Turns text into token numbers and back."""
+    """Turns text into token ids and back.
+
+    Example:
+        >>> from lightning_dsmoe.tokenizers import CharTokenizer, Tokenizer
+        >>> saved = CharTokenizer("hello").to_dict()
+        >>> saved
+        {'kind': 'char', 'alphabet': 'ehlo'}
+        >>> Tokenizer.from_dict(saved).vocab_size
+        4
+    """
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """One more than the largest token number."""
+        """One more than the largest token id."""
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Return the token numbers [T] of a text."""
+        """Return the token ids `[T]` of a text."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token numbers.
+        """Return the text of token ids.
 
-        Those past the vocabulary are replacement signs, or left out by Hugging Face.
+        Ids beyond the vocabulary become replacement characters; Hugging Face leaves them out.
 
         Raises:
             TypeError: If `tokens` is not a sequence of integers.
@@ -39,7 +48,7 @@ class Tokenizer(ABC):
         """
 
     def piece(self, token: int) -> str:
-        """Return what a token adds to a text, with a blank at its start if it has one."""
+        """Return what a token adds to a text, with its leading space if it has one."""
         alone, twice = self.decode([token]), self.decode([token, token])
         return twice.removeprefix(alone) if twice.startswith(alone) else alone
 
@@ -73,12 +82,18 @@ class Tokenizer(ABC):
         raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
 
     def fingerprint(self) -> str:
-        """Return a hash that two tokenizers share only if they agree on every token."""
+        """Return a hash that two tokenizers share only if they encode alike."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8: nothing to learn and nothing unknown."""
+    """The 256 bytes of UTF-8: no vocabulary to learn, no unknown tokens.
+
+    Example:
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer
+        >>> ByteTokenizer().encode("é!").tolist()
+        [195, 169, 33]
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -103,6 +118,14 @@ class CharTokenizer(Tokenizer):
 
     Raises:
         ValueError: If `alphabet` is empty.
+
+    Example:
+        >>> from lightning_dsmoe.tokenizers import CharTokenizer
+        >>> tokenizer = CharTokenizer("hello")
+        >>> tokenizer.encode("hole").tolist()
+        [1, 3, 2, 0]
+        >>> tokenizer.decode([1, 3, 2, 0])
+        'hole'
     """
 
     def __init__(self, alphabet: str) -> None:
@@ -146,6 +169,13 @@ class HuggingFaceTokenizer(Tokenizer):
     Raises:
         ImportError: If the package is not installed.
         ValueError: If `source` is not a readable tokenizer JSON.
+
+    Example:
+        >>> from lightning_dsmoe.tokenizers import HuggingFaceTokenizer
+        >>> words = '{"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}'
+        >>> tokenizer = HuggingFaceTokenizer(f'{{"model": {words}}}')  # doctest: +SKIP
+        >>> tokenizer.vocab_size  # doctest: +SKIP
+        2
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -197,6 +227,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         ValueError: If the file is missing or not such a JSON.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer, load_tokenizer
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "tokenizer.json"
+        >>> _ = path.write_text(json.dumps(ByteTokenizer().to_dict()))
+        >>> load_tokenizer(path).vocab_size
+        256
     """
     text = _read_json(Path(path).expanduser())
     try:
@@ -233,7 +271,7 @@ def _utf_8(text: str) -> bytes:
 
 
 def _numbers(tokens: Sequence[int]) -> list[int]:
-    """Token numbers as plain integers: a negative one would count from a vocabulary's end."""
+    """Token ids as plain integers; a negative one would index a vocabulary from its end."""
     try:
         numbers = list(map(index, tokens))
     except TypeError:
@@ -261,7 +299,7 @@ def _text(state: Mapping[str, object], key: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_JSON_CHARACTERS:
         size = f" of {len(value)} characters" if isinstance(value, str) else ""
         raise ValueError(
-            f"tokenizer {key} must be a text of 1 to {MAX_JSON_CHARACTERS} characters, "
+            f"tokenizer {key} must be a string of 1 to {MAX_JSON_CHARACTERS} characters, "
             f"got {type(value).__name__}{size}"
         )
     return value

@@ -91,7 +91,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(
 
 
 def test_a_sharded_checkpoint_is_looked_into_however_it_was_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--weights_only false resumes one that you trust"):
+    with pytest.raises(ValueError, match="--weights_only false loads one that you trust"):
         cli._look_into(str(tmp_path), weights_only=True)
     cli._look_into(str(tmp_path), weights_only=False)
     cli._look_into("best", weights_only=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
 
-from lightning_dsmoe import SelectionPlan, TopK, load_sparse
+from lightning_dsmoe import SparseModel, load_sparse
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,21 +65,38 @@ def test_all_of_it(
     (tmp_path / "quickstart.yaml").write_text(yaml.safe_dump(options))
     monkeypatch.setattr(demo, "files", lambda package: tmp_path)
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "output")
+    for name, size in {"WIDTH": 16, "LAYERS": 2, "D_EXPERT": 4, "D_HEAD": 4}.items():
+        monkeypatch.setattr(demo, name, size)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
 
     demo.main()
 
     out = capsys.readouterr().out
-    assert out.index("test loss") < out.index("active share") < out.index("tokens/s")
+    assert out.index("active share") < out.index("test loss") < out.index("tokens/s")
     assert demo.PROMPT in out
     folder = tmp_path / "output" / "quickstart" / "version_0"
     assert png_size(folder / "loss.png") == (840, 480)
     assert min(png_size(folder / "utilization" / "last.png")) > 100
+    assert isinstance(load_sparse(folder / "sparse"), SparseModel)
 
-    model = load_sparse(folder / "sparse")
-    plans = [SelectionPlan.uniform(1), SelectionPlan.uniform(1, experts=TopK(1))]
-    tokens = torch.zeros(2, 8, dtype=torch.int64)
-    for new_tokens in (0, 3):
-        rates = demo.tokens_per_second(model, plans, tokens[:1], new_tokens)
-        assert len(rates) == 2
-        assert min(rates) > 0
+
+def test_parameters_read_are_those_of_the_experts_that_run(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, nothing_compiles: None
+) -> None:
+    for name, size in {
+        "WIDTH": 16,
+        "LAYERS": 2,
+        "D_EXPERT": 4,
+        "D_HEAD": 4,
+        "VOCABULARY": 8,
+    }.items():
+        monkeypatch.setattr(demo, name, size)
+    parameters, read, *_ = zip(*(column.cells for column in demo.speed(1.0).columns), strict=True)
+    assert parameters[1:] == read[1:]
+    head_and_embedding, router = 8 * 16, 16 * (32 + 8)
+    norms, keys_and_values = (2 * 2 + 1) * 16, 2 * 2 * 2 * 4 * 16
+    per_expert, per_group = 2 * 4 * 16, 2 * 2 * 4 * 16
+    one_of_each = per_expert + per_group + router
+    expected = head_and_embedding + norms + keys_and_values + 2 * one_of_each
+    _, read, *_ = zip(*(column.cells for column in demo.speed(0.01).columns), strict=True)
+    assert read[2] == f"{expected / 1e6:.3g}"

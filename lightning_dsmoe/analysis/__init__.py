@@ -1,4 +1,9 @@
-"""Evidence about trained models: how many experts they need, and what that costs."""
+"""Evidence about trained models: how many experts they need, and what that costs.
+
+What measures a trained model on held-out text belongs here: `plans` finds which experts to run,
+`certificate` says what a sparse model loses against all experts, `report` shows how experts are
+used. Measures of a model in training belong to `metrics` and `callbacks`.
+"""
 
 from lightning_dsmoe.analysis.evaluation import PlanResult as PlanResult
 from lightning_dsmoe.analysis.evaluation import evaluate_plan as evaluate_plan
@@ -6,4 +11,5 @@ from lightning_dsmoe.analysis.held_out import HeldOut as HeldOut
 from lightning_dsmoe.analysis.held_out import held_out as held_out
 from lightning_dsmoe.analysis.plans.frontier import frontier as frontier
 from lightning_dsmoe.analysis.plans.frontier import knee as knee
-from lightning_dsmoe.analysis.plans.sweep import sweep_plans as sweep_plans
+from lightning_dsmoe.analysis.plans.frontier import sweep_plans as sweep_plans
+from lightning_dsmoe.analysis.plans.search import PlanSearch as PlanSearch

@@ -1,11 +1,11 @@
 """A model under a plan: its loss and what it costs.
 
-Shapes: B windows, T tokens, V vocabulary.
+Shapes: B sequences in a batch, T positions, V vocabulary.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import stdev
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import window_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
+from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -30,40 +31,58 @@ class Gain(NamedTuple):
     total: float
     error: float
 
+    @classmethod
+    def between(cls, losses: Sequence[float], others: Sequence[float]) -> "Gain":
+        """The gain of `losses` over `others`, both of the same windows in order."""
+        gains = [b - a for a, b in zip(losses, others, strict=True)]
+        # Paired by window: hard and easy windows differ far more than two plans on one window do.
+        error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        return cls(sum(gains), error)
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the gain exceeds its standard error; of a single window any gain is enough."""
+        return self.total > self.error
+
+
+@renamed_attributes(
+    share="active_share_mean", share_p50="active_share_p50", share_p95="active_share_p95"
+)
 class PlanResult(NamedTuple):
-    """A model under one plan.
+    """A model under one plan, measured on a text.
 
     Args:
         loss: cross entropy, in nats per token.
-        share: mean share of the hidden parameters that run for a token; embeddings and the head
-            are not among them.
-        share_p50: its median over tokens.
-        share_p95: its 95th percentile.
+        active_share_mean: mean share of the hidden parameters that run for a token; embeddings and
+            the head are not among them.
+        active_share_p50: its median over tokens.
+        active_share_p95: its 95th percentile.
         tokens_per_second: speed of reading the text and taking its loss.
         window_losses: cross entropy of each window of the text, summed over its tokens.
+
+    Example:
+        >>> dense = PlanResult(1.5, 1.0, 1.0, 1.0, 900.0, window_losses=(3.0, 3.0))
+        >>> sparse = PlanResult(1.6, 0.3, 0.3, 0.4, 1800.0, window_losses=(3.1, 3.3))
+        >>> f"{sparse.loss / dense.loss - 1:+.1%} at {sparse.active_share_mean:.0%} active"
+        '+6.7% at 30% active'
+        >>> sparse.clearly_below(dense), dense.clearly_below(sparse)
+        (False, True)
     """
 
     loss: float
-    share: float
-    share_p50: float
-    share_p95: float
+    active_share_mean: float
+    active_share_p50: float
+    active_share_p95: float
     tokens_per_second: float
     window_losses: tuple[float, ...]
 
     def gain_over(self, other: "PlanResult") -> Gain:
         """How much lower the loss is than that of another plan on the same text."""
-        gains = [b - a for a, b in zip(self.window_losses, other.window_losses, strict=True)]
-        error = stdev(gains) * len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return Gain(sum(gains), error)
+        return Gain.between(self.window_losses, other.window_losses)
 
     def clearly_below(self, other: "PlanResult") -> bool:
-        """Whether the loss is lower than that of another plan by more than a standard error.
-
-        Of a single window any lower loss is enough.
-        """
-        total, error = self.gain_over(other)
-        return total > error
+        """Whether the loss is lower than that of another plan by more than a standard error."""
+        return self.gain_over(other).is_clear
 
 
 class Found(NamedTuple):
@@ -89,8 +108,33 @@ def evaluate_plan(
         text: what to measure it on.
         counts: parameters of the decoder before it was packed, from `count_parameters`.
 
+    Returns:
+        Loss, active share and speed.
+
     Raises:
         FloatingPointError: if the loss is not a finite number.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+        >>> from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+        >>> from lightning_dsmoe.metrics import count_parameters
+        >>> decoder = Decoder(
+        ...     256,
+        ...     16,
+        ...     2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=8, d_expert=4),
+        ... )
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
+        >>> tokens = torch.arange(64).view(2, 32)
+        >>> text = HeldOut([(tokens, tokens + 1)], n_tokens=64)
+        >>> model = compile_sparse(decoder, plan)
+        >>> result = evaluate_plan(model, plan, text, count_parameters(decoder))
+        >>> 0 < result.active_share_mean < 1, len(result.window_losses)
+        (True, 2)
     """
     active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
     nll: list[float] = []
@@ -104,12 +148,5 @@ def evaluate_plan(
     loss = sum(nll) / text.n_tokens
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
-    share = active.compute()
-    return PlanResult(
-        loss,
-        share.mean.item(),
-        share.p50.item(),
-        share.p95.item(),
-        text.n_tokens / seconds,
-        tuple(nll),
-    )
+    mean, p50, p95 = (share.item() for share in active.compute())
+    return PlanResult(loss, mean, p50, p95, text.n_tokens / seconds, tuple(nll))

@@ -1,6 +1,6 @@
-"""Text to judge a trained model on.
+"""Held-out text to measure a trained model on.
 
-Shapes: B windows, T tokens.
+Shapes: B windows (sequences) in a batch, T positions.
 """
 
 import hashlib
@@ -16,37 +16,47 @@ from lightning_dsmoe.tokenizers import Tokenizer
 
 
 class HeldOut(NamedTuple):
-    """Windows of text in batches.
+    """Windows of held-out text in batches.
 
     Args:
         batches: inputs and labels, int64 `[B, T]`; labels of -100 do not count.
         n_tokens: labels that count.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.analysis import HeldOut
+        >>> tokens = torch.arange(24).view(4, 6)
+        >>> text = HeldOut([(tokens, tokens + 1)], n_tokens=24)
+        >>> first, second = text.halves()
+        >>> first.n_tokens, second.batches[0][0].shape
+        (12, torch.Size([2, 6]))
+        >>> len(text.in_batches_of(12).batches)
+        2
     """
 
     batches: list[tuple[Tensor, Tensor]]
     n_tokens: int
 
     def halves(self) -> "tuple[HeldOut, HeldOut]":
-        """The first and the second half of the batches, of a single one those of its windows.
+        """The first and the second half of the batches, or of the windows of a single batch.
 
         Raises:
             ValueError: if there is only one window.
         """
         batches = self.batches
         if len(batches) == 1:
-            [(inputs_BT, labels_BT)] = batches
-            half = -(-len(inputs_BT) // 2)
-            batches = list(zip(inputs_BT.split(half), labels_BT.split(half), strict=True))
+            n_windows, context = batches[0][0].shape
+            batches = self.in_batches_of(-(-n_windows // 2) * context).batches
         if len(batches) < 2:
             raise ValueError(
                 f"the text has {self.n_tokens} tokens in one window, which is too short to find a "
-                f"plan on and to judge it: it takes more than {batches[0][0].numel()}"
+                f"plan on and to judge it: more than {batches[0][0].numel()} are needed"
             )
         middle = len(batches) // 2
         return _counted(batches[:middle]), _counted(batches[middle:])
 
     def in_batches_of(self, n_tokens: int) -> "HeldOut":
-        """The same windows in batches of at most so many tokens, but at least one window."""
+        """The same windows in batches of at most `n_tokens`, but at least one window each."""
         first_BT, _ = self.batches[0]
         windows = max(1, n_tokens // first_BT.shape[1])
         batches = [
@@ -58,7 +68,7 @@ class HeldOut(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the windows are."""
+        """The device of the windows."""
         return self.batches[0][0].device
 
     def to(self, device: torch.device) -> "HeldOut":
@@ -68,6 +78,7 @@ class HeldOut(NamedTuple):
 
     def fingerprint(self) -> str:
         """A hash of all tokens and of the length of the windows."""
+        # The same tokens in windows of another length give another loss.
         digest = hashlib.sha256(f"{self.batches[0][0].shape[1]} tokens".encode())
         for inputs_BT, labels_BT in self.batches:
             digest.update(np.ascontiguousarray(inputs_BT.cpu().numpy()).tobytes())
@@ -92,22 +103,34 @@ def held_out(
         tokenizer: that of the model.
         files: a path, a glob, or a list of them; None takes the Python sources of the standard
             library.
-        context: tokens in a window.
+        context: length of a window in tokens.
         split: "val" or "test".
         val_fraction: share of the text in the validation split.
         test_fraction: share of the text in the test split.
         max_tokens: most tokens, rounded up to whole batches.
-        batch_tokens: tokens in a batch.
+        batch_tokens: batch size in tokens.
+
+    Returns:
+        The windows of the split, in order.
 
     Raises:
         ValueError: if the text is missing or shorter than a window, there is no test split, or a
             number of tokens is less than 1.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning_dsmoe.analysis.held_out import held_out
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "text.txt")
+        ...     _ = path.write_text("to be or not to be, " * 50)
+        ...     text = held_out(ByteTokenizer(), str(path), context=16, val_fraction=0.2)
+        >>> text.n_tokens, text.batches[0][0].shape
+        (199, torch.Size([13, 16]))
     """
-    for name, number in (
-        ("context", context),
-        ("max_tokens", max_tokens),
-        ("batch_tokens", batch_tokens),
-    ):
+    numbers = {"context": context, "max_tokens": max_tokens, "batch_tokens": batch_tokens}
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if split == "test" and not test_fraction:
@@ -121,9 +144,8 @@ def held_out(
         test_fraction=test_fraction,
     )
     data.setup("validate" if split == "val" else "test")
-    loader = {"val": data.val_dataloader, "test": data.test_dataloader}[split]()
     batches, n_tokens = [], 0
-    for batch in loader:
+    for batch in data.val_dataloader() if split == "val" else data.test_dataloader():
         if n_tokens >= max_tokens:
             break
         batches.append((batch["input_ids"], batch["labels"]))

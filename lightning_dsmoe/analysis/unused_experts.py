@@ -1,6 +1,6 @@
-"""Which experts a text never uses, and the proof that it does without them.
+"""Which experts a text never uses, and the proof that pruning them changes nothing on it.
 
-Shapes: B windows, T tokens, N experts.
+Shapes: B sequences in a batch, T positions, E experts.
 """
 
 from itertools import chain
@@ -17,11 +17,11 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold, ThresholdTopK
 from lightning_dsmoe.serialization.pruning import mixtures
 
 TOLERANCE = 2e-6
-"""Of the largest logit, by which rounding may change one."""
+"""Largest difference of a logit that rounding explains, relative to the largest logit."""
 
 
 class Proof(NamedTuple):
-    """A pruned model beside the whole one on the same text.
+    """A pruned model compared with the whole one on the same text.
 
     Args:
         n_tokens: tokens that both read.
@@ -39,30 +39,33 @@ class Proof(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether all choices are the same, and all logits but for rounding."""
+        """Whether all choices are the same, and all logits up to rounding."""
         return not self.other_choices and self.difference <= TOLERANCE * self.largest_logit
 
 
 @torch.inference_mode()
 def used_experts(model: SparseModel, plan: SelectionPlan, text: HeldOut) -> Remaining:
-    """The experts that the model cannot do without on a text: those that run for any token.
-
-    `ThresholdTopK` also counts experts above its threshold that may not run; they are among these.
+    """The experts that run for any token of a text.
 
     Args:
         model: the model.
         plan: the experts that run.
         text: the text, of which every token counts.
+
+    Returns:
+        The experts to keep, of each layer.
     """
     counted = _counted(plan)
     used: list[Tensor | None] = [None] * (2 * plan.n_layers)
     for inputs_BT, _ in text.batches:
         routings = model(inputs_BT, plan).routings
+        # ThresholdTopK runs as many experts as are above its threshold in the mean. Experts that
+        # never run but add to that mean must stay, or fewer would run.
         for some in (plan, counted):
             for place, chosen in enumerate(_choices(model, some, routings)):
                 if chosen is not None:
-                    seen_N, before_N = chosen.flatten(0, -2).any(0), used[place]
-                    used[place] = seen_N if before_N is None else before_N | seen_N
+                    seen_E, before_E = chosen.flatten(0, -2).any(0), used[place]
+                    used[place] = seen_E if before_E is None else before_E | seen_E
     numbers = [
         None
         if mixture is None or each is None or bool(each.all())
@@ -79,8 +82,8 @@ def prove(whole: SparseModel, pruned: SparseModel, plan: SelectionPlan, text: He
     differences, largest = [], []
     for inputs_BT, _ in text.batches:
         expected, routings = whole(inputs_BT, plan)
-        found, other_routings = pruned(inputs_BT, plan)
-        differences.append((found - expected).abs().max())
+        actual, other_routings = pruned(inputs_BT, plan)
+        differences.append((actual - expected).abs().max())
         largest.append(expected.abs().max())
         n_tokens += inputs_BT.numel()
         for one, other in zip(
@@ -99,7 +102,7 @@ def prove(whole: SparseModel, pruned: SparseModel, plan: SelectionPlan, text: He
 
 
 def _choices(model: SparseModel, plan: SelectionPlan, routings: Routings) -> list[Tensor | None]:
-    """The experts that run, bool `[B, T, N]` for the mixtures of both kinds and all layers."""
+    """The experts that run, bool `[B, T, E]` for the mixtures of both kinds and all layers."""
     experts, attention = active_masks(routings, plan, model.decoder)
     return [*experts, *attention]
 

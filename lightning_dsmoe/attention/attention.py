@@ -1,4 +1,4 @@
-"""What every attention layer offers, and who attends to whom.
+"""The base of attention layers, and which tokens attend to which.
 
 Shapes: B batch, T new tokens, S all tokens so far, D width.
 """
@@ -35,19 +35,22 @@ class Attention(nn.Module, ABC):
         """Causal self-attention over tokens `[B, T, D]`.
 
         Args:
-            x: tokens; with a cache, those that follow what it holds.
+            x: tokens; with a cache, those that follow the tokens in it.
             selection: the experts that run; a layer without a router ignores it.
             mask: bool `[B, T]`, false for padding (on the left); None for no padding.
             cache: keys and values of earlier tokens; the new ones are added to it.
+
+        Returns:
+            Tokens `[B, T, D]` and the routing, None without a router.
         """
 
 
 class Scope(NamedTuple):
-    """Who attends to whom.
+    """Which tokens attend to which.
 
     Shape:
         positions_BT: position of each new token, padding not counted; B may be 1.
-        attend_BTS: bool, true where a new token sees a token; None is the plain causal triangle.
+        attend_BTS: bool, true where a new token attends to a token; None for the plain causal mask.
     """
 
     positions_BT: Tensor
@@ -57,7 +60,8 @@ class Scope(NamedTuple):
 def causal_scope(x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Scope:
     """Positions and visibility of new tokens `[B, T, D]` after those in the cache.
 
-    Padding sees itself alone, so that its rows stay finite.
+    Padding attends to itself alone: a row without any key would be a softmax over nothing, NaN, and
+    spread to the tokens through the next layer.
 
     Raises:
         ValueError: if the tokens are not sequences, or the mask is not theirs.

@@ -10,7 +10,7 @@ from lightning_dsmoe.token_shapes import check_width
 
 
 class GroupedQueryAttention(Attention):
-    """Causal self-attention in which groups of query heads share keys and values.
+    """Grouped-query attention: causal self-attention whose query heads share keys and values.
 
     With n_kv_heads = n_heads it is multi-head attention, with 1 multi-query (arXiv 2305.13245).
 
@@ -25,6 +25,13 @@ class GroupedQueryAttention(Attention):
 
     Raises:
         ValueError: if `n_kv_heads` does not divide `n_heads` or a size is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe import GroupedQueryAttention
+        >>> attention = GroupedQueryAttention(64, 8, 2, 16)  # 8 query heads, 2 KV heads of width 16
+        >>> attention(torch.randn(2, 10, 64)).output.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class GroupedQueryAttention(Attention):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> MixtureOutput:
-        """Attend over tokens `[B, T, D]`; there is nothing to select (see `Attention.forward`)."""
+        """Causal self-attention (see `Attention.forward`); there are no experts to select."""
         check_width(x, self.d_model)
         scope = causal_scope(x, mask, cache)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)

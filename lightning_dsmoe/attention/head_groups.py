@@ -1,6 +1,6 @@
 """Groups of query heads over shared keys and values, each group under a gate.
 
-Shapes: B batch, T new tokens, S all tokens so far, X = B T, D width, E groups of query heads,
+Shapes: B batch, T new tokens, S all tokens so far, N = B T, D width, E groups of query heads,
 H heads of one group = KV heads, C head width, M new tokens that use one group.
 """
 
@@ -21,12 +21,12 @@ from lightning_dsmoe.stacked import (
     worth_sorting,
 )
 
-_KERNELS = 30
+_KERNELS_PER_GROUP = 30
 """About how many kernels one group starts in `sparse_forward`."""
 
 
 class HeadGroups(nn.Module):
-    """Grouped-query attention whose groups of query heads are summed under gates.
+    """Grouped-query attention that multiplies the output of each group of query heads by its gate.
 
     y = sum_e g_e sum_j softmax(Q_ej K_j^T / sqrt(C)) V_j W_o,ej + b   (arXiv 2404.05567, eqs. 7-8)
 
@@ -116,10 +116,10 @@ class HeadGroups(nn.Module):
             scope: who attends to whom.
             keys_BHSC: keys of all tokens so far.
             values_BHSC: their values.
-            gates_BTE: gate of each group; None leaves all at 1.
+            gates_BTE: gate of each group; None for 1.
         """
         b_q = None if self.b_q is None else self.b_q.flatten()
-        q_BTR = F.linear(x_BTD, self.w_q().flatten(0, 1), b_q)
+        q_BTR = F.linear(x_BTD, rearrange(self.w_q(), "e r d -> (e r) d"), b_q)
         q_BGTC = rearrange(q_BTR, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
         q_BGTC = self.place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
         heads_BGTC = F.scaled_dot_product_attention(
@@ -130,19 +130,20 @@ class HeadGroups(nn.Module):
             is_causal=scope.attend_BTS is None,
             enable_gqa=self.n_groups > 1,
         )
-        heads_XER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
+        heads_NER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)
         if gates_BTE is None:
-            y_XD: Tensor = heads_XER.flatten(1) @ self.w_o().flatten(0, 1)
+            w_o = rearrange(self.w_o(), "e r d -> (e r) d")
+            y_ND: Tensor = rearrange(heads_NER, "n e r -> n (e r)") @ w_o
         else:
-            y_XD = gated_projection(heads_XER, gates_BTE.flatten(0, 1), self.w_o())
-        y_BTD = y_XD.view_as(x_BTD)
+            y_ND = gated_projection(heads_NER, rearrange(gates_BTE, "b t e -> (b t) e"), self.w_o())
+        y_BTD = y_ND.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def sparse_is_faster(self, x_BTD: Tensor) -> bool:
-        """Whether `sparse_forward` beats running all groups with those left out at a gate of 0."""
+        """Whether `sparse_forward` is faster than running all groups, the others at a gate of 0."""
         n_weights = 2 * self.n_heads * self.d_head * x_BTD.shape[-1]
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-        return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS)
+        return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS_PER_GROUP)
 
     def sparse_forward(
         self,
@@ -164,25 +165,26 @@ class HeadGroups(nn.Module):
             active_BTE: the groups that run, bool.
         """
         batch, length, _ = x_BTD.shape
-        x_XD, gates_XE = x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1)
-        positions_X = scope.positions_BT.expand(batch, length).flatten()
-        attend_XS = attend_of_tokens(scope, batch, length)
-        y_XD = torch.zeros_like(x_XD)
-        running, tokens = tokens_of_each_expert(active_BTE.flatten(0, 1))
+        x_ND = rearrange(x_BTD, "b t d -> (b t) d")
+        gates_NE, active_NE = (rearrange(g, "b t e -> (b t) e") for g in (gates_BTE, active_BTE))
+        positions_N = scope.positions_BT.expand(batch, length).flatten()
+        attend_NS = attend_of_tokens(scope, batch, length)
+        y_ND = torch.zeros_like(x_ND)
+        running, tokens = tokens_of_each_expert(active_NE)
         for e, w_q, w_o, at_M in zip(
             running, self.w_q.of(running), self.w_o.of(running), tokens, strict=True
         ):
-            q_MR = F.linear(x_XD[at_M], w_q, None if self.b_q is None else self.b_q[e])
+            q_MR = F.linear(x_ND[at_M], w_q, None if self.b_q is None else self.b_q[e])
             q_HMC = rearrange(q_MR, "m (h c) -> h m c", h=self.n_heads)
-            q_HMC = self.place(self.q_norm(q_HMC), positions_X[at_M])
-            heads_MR = attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_XS[at_M])
-            gated_MR = heads_MR * gates_XE[at_M, e, None].to(heads_MR.dtype)
-            y_XD = y_XD.index_add(0, at_M, (gated_MR @ w_o).to(y_XD.dtype))
-        y_BTD = y_XD.view_as(x_BTD)
+            q_HMC = self.place(self.q_norm(q_HMC), positions_N[at_M])
+            heads_MR = attend_some(q_HMC, keys_BHSC, values_BHSC, at_M // length, attend_NS[at_M])
+            gated_MR = heads_MR * gates_NE[at_M, e, None].to(heads_MR.dtype)
+            y_ND = y_ND.index_add(0, at_M, (gated_MR @ w_o).to(y_ND.dtype))
+        y_BTD = y_ND.view_as(x_BTD)
         return y_BTD if self.b_o is None else y_BTD + self.b_o
 
     def place(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Turn queries or keys to their positions."""
+        """Rotate queries or keys by their positions."""
         if self.rope_theta is None:
             return heads
         return rotate(heads, rotation(positions, self.d_head, self.rope_theta))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Room for the keys and values of one attention layer, filled from the left.
+    """Keys and values of one attention layer, preallocated and filled from the left.
 
     It does not depend on which experts run. A layer that is given a cache writes the new tokens
     into it, in place.
@@ -25,6 +25,17 @@ class KVCache:
 
     Raises:
         ValueError: on writing more tokens than fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe import GroupedQueryAttention
+        >>> from lightning_dsmoe.attention import KVCache
+        >>> attention = GroupedQueryAttention(64, 8, 2, 16)
+        >>> cache = KVCache(1, 2, 32, 16)  # one sequence of up to 32 tokens
+        >>> _ = attention(torch.randn(1, 5, 64), cache=cache)  # a prompt
+        >>> _ = attention(torch.randn(1, 1, 64), cache=cache)  # the next token
+        >>> cache.length
+        6
     """
 
     def __init__(
@@ -45,7 +56,7 @@ class KVCache:
 
     @classmethod
     def over(cls, keys_BHSC: Tensor, values_BHSC: Tensor, valid_BS: Tensor) -> Self:
-        """An empty cache in memory that belongs to somebody else."""
+        """An empty cache over memory that the caller owns."""
         cache = cls.__new__(cls)
         cache.keys, cache.values, cache.valid = keys_BHSC, values_BHSC, valid_BS
         cache.length = 0
@@ -53,7 +64,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Tokens of one sequence that fit."""
         return self.keys.shape[2]
 
     def append(self, keys_BHTC: Tensor, values_BHTC: Tensor, valid_BT: Tensor) -> None:

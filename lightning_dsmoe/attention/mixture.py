@@ -6,17 +6,17 @@ from lightning_dsmoe.attention.attention import Attention, causal_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
-from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
+from lightning_dsmoe.routing.routing import GateScale, gate_factor
 
 
 class MixtureOfAttentionHeads(Attention):
-    """Grouped-query attention whose groups of query heads are experts under gates.
+    """Mixture of attention heads: groups of query heads are experts over shared keys and values.
 
     y = c sum_i S_i(x) sum_j softmax(Q_ij K_j^T / sqrt(C)) V_j W_o,ij (arXiv 2404.05567, eqs. 7-8)
 
-    All experts share the keys and values, which never depend on routing.
+    Keys and values do not depend on routing, so a KV cache is as small as that of one expert.
 
     Args:
         d_model: width D of the tokens.
@@ -32,10 +32,18 @@ class MixtureOfAttentionHeads(Attention):
 
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe import MixtureOfAttentionHeads, TopK
+        >>> attention = MixtureOfAttentionHeads(64, 4, 2, 16)  # 4 experts of 2 heads of width 16
+        >>> output, routing = attention(torch.randn(2, 10, 64), TopK(2))
+        >>> output.shape, routing.probs.shape
+        (torch.Size([2, 10, 64]), torch.Size([2, 10, 4]))
     """
 
     remaining: Tensor | None
-    """Numbers of the experts that were not removed, if some were; see `inference.prune`."""
+    """Indices of the experts that were not removed, if some were; see `inference.prune`."""
 
     def __init__(
         self,
@@ -81,7 +89,21 @@ class MixtureOfAttentionHeads(Attention):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> MixtureOutput:
-        """Attend over tokens `[B, T, D]` with the selected experts (see `Attention.forward`)."""
+        """Causal self-attention with the experts that a selection chooses.
+
+        Args:
+            x: tokens `[B, T, D]`; with a cache, those that follow the tokens in it.
+            selection: which experts run; by default all of them, as in training.
+            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+
+        Returns:
+            Tokens `[B, T, D]` and the routing of all experts.
+
+        Raises:
+            ValueError: if tokens, mask or cache do not match, or the selection needs more experts.
+            TypeError: if the selection is not one.
+        """
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
         gates = self.gate_factor * gates

@@ -1,6 +1,6 @@
-"""Attention of some of the tokens only.
+"""Attention from some of the tokens only.
 
-Shapes: B batch, T new tokens, S all tokens so far, X = B T, H heads, C head width, M the tokens
+Shapes: B batch, T new tokens, S all tokens so far, N = B T, H heads, C head width, M the tokens
 that attend, P most of them in one sequence.
 """
 
@@ -13,7 +13,7 @@ from lightning_dsmoe.attention.attention import Scope
 
 
 def attend_of_tokens(scope: Scope, batch: int, length: int) -> Tensor:
-    """Visibility of every key for each new token, bool `[X, S]`."""
+    """Visibility of every key for each new token, bool `[N, S]`."""
     if scope.attend_BTS is not None:
         return scope.attend_BTS.flatten(0, 1)
     steps = torch.arange(length, device=scope.positions_BT.device)
@@ -25,8 +25,8 @@ def attend_some(
 ) -> Tensor:
     """Attention of some tokens, each over the keys of its own sequence: `[M, H C]`.
 
-    The queries are padded to the same number in every sequence; padding looks everywhere and its
-    result is dropped.
+    The queries are padded to the same number in every sequence, so that one call serves all;
+    padding attends to every key, which keeps it finite, and its result is dropped.
     """
     batch, n_heads, length, d_head = keys_BHSC.shape
     counts_B = row_M.bincount(minlength=batch)

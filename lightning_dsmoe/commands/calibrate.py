@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from lightning_dsmoe.analysis import PlanResult, evaluate_plan
+from lightning_dsmoe.analysis import PlanResult, PlanSearch, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.plans.search import search, sparsest
-from lightning_dsmoe.analysis.plans.solvers import fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform
+from lightning_dsmoe.analysis.plans.solvers import FIXED_NUMBERS, THRESHOLDS, best_uniform
 from lightning_dsmoe.commands.evaluation_setup import open_trained
+from lightning_dsmoe.commands.result_table import percent, result_table
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file
-from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import describe_selections
 
 
 def calibrate(
@@ -28,67 +26,60 @@ def calibrate(
     fixed: bool = False,
     **options: Any,
 ) -> None:
-    """Find for each layer which experts to run, and say how much better that is than one rule.
+    """Search for a plan: which experts to run in each layer at the least loss.
 
-    The first half of the text serves to find the plan, the second half to judge it.
+    The plan is found on the first half of the text. The second half is unseen: on it the plan is
+    compared with all experts and with the best uniform plan, which treats all layers alike.
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        budget: share of the hidden parameters to run at the most, in the mean over tokens; what
-            runs under thresholds can end a little above it.
-        max_loss_increase: instead of a budget, the loss to give up at the most, such as 0.5%.
-        output: where to write the plan, as JSON.
+        budget: largest active share, of the hidden parameters in the mean over tokens; what runs
+            under thresholds can end a little above it.
+        max_loss_increase: instead of a budget, the largest increase of the loss, such as 0.5%.
+        output: JSON file of the plan.
         fixed: choose numbers of experts, the same for all tokens, instead of thresholds. Without
-            it one pair of numbers for all layers, or one of attention experts beside a threshold of
-            the others, is taken where it is clearly better.
+            it a uniform plan is taken where it is clearly better: one pair of numbers for all
+            layers, or a number of attention experts beside a threshold of the others.
         options: of the text and the device, see `open_trained`.
 
     Raises:
         ValueError: if not exactly one of budget and max_loss_increase is given or it cannot be met,
-            or the checkpoint or the text is not fit for it.
+            or the checkpoint or the text is invalid.
     """
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
     check_file(output)
-    increase = None if max_loss_increase is None else _percent(max_loss_increase)
+    increase = None if max_loss_increase is None else _share(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)
     found_on, judged_on = text.halves()
-    dense = model.plan
-    solve = fixed_numbers if fixed else thresholds
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("reading the text with all experts")
+    unseen = partial(evaluate_plan, model, text=judged_on, counts=counts)
+    with Console(stderr=True).status("reading the text with all experts") as status:
         statistics = routing_statistics(model, found_on, counts)
 
         def measure(plan: SelectionPlan) -> PlanResult:
-            progress.update(task, advance=1, description="trying plans")
+            status.update("measuring plans on the first half of the text")
             return evaluate_plan(model, plan, found_on, counts)
 
-        if increase is None:
-            make_diverge = partial(divergence, model, found_on)
-            found = search(statistics, budget or 0.0, solve, measure, make_diverge)
-        else:
-            found = sparsest(statistics, increase, solve, measure)
-        progress.update(task, description="judging the plan on the other half")
-        judged = {
-            "all experts": evaluate_plan(model, dense, judged_on, counts),
-            "calibrated": evaluate_plan(model, found.plan, judged_on, counts),
-        }
-        uniform = best_uniform(
-            routing_statistics(model, judged_on, counts),
-            judged["calibrated"].share,
-            lambda plan: evaluate_plan(model, plan, judged_on, counts),
-        )
+        family = FIXED_NUMBERS if fixed else THRESHOLDS
+        search = PlanSearch(statistics, measure, family, partial(divergence, model, found_on))
+        found = search.within(budget or 0.0) if increase is None else search.sparsest(increase)
+        status.update("measuring the plan and uniform ones on the second half")
+        dense, calibrated = unseen(model.plan), unseen(found.plan)
+        unseen_statistics = routing_statistics(model, judged_on, counts)
+        uniform = best_uniform(unseen_statistics, calibrated.active_share_mean, unseen)
     found.plan.save(output)
+    rows = [("all experts", dense), ("calibrated", calibrated)]
     if uniform is not None:
-        judged[f"best of one rule: {_rule(uniform.plan, model.decoder)}"] = uniform.result
-    Console().print(_table(judged))
+        rows.append(("best uniform plan", uniform.result))
+    Console().print(result_table("Plans on unseen text", rows, dense))
+    print(f"Calibrated: {_words(found.plan, model.decoder)}.")
     if uniform is not None:
-        print(_comparison(judged["calibrated"], uniform.result))
+        print(f"Best uniform plan: {_words(uniform.plan, model.decoder)}.")
+        print(_comparison(calibrated, uniform.result))
     print(f"The plan is in {Path(output)}")
 
 
-def _percent(text: str) -> float:
+def _share(text: str) -> float:
     number = text.strip().removesuffix("%")
     try:
         value = float(number) / (100 if text.strip().endswith("%") else 1)
@@ -99,39 +90,22 @@ def _percent(text: str) -> float:
     return value
 
 
-def _rule(plan: SelectionPlan, decoder: Decoder) -> str:
-    """What all feed-forward routers and all attention routers of a uniform plan run."""
-    names = [
-        next((_named(s) for s, n in zip(kind, sizes, strict=True) if n is not None), None)
-        for kind, sizes in zip((plan.experts, plan.attention), decoder.plan_sizes, strict=True)
-    ]
-    return " and ".join(dict.fromkeys(name for name in names if name))
+def _words(plan: SelectionPlan, decoder: Decoder) -> str:
+    """What the layers with a router run."""
+    kinds = zip(
+        ("experts", "attention"), (plan.experts, plan.attention), decoder.plan_sizes, strict=True
+    )
+    routed = {
+        name: [s for s, size in zip(selections, sizes, strict=True) if size is not None]
+        for name, selections, sizes in kinds
+    }
+    return "; ".join(
+        f"{name}: {describe_selections(some)}" for name, some in routed.items() if some
+    )
 
 
-def _named(selection: Selection) -> str:
-    if isinstance(selection, TopK):
-        return f"top {selection.k}"
-    assert isinstance(selection, Threshold)
-    return f"threshold {selection.eps:.3g}"
-
-
-def _comparison(calibrated: PlanResult, rule: PlanResult) -> str:
-    gain, error = (nats / sum(rule.window_losses) for nats in calibrated.gain_over(rule))
+def _comparison(calibrated: PlanResult, uniform: PlanResult) -> str:
+    gain, error = (nats / sum(uniform.window_losses) for nats in calibrated.gain_over(uniform))
     better = "better" if gain >= 0 else "worse"
-    told = f"On unseen text the calibrated plan is {abs(gain):.3%} {better} than the best rule"
-    return f"{told} (standard error {error:.3%})" if len(rule.window_losses) > 1 else told
-
-
-def _table(judged: dict[str, PlanResult]) -> Table:
-    table = Table("plan, on unseen text", "loss", "against all", "active", "p50", "p95")
-    dense = judged["all experts"]
-    for name, result in judged.items():
-        table.add_row(
-            name,
-            f"{result.loss:.4f}",
-            f"{result.loss / dense.loss - 1:+.2%}",
-            f"{result.share:.1%}",
-            f"{result.share_p50:.1%}",
-            f"{result.share_p95:.1%}",
-        )
-    return table
+    line = f"On unseen text it is {percent(abs(gain))} {better} than the best uniform plan"
+    return f"{line} (standard error {percent(error)})" if len(uniform.window_losses) > 1 else line

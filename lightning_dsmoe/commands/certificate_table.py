@@ -1,63 +1,75 @@
 """Certificates as tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lightning_dsmoe.commands.result_table import compared, percent
+
 
 def print_certificates(certificates: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print certificates side by side, and the mixtures of the last one.
+    """Print certificates side by side, and what the plan changes in each layer of the last one.
 
     Args:
-        certificates: by what heads their column.
+        certificates: by the heading of their column.
     """
     console = Console()
     table = Table("", *certificates)
-    for label, spelled in _ROWS.items():
-        row = [spelled(each) for each in certificates.values()]
-        if any(row):
-            table.add_row(label, *row)
+    for label, (name, style) in _ROWS.items():
+        if any(each[name] is not None for each in certificates.values()):
+            values = (each[name] for each in certificates.values())
+            table.add_row(label, *("" if value is None else style(value) for value in values))
     console.print(table)
-    mixtures = _mixtures(list(certificates.values())[-1])
-    if mixtures.row_count:
-        console.print(mixtures)
+    last = list(certificates.values())[-1]
+    layers = _layers(last)
+    if layers.row_count:
+        console.print(layers)
+    print(f"{_headline(last)}.")
 
 
-def _mixtures(made: Mapping[str, Any]) -> Table:
-    heads = ("dropped mass", "most", "error", "most", "bound", "most")
-    table = Table("mixture", *heads)
+def _layers(certificate: Mapping[str, Any]) -> Table:
+    columns = ("dropped gates", "max", "error", "max", "bound", "max")
+    table = Table(
+        "layer", *columns, title="What the plan changes in each layer, mean and max over tokens"
+    )
     for kind in ("experts", "attention"):
-        for layer, errors in enumerate(made[kind]):
+        for layer, errors in enumerate(certificate[kind]):
             if errors is not None:
-                table.add_row(f"{kind} {layer}", *(f"{x:.2%}" for x in errors.values()))
+                table.add_row(f"{kind} {layer}", *map(percent, errors.values()))
     return table
 
 
-def _number(name: str, spec: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda made: "" if made[name] is None else format(made[name], spec)
+def _headline(certificate: Mapping[str, Any]) -> str:
+    gap, interval = compared(certificate["relative_gap"]), certificate["relative_gap_95"]
+    line = f"Loss {certificate['sparse_loss']:.3f} nats per token, {gap} all experts"
+    return line if interval is None else f"{line} (95 % interval {_interval(interval)})"
 
 
-def _gap(made: Mapping[str, Any]) -> str:
-    spelled = f"{made['relative_gap']:+.3%}"
-    if made["relative_gap_95"] is None:
-        return spelled
-    low, high = made["relative_gap_95"]
-    return f"{spelled} ({low:+.3%} to {high:+.3%})"
+def _interval(ends: Sequence[float]) -> str:
+    low, high = (percent(end, sign="+") for end in ends)
+    return f"{low.removesuffix(' %')} to {high}"
 
 
-_ROWS = {
-    "tokens": _number("tokens", ","),
-    "loss, dense": _number("dense_loss", ".4f"),
-    "loss, sparse": _number("sparse_loss", ".4f"),
-    "relative gap (95 %)": _gap,
-    "KL of next token, nats": _number("kl", ".3g"),
-    "same best token": _number("top_1_agreement", ".2%"),
-    "active share": _number("active_share_mean", ".1%"),
-    "active share, p50": _number("active_share_p50", ".1%"),
-    "active share, p95": _number("active_share_p95", ".1%"),
-    "all experts against checkpoint": _number("all_experts_error", ".2g"),
-    "loss before quantization": _number("loss_before_quantization", ".4f"),
-    "same experts after it": _number("routing_agreement", ".2%"),
+def _format(spec: str, unit: str = "") -> Callable[[Any], str]:
+    return lambda value: f"{value:{spec}}{unit}"
+
+
+_ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "tokens": ("tokens", _format(",")),
+    "loss, all experts": ("dense_loss", _format(".3f", " nats/token")),
+    "loss, sparse": ("sparse_loss", _format(".3f", " nats/token")),
+    "loss, sparse vs all": ("relative_gap", partial(percent, sign="+")),
+    "95 % interval": ("relative_gap_95", _interval),
+    "KL divergence": ("kl", _format(".3g", " nats/token")),
+    "same top-1 token": ("top_1_agreement", percent),
+    "active share, mean": ("active_share_mean", percent),
+    "active share, median": ("active_share_p50", percent),
+    "active share, 95th pct": ("active_share_p95", percent),
+    "all vs checkpoint": ("all_experts_error", _format(".2g", " of top logit")),
+    "loss before int8": ("loss_before_quantization", _format(".3f", " nats/token")),
+    "same experts as before": ("routing_agreement", percent),
 }
+"""Labels, fields of a certificate, and how their values are written."""

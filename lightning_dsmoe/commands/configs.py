@@ -7,7 +7,8 @@ def configs(name: str | None = None) -> None:
     """List the shipped configurations, or print one.
 
     Args:
-        name: such as quickstart.yaml or callbacks/annealing.yaml; without it all are listed.
+        name: the one to print, such as quickstart.yaml or callbacks/annealing.yaml; by default
+            all are listed with their paths.
 
     Raises:
         ValueError: if there is no such configuration.

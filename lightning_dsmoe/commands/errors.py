@@ -1,138 +1,183 @@
-"""Mistakes on the command line, said in one line."""
+"""Mistakes on the command line, said in one line.
+
+jsonargparse gives every class in a configuration a parser of its own and reports a mistake as the
+tree of all readings that it tried. Every one of these parsers, from the innermost out, calls its
+`error`, and it knows the option's type. So the innermost one says what was wrong, and the tree is
+never taken apart; nothing of it is needed but the key at its beginning and the value at its end.
+"""
 
 import inspect
+import os
 import re
 import sys
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from lightning import Callback, LightningDataModule
+import jsonargparse
+from jsonargparse import Namespace
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_dsmoe.attention import Attention
-from lightning_dsmoe.experts import Experts, FeedForwardLayer
-from lightning_dsmoe.routing import Router, Selection
+from lightning_dsmoe.commands.configuration_file import options_in
+from lightning_dsmoe.files import check_mark
 
-_BASES: dict[str, type] = {
-    "router": Router,
-    "experts": Experts,
-    "attention": Attention,
-    "feed_forward": FeedForwardLayer,
-    "expert_selection": Selection,
-    "attention_selection": Selection,
-    "norm": nn.Module,
-    "optimizer": Optimizer,
-    "lr_scheduler": LRScheduler,
-    "data": LightningDataModule,
-    "callbacks": Callback,
-}
-_STRUCTURE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a path")
-_GENERIC = (
-    *_STRUCTURE,
-    "Expected a <class 'NoneType'>",
-    "Not a valid subclass",
-    "Subclass types expect",
-    "a class path (str)",
-    "a dict with",
-    "a dict without",
-)
+DEBUG = "JSONARGPARSE_DEBUG"
+_KEY = re.compile(r'Parser key "([\w.]+)"[^:]*: ?')
+_VALUE = re.compile(r"(?:Got|Given) value: (?:NestedArg\(.*val=)?(.*?)\)?$")
 _PLAINER = (
-    (r"<class '([\w.]+)'>", r"\1"),
-    (r"Expected an? dot import path string: ", "no such class: "),
-    (r"Expected an? (?:typing\.)?", "expected "),
-    (r"\. Got value: ", ", got "),
-    (r"\.$", ""),
+    (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
+    (r"typing\.|collections\.abc\.", ""),
+    (r"Expected a dot import path string: ", "no such class: "),
+    (r"\. Got value: (.*?)( Subclass types expect.*)?$", r", got \1"),
+    (r"^Expected", "expected"),
+    (r"\.+$", ""),
 )
+_NORMS = {"torch.nn.LayerNorm", "torch.nn.RMSNorm"}  # of all modules, those that a model may take
 _SURROGATES = r"'[\w-]+' codec can't encode (characters?.*?): surrogates not allowed"
 
 
-class _Attempt(NamedTuple):
-    """How one reading of a value failed: the keys and classes that lead to it, and the reason."""
+class _Level(NamedTuple):
+    """A mistake as one parser sees it; its message contains those of the parsers inside it."""
 
-    keys: tuple[str, ...]
-    classes: tuple[str, ...]
-    reason: str
-    value: str
+    parser: jsonargparse.ArgumentParser
+    message: str
+    cause: str
+
+    @property
+    def key(self) -> str:
+        """The option at fault; "" if the parser has no such option."""
+        found = _KEY.match(self.message)
+        return found[1] if found else ""
+
+    def __str__(self) -> str:
+        message = _KEY.sub("", self.message, count=1)
+        actions = [action for action in self.parser._actions if action.dest == self.key]
+        hint = getattr(actions[0], "_typehint", None) if actions else None
+        found = _VALUE.search(message)
+        got = f", got {found[1]}" if found and "Namespace(" not in found[1] else ""
+        if classes := _class_names(hint):
+            cause = _plainer(self.cause)
+            cause += "" if found and found[1] in cause else got
+            return f"{cause}; known classes: {', '.join(classes)}"
+        if hint is not None and re.match("Expected an? |Does not validate", message):
+            *names, last = _in_words(hint)
+            return f"expected {', '.join(names)}{' or ' if names else ''}{last}{got}"
+        owner = getattr(self.parser, "owner", None)
+        if "is not accepted" in message and owner is not None:
+            options = [a.dest for a in self.parser._actions if "help" not in a.dest]
+            return f"{message}; {owner.__name__} has {', '.join(options)}"
+        return _plainer(message)
+
+
+class OneLineErrors(jsonargparse.ArgumentParser):
+    """Says a mistake in one line, unless a traceback is asked for."""
+
+    _levels: ClassVar[deque[_Level]] = deque(maxlen=64)
+
+    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
+        self.owner = class_type
+        names: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
+        return names
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            check_mark(Path(path))
+            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+        return parsed
+
+    def parse_string(
+        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
+    ) -> Namespace:
+        if not path and not content:  # as where a shell's variable is not set
+            self.error("config must name a file, got ''")
+        try:
+            content = options_in(content, str(path or "config"))
+        except ValueError as error:
+            self.error(str(error), error)
+        parsed: Namespace = super().parse_string(content, path, *args, **kwargs)
+        return parsed
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        cause: BaseException | None = ex
+        while cause is not None and cause.__cause__ is not None:
+            cause = cause.__cause__
+        self._levels.append(_Level(self, one_line(message), one_line(str(cause))))
+        if DEBUG in os.environ or not self.exit_on_error:
+            super().error(message, ex)
+        fail(_furthest(self._levels), code=2)
+
+
+def fail(message: str, *, code: int) -> NoReturn:
+    """Print a mistake and end the process."""
+    print(f"lightning-dsmoe: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def one_line(message: str) -> str:
-    """Say a message in one line; of a parser's tree of attempts, say the one that came furthest."""
+    """A message without line breaks and colors."""
     message = re.sub(r"\x1b\[[\d;]*m", "", message)
     # Bytes of the command line that are not UTF-8 reach Python as surrogates.
-    message = re.sub(_SURROGATES, r"not UTF-8, \1", message)
-    is_tree = message.startswith("Parser key") or "Does not validate against" in message
-    attempts = is_tree and (_attempts(message, _GENERIC) or _attempts(message, _STRUCTURE))
-    if not attempts:
-        return " ".join(message.split())
-    best = max(attempts, key=lambda attempt: len(attempt.keys) + len(attempt.classes))
-    reason = re.sub(r"\.? Got value: (Namespace|NestedArg)\(.*", "", best.reason)
-    if choices := _choices(message):
-        reason = f"expected {choices}. Got value: {best.value}"
-    if reason.startswith(("Expected a <", "Expected a typing")) and "Got value" not in reason:
-        reason += f". Got value: {best.value}"
+    return " ".join(re.sub(_SURROGATES, r"not UTF-8, \1", message).split())
+
+
+def _furthest(levels: deque[_Level]) -> str:
+    """Of the readings that the last parser's mistake contains, say the one that came furthest."""
+    paths: list[list[_Level]] = []
+    for level in levels:
+        inside = [p for p in paths if p[0].message in level.message != p[0].message]
+        paths.append([level, *max(inside, key=_n_keys, default=[])])
+    keys = ".".join(level.key for level in paths[-1] if level.key)
+    return ": ".join(filter(None, (keys, str(paths[-1][-1]))))
+
+
+def _n_keys(path: list[_Level]) -> int:
+    return sum(bool(level.key) for level in path)
+
+
+def _plainer(message: str) -> str:
     for pattern, plain in _PLAINER:
-        reason = re.sub(pattern, plain, reason)
-    return ": ".join(filter(None, [".".join(best.keys), reason])) + _allowed(best)
+        message = re.sub(pattern, plain, message)
+    return message
 
 
-def _choices(message: str) -> str:
-    """All that a union of plain types and literals allows; nothing for a message of other kinds."""
-    unions = re.findall(r"^\s*Subtypes: \[(.*)\]$", message, re.MULTILINE)
-    subtypes = re.split(r", (?=typing\.|<)", unions[0]) if len(unions) == 1 else []
-    plain = [re.fullmatch(r"typing\.Literal\[(.*)\]|<class '(\w+)'>", each) for each in subtypes]
-    found = [(each[1] or each[2]).split(", ") for each in plain if each]
-    if not found or not all(plain):
-        return ""
-    *names, last = [name for names in found for name in names if name != "NoneType"]
-    return f"{', '.join(names)} or {last}" if names else last
+def _in_words(hint: Any) -> list[str]:
+    """What an option of plain types may be, such as "int" and "'auto'"."""
+    if get_origin(hint) is Literal:
+        return [repr(each) for each in get_args(hint)]
+    if get_origin(hint) in (Union, UnionType):
+        return [word for each in get_args(hint) if each is not NoneType for word in _in_words(each)]
+    return [hint.__name__ if isinstance(hint, type) else _plainer(str(hint))]
 
 
-def _attempts(message: str, left_out: tuple[str, ...]) -> list[_Attempt]:
-    """Read the tree by its indentation."""
-    attempts: list[_Attempt] = []
-    stack: list[tuple[int, str, str]] = []
-    for line in message.splitlines():
-        text = re.sub(r"Type <class '[\w.]+'> expects a function.*? class: ", "", line).strip(" -")
-        indent = len(line) - len(line.lstrip(" -"))
-        while stack and stack[-1][0] >= indent and text:
-            stack.pop()
-        if found := re.match(r'Parser key "([\w.]+)"[^:]*: ?', text):
-            stack.append((indent, found[1], ""))
-            text = text[found.end() :]
-        if found := re.fullmatch(r"Problem with given class_path '([\w.]+)':", text):
-            stack.append((indent, "", found[1]))
-        elif found := re.match(r"Given value: (?:NestedArg\(.*val=)?(.*?)\)?$", text):
-            attempts = [a if a.value else a._replace(value=found[1]) for a in attempts]
-        elif text and not text.startswith(left_out):
-            keys = tuple(key for _, key, _ in stack if key)
-            classes = tuple(cls for _, _, cls in stack if cls)
-            classes += tuple(re.findall(r"Namespace\(class_path='([\w.]+)'", text)[:1])
-            attempts.append(_Attempt(keys, classes, text, ""))
-    return attempts
+def _class_names(hint: Any) -> list[str]:
+    """Names of the classes that an option may be, or that its factory may make."""
+    found = (
+        _NORMS if base is nn.Module else _concrete(base) or {base.__name__} for base in _bases(hint)
+    )
+    return sorted(set().union(*found))
 
 
-def _allowed(attempt: _Attempt) -> str:
-    """What there is to choose from, where the reason is a class or an option that there is not."""
-    if "is not accepted" in attempt.reason and attempt.classes:
-        module, _, name = attempt.classes[-1].rpartition(".")
-        cls = getattr(sys.modules.get(module), name, None)
-        return f"; {name} has {', '.join(inspect.signature(cls).parameters)}" if cls else ""
-    key = ".".join(attempt.keys).rpartition(".")[2]
-    if not re.search("import path|has no attribute|No module|to be a subclass", attempt.reason):
-        return ""
-    if key == "norm":
-        return "; known classes: torch.nn.LayerNorm, torch.nn.RMSNorm"
-    if {"plan", "plans"} & set(attempt.keys):
-        key = "expert_selection"
-    return f"; known classes: {', '.join(sorted(_concrete(_BASES[key])))}" if key in _BASES else ""
+def _bases(hint: Any) -> list[type]:
+    """Classes in a type annotation that are meant to have subclasses."""
+    if get_origin(hint) in (Union, UnionType, list):
+        return [base for each in get_args(hint) for base in _bases(each)]
+    if get_origin(hint) is Callable:
+        return _bases(get_args(hint)[-1])
+    if getattr(hint, "_is_protocol", False):
+        return _bases(inspect.signature(hint.__call__, eval_str=True).return_annotation)
+    is_base = isinstance(hint, type) and not get_args(hint) and hint.__module__ != "builtins"
+    return [hint] if is_base else []
 
 
 def _concrete(base: type) -> set[str]:
-    names: set[str] = set()
-    cls: type
-    for cls in base.__subclasses__():
-        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
-            names.add(cls.__name__)
-        names |= _concrete(cls)
-    return names
+    subclasses: list[type] = base.__subclasses__()
+    return {
+        name
+        for cls in subclasses
+        for name in _concrete(cls) | ({cls.__name__} if not inspect.isabstract(cls) else set())
+        if not name.startswith("_")
+    }

@@ -1,4 +1,4 @@
-"""A trained model and text to judge it on, for commands that measure."""
+"""A trained model and held-out text, for the commands that measure."""
 
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -15,14 +15,14 @@ from lightning_dsmoe.tokenizers import Tokenizer
 Given = TypeVar("Given")
 
 VAL_FRACTION, TEST_FRACTION, CONTEXT = 0.1, 0.0, 128
-"""Shares of the text in its splits, and tokens of a window, where those of training are unknown."""
+"""Splits of the text and tokens of a window, where those of training are unknown."""
 _BATCH_TOKENS = 8192
 _MOST_NUMBERS = 2**26  # logits or gates of a batch, 256 MiB in float32
 _MOST_LOGITS_OF_A_WINDOW = 2**30
 
 
 class Trained(NamedTuple):
-    """A model that runs any plan, the parameters of its decoder, text, and its tokenizer."""
+    """A model that runs any plan, the parameter counts of its decoder, text, and its tokenizer."""
 
     model: SparseModel
     counts: ParameterCounts
@@ -39,7 +39,7 @@ def open_trained(ckpt_path: str, *, device: str | None = None, **options: Any) -
         options: of the text, see `text_for`.
 
     Raises:
-        ValueError: if the checkpoint or the text is not fit for it, or there is no such device.
+        ValueError: if the checkpoint or the text is invalid, or there is no such device.
     """
     place = _device(device)
     loaded = load_decoder(ckpt_path)
@@ -81,7 +81,7 @@ def read_plan(path: str, decoder: Decoder) -> SelectionPlan:
 
 
 def tokens_at_once(decoder: Decoder) -> int:
-    """Tokens that a model may read at once for its logits, or its gates, to fit into memory."""
+    """Batch size in tokens for which a model's logits, or its gates, fit into memory."""
     gates = sum(n for kind in decoder.plan_sizes for n in kind if n is not None)
     return max(1, _MOST_NUMBERS // max(decoder.vocab_size, gates))
 
@@ -101,13 +101,13 @@ def text_for(
 
     Args:
         loaded: a checkpoint.
-        files: text files as in training; without it the Python sources of the standard library.
+        files: text files as in training; by default the Python sources of the standard library.
         split: part of the text to use.
         val_fraction: share of the text in the validation split; by default as in training.
         test_fraction: share of the text in the test split; by default as in training.
         context: tokens in a window; by default as in training.
-        max_tokens: tokens to use at the most.
-        batch_tokens: tokens that run at once; by default 8,192, or fewer of a large model.
+        max_tokens: most tokens to use.
+        batch_tokens: batch size in tokens; by default 8,192, or fewer of a large model.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer or that of a larger model, the text is too

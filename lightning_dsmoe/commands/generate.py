@@ -27,7 +27,7 @@ def generate(
     stop: str | None = None,
     plan: str | None = None,
 ) -> None:
-    """Print a prompt and the text that a model continues it with.
+    """Generate text from a checkpoint or a sparse model.
 
     Args:
         ckpt: checkpoint of `fit`; all its experts run unless there is a plan.

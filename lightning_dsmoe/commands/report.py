@@ -1,4 +1,4 @@
-"""A page about how a trained model uses its experts."""
+"""The command that writes a page on how a trained model uses its experts."""
 
 import platform
 from collections.abc import Mapping
@@ -16,9 +16,8 @@ from lightning_dsmoe import __version__
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
-from lightning_dsmoe.analysis.report.naming import plan_label
+from lightning_dsmoe.analysis.report.lift import frequent_tokens
 from lightning_dsmoe.analysis.report.sample_routing import sample_routing
-from lightning_dsmoe.analysis.report.token_preferences import frequent_tokens
 from lightning_dsmoe.analysis.report.utilization import check_mixtures, utilization
 from lightning_dsmoe.commands.evaluation_setup import (
     all_experts_model,
@@ -30,6 +29,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.routing import SelectionPlan, Threshold
+from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.serialization.architecture import differences
 from lightning_dsmoe.tokenizers import Tokenizer
 
@@ -45,30 +45,36 @@ def report(
     sample: str | None = None,
     **options: Any,
 ) -> None:
-    """Write one HTML page on how a trained model uses its experts.
+    """Write an HTML page on how a trained model uses its experts.
 
-    It shows the share of the gates of every expert, entropies, dead experts, experts that run
-    together, the tokens that each expert likes, and a text coloured by the experts it needs.
+    It shows gate shares, effective and dead experts, the entropies of the routers, co-activation of
+    experts, the most over-represented tokens of each expert, and a sample text colored by the
+    number of experts that run for each token.
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        other: another checkpoint of the same model, to show what changed.
-        plan: JSON file of a selection plan; by default all experts with N*S above 0.1 run.
-        output: the page.
-        sample: a text to colour; by default the first tokens of the text.
+        other: another checkpoint of the same training run; the page then shows the difference.
+        plan: JSON file of a selection plan; by default experts with E·S above 0.1 run.
+        output: path of the page.
+        sample: text to color; by default the first tokens of the evaluated text.
         options: of the text and the device, see `open_trained`.
 
     Raises:
-        ValueError: if a checkpoint, the plan, a sample or the text is not fit for it, or the other
-            checkpoint is of another model.
+        ValueError: if a checkpoint, the plan, the sample or the text is invalid, or the other
+            checkpoint belongs to another model.
     """
     check_file(output)
     model, counts, text, tokenizer = open_trained(ckpt_path, **options)
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
-    facts = _facts(ckpt_path, other, plan, selections, _text_name(options), text)
-    coloured = sample_routing(
+    facts = _facts(
+        {"Checkpoint": ckpt_path, "Other checkpoint": other},
+        f"{describe(selections)} ({'default' if plan is None else f'from {plan}'})",
+        _text_name(options),
+        text,
+    )
+    sample_experts = sample_routing(
         model,
         selections,
         _tokens(sample, tokenizer, text),
@@ -92,7 +98,7 @@ def report(
             use=use,
             frequent=frequent,
             token_text=cache(tokenizer.piece),
-            sample=coloured,
+            sample=sample_experts,
             drift=drift(use, others[0]) if others else None,
         )
     )
@@ -109,18 +115,18 @@ def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
 
 
 def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
-    """Load the other checkpoint, if it is of the same model."""
+    """Load the other checkpoint and check that it belongs to the same model."""
     loaded = load_decoder(path)
     if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
-    found = all_experts_model(loaded.decoder)
-    if changes := differences(model.architecture, found.architecture):
+    other = all_experts_model(loaded.decoder)
+    if changes := differences(model.architecture, other.architecture):
         raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
-    return found
+    return other
 
 
 def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
-    """Tokens of the text to colour; what is not UTF-8 is replaced."""
+    """Tokens of the sample; what is not UTF-8 is replaced."""
     if sample is None:
         inputs_BT, labels_BT = text.batches[0]
         return inputs_BT[labels_BT != IGNORED][:_SAMPLE_TOKENS]
@@ -136,33 +142,20 @@ def _text_name(options: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    ckpt_path: str,
-    other: str | None,
-    plan: str | None,
-    selections: SelectionPlan,
-    text_name: str,
-    text: HeldOut,
+    checkpoints: Mapping[str, str | None], plan: str, text_name: str, text: HeldOut
 ) -> list[tuple[str, str]]:
-    """What was measured on what, by name."""
-    checkpoints = {"Checkpoint": ckpt_path, **({} if other is None else {"Other": other})}
-    source = "by default" if plan is None else f"from {plan}"
+    """Names and values of the head of the page: what was measured, and on which text."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return [
         *(
             (name, f"{path}, SHA-256 {_short(sha256(Path(path)))}")
             for name, path in checkpoints.items()
+            if path is not None
         ),
-        (
-            "Plan",
-            f"experts {plan_label(selections.experts)}, "
-            f"attention {plan_label(selections.attention)}, {source}",
-        ),
+        ("Plan", plan),
         ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
         ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
-        (
-            "Versions",
-            f"lightning_dsmoe {__version__}, torch {torch.__version__}, "
-            f"Python {platform.python_version()}",
-        ),
+        ("Versions", f"lightning_dsmoe {__version__}, {versions}"),
     ]
 
 

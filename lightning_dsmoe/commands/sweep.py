@@ -9,14 +9,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee
-from lightning_dsmoe.analysis.plans.frontier_figure import frontier_figure
-from lightning_dsmoe.analysis.plans.sweep import sweep_plans
+from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee, sweep_plans
+from lightning_dsmoe.analysis.plans.frontier import frontier_figure
 from lightning_dsmoe.commands.evaluation_setup import open_trained
+from lightning_dsmoe.commands.result_table import percent, result_table
 from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import describe
+
+Results = dict[str, PlanResult]
+
+_COLUMNS = ("loss", "share", "share_p50", "share_p95", "tokens_per_second")
+"""Names in the files, of all that `PlanResult` holds but the losses of single windows."""
 
 
 def sweep(
@@ -24,10 +29,11 @@ def sweep(
     output: str = "sweep",
     **options: Any,
 ) -> None:
-    """Measure a trained model under some forty plans, from very sparse to dense.
+    """Measure loss and active share under some forty plans, from very sparse to dense.
 
-    Writes sweep.csv, sweep.json, frontier.svg, frontier.png and the plan of the knee, and goes on
-    where it was stopped.
+    Writes sweep.csv, sweep.json, the frontier of loss against active share (frontier.svg,
+    frontier.png) and the plan at its knee (knee.json). A stopped sweep is resumable: start it again
+    with the same options.
 
     Args:
         ckpt_path: checkpoint of `fit`.
@@ -35,7 +41,7 @@ def sweep(
         options: of the text and the device, see `open_trained`.
 
     Raises:
-        ValueError: if the checkpoint or the text is not fit for it, or the folder holds a sweep of
+        ValueError: if the checkpoint or the text is invalid, or the folder holds a sweep of
             something else.
     """
     folder = Path(output)
@@ -49,7 +55,7 @@ def sweep(
         "device": str(text.device),
     }
     results = _earlier(folder / "sweep.json", identity, plans)
-    model(text.batches[0][0])  # a device is slow at first
+    model(text.batches[0][0])  # warm-up: the first call on a device is slow
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
             f"{len(plans)} plans on {text.n_tokens:,} tokens", total=len(plans)
@@ -59,35 +65,35 @@ def sweep(
                 results[name] = evaluate_plan(model, plan, text, counts)
                 _write_json(folder / "sweep.json", identity, plans, results)
             progress.advance(task)
-    _write_csv(folder / "sweep.csv", results)
+    points = [(result.active_share_mean, result.loss) for result in results.values()]
+    best, names = frontier(points), list(results)
+    _write_csv(folder / "sweep.csv", results, {names[number] for number in best})
     figure = frontier_figure(results)
     for suffix in ("svg", "png"):
         with atomic_path(folder / f"frontier.{suffix}") as path:
             figure.savefig(path, format=suffix, dpi=150)
-    best = list(results)[knee([(r.share, r.loss) for r in results.values()])]
-    plans[best].save(folder / "knee.json")
-    Console().print(_table(results, best))
-    print(f"The knee is {best}: {folder / 'knee.json'}")
+    turn = names[knee(points)]
+    plans[turn].save(folder / "knee.json")
+    rows = [(f"{n} (knee)" if n == turn else n, results[n]) for n in (names[i] for i in best)]
+    title = "Frontier: no other plan beats these"
+    Console().print(result_table(title, rows, results["all"], speed=True))
+    print(f"The knee is {turn} ({describe(plans[turn])}), in {folder / 'knee.json'}")
+    print(f"It runs {percent(results[turn].active_share_mean)} of the hidden parameters.")
 
 
-def _earlier(
-    path: Path, identity: dict[str, str], plans: dict[str, SelectionPlan]
-) -> dict[str, PlanResult]:
+def _earlier(path: Path, identity: dict[str, str], plans: dict[str, SelectionPlan]) -> Results:
     """Results of an earlier sweep of the same model, text and plans."""
     if not path.exists():
         return {}
     try:
-        found = read_json(path)
-        rows = found["plans"].items()
-        same = found["identity"] == identity and all(
+        data = read_json(path)
+        rows = data["plans"].items()
+        same = data["identity"] == identity and all(
             name in plans and plans[name].to_dict() == row["plan"] for name, row in rows
         )
-        results = {name: PlanResult(**row["result"], window_losses=()) for name, row in rows}
-        is_sweep = all(map(_are_numbers, results.values()))
+        results = {name: _result(row["result"]) for name, row in rows}
     except (ValueError, TypeError, KeyError, AttributeError):
-        is_sweep = False
-    if not is_sweep:
-        raise ValueError(f"{path} is not a sweep; choose another output")
+        raise ValueError(f"{path} is not a sweep; choose another output") from None
     if not same:
         raise ValueError(
             f"{path} is of another model, text, device or version; choose another output"
@@ -95,54 +101,27 @@ def _earlier(
     return results
 
 
-def _are_numbers(result: PlanResult) -> bool:
-    return all(
-        type(value) in (int, float) and math.isfinite(value) for value in _figures(result).values()
-    )
+def _result(row: dict[str, float]) -> PlanResult:
+    loss, share, share_p50, share_p95, speed = values = [row[name] for name in _COLUMNS]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise ValueError(f"results must be finite numbers, got {row}")
+    return PlanResult(loss, share, share_p50, share_p95, speed, window_losses=())
 
 
 def _write_json(
-    path: Path,
-    identity: dict[str, str],
-    plans: dict[str, SelectionPlan],
-    results: dict[str, PlanResult],
+    path: Path, identity: dict[str, str], plans: dict[str, SelectionPlan], results: Results
 ) -> None:
     rows = {
-        name: {"result": _figures(result), "plan": plans[name].to_dict()}
+        name: {"result": dict(zip(_COLUMNS, result, strict=False)), "plan": plans[name].to_dict()}
         for name, result in results.items()
     }
     write_text(path, json.dumps({"identity": identity, "plans": rows}, indent=2) + "\n")
 
 
-def _write_csv(path: Path, results: dict[str, PlanResult]) -> None:
-    best = frontier([(r.share, r.loss) for r in results.values()])
+def _write_csv(path: Path, results: Results, on_frontier: set[str]) -> None:
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["plan", *_figures(results["all"]), "on_frontier"])
-    for number, (name, result) in enumerate(results.items()):
-        writer.writerow([name, *_figures(result).values(), number in best])
+    writer.writerow(["plan", *_COLUMNS, "on_frontier"])
+    for name, result in results.items():
+        writer.writerow([name, *result[:-1], name in on_frontier])
     write_text(path, lines.getvalue())
-
-
-def _figures(result: PlanResult) -> dict[str, float]:
-    """What is told of a plan: all but the losses of single windows."""
-    return {name: value for name, value in result._asdict().items() if name != "window_losses"}
-
-
-def _table(results: dict[str, PlanResult], knee_name: str) -> Table:
-    dense = results["all"]
-    table = Table("plan", "loss", "against all", "active", "p50", "p95", "tokens/s read")
-    points = [(r.share, r.loss) for r in results.values()]
-    names = list(results)
-    for number in frontier(points):
-        result = results[names[number]]
-        table.add_row(
-            names[number] + (" (knee)" if names[number] == knee_name else ""),
-            f"{result.loss:.4f}",
-            f"{result.loss / dense.loss - 1:+.2%}",
-            f"{result.share:.1%}",
-            f"{result.share_p50:.1%}",
-            f"{result.share_p95:.1%}",
-            f"{result.tokens_per_second:,.0f}",
-        )
-    return table

@@ -1,3 +1,5 @@
+"""Text files as batches of token windows."""
+
 from lightning_dsmoe.data.loader import batch_size as batch_size
 from lightning_dsmoe.data.loader import batch_tokens as batch_tokens
 from lightning_dsmoe.data.text import TextDataModule as TextDataModule

@@ -1,4 +1,4 @@
-"""Whether files still hold what they held."""
+"""A hash that tells whether the content of files changed."""
 
 import hashlib
 from collections.abc import Sequence

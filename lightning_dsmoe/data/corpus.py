@@ -1,4 +1,4 @@
-"""A corpus: text files read in order as one stretch of UTF-8."""
+"""A corpus: text files, read in order as one UTF-8 text."""
 
 import codecs
 import glob
@@ -117,9 +117,9 @@ def _matches(pattern: str) -> list[Path]:
             f"{pattern!r} is a folder: write which of its files to read, such as "
             f"{str(expanded / '*.txt')!r}, or {str(expanded / '**' / '*')!r} for all of them"
         )
-    found = [Path(name) for name in glob.glob(str(expanded), recursive=True)]
-    paths = [path.resolve() for path in found if path.is_file()]
-    if not paths and found:
+    matches = [Path(name) for name in glob.glob(str(expanded), recursive=True)]
+    paths = [path.resolve() for path in matches if path.is_file()]
+    if not paths and matches:
         raise ValueError(f"only folders or devices match {pattern!r}, no file")
     if not paths and not glob.has_magic(pattern):
         place = "" if expanded.is_absolute() else f" in {Path.cwd()}"

@@ -1,4 +1,7 @@
-"""A training loader that knows how far it has come."""
+"""A training loader that resumes in the middle of an epoch.
+
+Shapes: B sequences, T positions.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +16,7 @@ Batch = dict[str, Tensor]
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Counts epochs and batches as they are handed out, and starts anywhere.
+    """Counts the epochs and batches that it yields, and starts at any of them.
 
     Each iteration is an epoch of its own. Epochs are counted here rather than taken from the
     Trainer, which counts a run that `max_steps` stopped inside an epoch as a finished epoch.
@@ -28,7 +31,7 @@ class ResumableLoader(DataLoader[Batch]):
 
         Args:
             epoch: Number of the epoch, from 0.
-            batches: Batches of that epoch to leave out.
+            batches: Batches of that epoch to skip.
         """
         self.epoch, self.batches, self.started = epoch, batches, False
 
@@ -53,7 +56,7 @@ class ResumableLoader(DataLoader[Batch]):
 
 
 def unfinished_batches(trainer: Trainer | None) -> int:
-    """Training batches that were begun and not done with: one where an interrupt came between."""
+    """Training batches that were begun and not finished: 1 after an interruption, else 0."""
     if trainer is None or trainer.state.fn != "fit" or trainer.fit_loop.epoch_loop.restarting:
         return 0
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -61,10 +64,24 @@ def unfinished_batches(trainer: Trainer | None) -> int:
 
 
 def batch_size(batch: Batch) -> int:
-    """Count the windows of a batch, for Lightning's ThroughputMonitor."""
+    """Number of sequences B in a batch, for Lightning's ThroughputMonitor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.data import batch_size
+        >>> batch_size({"input_ids": torch.zeros(2, 8)})
+        2
+    """
     return batch["input_ids"].shape[0]
 
 
 def batch_tokens(batch: Batch) -> int:
-    """Count the tokens of a batch, for Lightning's ThroughputMonitor."""
+    """Number of tokens B·T in a batch, for Lightning's ThroughputMonitor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.data import batch_tokens
+        >>> batch_tokens({"input_ids": torch.zeros(2, 8)})
+        16
+    """
     return batch["input_ids"].numel()

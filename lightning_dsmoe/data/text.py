@@ -1,3 +1,5 @@
+"""The data module of text files."""
+
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +22,42 @@ from lightning_dsmoe.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 class TextDataModule(LightningDataModule):
     """Any text files as batches of next-token windows, resumable in the middle of an epoch.
 
-    Batches are dicts of `input_ids` and `labels`, both int64 [B, T]; label -100 is ignored.
+    Batches are dicts of `input_ids` and `labels`, both int64 `[B, T]`; label -100 is ignored.
     Training windows start at a new random token every epoch; evaluation predicts every token but
     a split's first exactly once. The text is split by position: train first, then val, then test.
 
     Args:
-        files: A path, a glob, or a list of them; without it the Python sources of the running
+        files: A path, a glob, or a list of them; by default the Python sources of the running
             interpreter's standard library.
         tokenizer: "byte", "char", the path of a Hugging Face tokenizer JSON (or of one that
             `Tokenizer.to_dict` wrote), or a tokenizer.
-        context: Tokens in a window, T.
-        batch_size: Windows in a batch, B, on each rank.
+        context: Context length T: tokens in a window.
+        batch_size: Sequences in a batch, B, on each rank.
         val_fraction: Share of the text in the validation split.
         test_fraction: Share of the text in the test split; with 0, the test and predict loaders
             read the validation split.
         seed: Seed of the order of the training windows.
-        num_workers: Processes that read batches; 0 reads them in the training process.
-        cache_dir: Where token files are kept; by default a folder in the user's cache.
+        num_workers: Processes that load batches; 0 loads them in the training process.
+        cache_dir: Folder of the tokenized text; by default in the user's cache.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from lightning_dsmoe import TextDataModule
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "text.txt").write_text("to be or not to be, " * 20)
+        >>> options = {"context": 8, "batch_size": 2, "cache_dir": str(folder)}
+        >>> data = TextDataModule(str(folder / "*.txt"), tokenizer="char", **options)
+        >>> data.setup("fit")
+        >>> data.vocab_size
+        8
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch["input_ids"].shape, batch["labels"].shape
+        (torch.Size([2, 8]), torch.Size([2, 8]))
+        >>> data.tokenizer.decode(next(iter(data.val_dataloader()))["input_ids"][0].tolist())
+        'to be or'
     """
 
     def __init__(
@@ -94,11 +112,11 @@ class TextDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token numbers a model needs, known before `setup`."""
+        """Vocabulary size that a model needs, known before `setup`."""
         return self.tokenizer.vocab_size
 
     def bytes_per_token(self, split: Split) -> float:
-        """Return how many UTF-8 bytes a token of a split stands for on average.
+        """Return the mean number of UTF-8 bytes per token of a split.
 
         Args:
             split: "train", "val" or "test".
@@ -107,7 +125,7 @@ class TextDataModule(LightningDataModule):
         return size.bytes / size.tokens
 
     def chars_per_token(self, split: Split) -> float:
-        """Return how many characters a token of a split stands for on average.
+        """Return the mean number of characters per token of a split.
 
         Args:
             split: "train", "val" or "test".
@@ -158,7 +176,8 @@ class TextDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # a loader draws a seed, else one of training's numbers
+            # A loader draws a seed: without its own generator, one of training's random numbers.
+            generator=torch.Generator(),
             # Batches of one shape, unless there is not even one full batch.
             drop_last=len(sampler) >= self.batch_size,
         )
@@ -174,8 +193,7 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader(self._test_split)
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader(self._test_split)
+    predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         epoch, batches = self._position or (0, 0)
@@ -189,16 +207,16 @@ class TextDataModule(LightningDataModule):
         return {**self._identity(), "epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the batch after the last one that the checkpoint has seen.
+        """Continue with the batch after the last one that the checkpoint has seen.
 
-        Outside of `fit` only the tokenizer has to agree. Where no batch was read yet, as in the
-        checkpoint that Lightning's search for a batch size keeps, the size of batches may differ.
+        Outside of `fit` only the tokenizer has to match. Where no batch was read yet, as in the
+        checkpoint that Lightning's search for a batch size restores, the batch size may differ.
 
         Args:
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If the data differ from those of the checkpoint, naming every difference.
+            ValueError: If the data differ from those of the checkpoint, with every difference.
         """
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
         identity = self._identity()
@@ -206,7 +224,7 @@ class TextDataModule(LightningDataModule):
         free = {"batch_size"} if position == (0, 0) else set()
         must_agree = identity.keys() - free if fitting else {"tokenizer"}
         differences = [
-            f"{name} was {_shown(state_dict.get(name))}, is {_shown(value)}"
+            f"{name} was {_format(state_dict.get(name))}, is {_format(value)}"
             for name, value in identity.items()
             if name in must_agree and state_dict.get(name) != value
         ]
@@ -269,7 +287,7 @@ def _named_tokenizer(name: str) -> Tokenizer | None:
     return ByteTokenizer() if name == "byte" else load_tokenizer(name)
 
 
-def _shown(value: object) -> str:
+def _format(value: object) -> str:
     if not isinstance(value, dict):
         return repr(value)
     vocabulary = f" of {len(value['alphabet'])} characters" if "alphabet" in value else ""

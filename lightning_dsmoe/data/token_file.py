@@ -1,4 +1,4 @@
-"""A corpus as token numbers in one flat file, made once and then memory-mapped."""
+"""A tokenized corpus in one flat file, written once and then memory-mapped."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class TokenSpan:
-    """A stretch of a token file; it travels to worker processes as a path, not as data.
+    """A range of a token file, sent to worker processes as a path rather than as data.
 
     Args:
-        path: The flat file of token numbers.
+        path: The flat file of token ids.
         dtype: Its element type: "uint8", "uint16" or "uint32".
         start: First token.
         stop: One past the last token.
@@ -49,7 +49,7 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class SplitSize:
-    """How much text a split holds, counted in three ways."""
+    """Size of a split in tokens, bytes and characters."""
 
     tokens: int
     bytes: int
@@ -80,7 +80,7 @@ def open_token_file(
     test_fraction: float,
     cache_dir: str | Path | None = None,
 ) -> TokenFile:
-    """Open the tokens of a corpus, making them first unless a complete file is there.
+    """Open the tokens of a corpus, after tokenizing it unless that was done before.
 
     The corpus is cut at character boundaries by position, train first, then val, then test, so
     that every split's bytes and characters are counted exactly.
@@ -90,19 +90,19 @@ def open_token_file(
         tokenizer: Its tokenizer; None for one token per character of the corpus.
         val_fraction: Share of the bytes in the validation split.
         test_fraction: Share of the bytes in the test split.
-        cache_dir: Where token files are kept; default `$XDG_CACHE_HOME/lightning_dsmoe`, or
+        cache_dir: Folder of the token files; default `$XDG_CACHE_HOME/lightning_dsmoe`, or
             `~/.cache/lightning_dsmoe`.
 
     Raises:
         ValueError: If a file of the corpus is not text.
-        OSError: If tokens cannot be kept in `cache_dir`.
+        OSError: If tokens cannot be written to `cache_dir`.
     """
     try:
         directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     except RuntimeError as error:  # there is no home directory
         raise OSError(_cannot_keep(cache_dir or "~/.cache", error)) from error
-    # Of a large corpus only samples are compared. Whatever else is changed in it changes a time:
-    # the second one, of the file's status, even where a program sets the first one back.
+    # Of a large corpus only samples are hashed. Any other change of a file changes its times: that
+    # of its status (ctime) even where a program resets that of its content (mtime).
     stats = [file.stat() for file in corpus.files] if corpus.size > SAMPLED_FROM else []
     identity = {
         "format": FORMAT_VERSION,
@@ -114,8 +114,8 @@ def open_token_file(
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path = directory / f"{key}.bin"
-    if (found := _read(path)) is not None:
-        return found
+    if (cached := _read(path)) is not None:
+        return cached
     cuts = [
         0,
         corpus.boundary(int(corpus.size * (1 - val_fraction - test_fraction))),
@@ -179,7 +179,7 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) ->
 
 
 def _read(path: Path) -> TokenFile | None:
-    """Return the token file, or None where it is missing, incomplete or damaged."""
+    """Return the token file, or None if it is missing, incomplete or damaged."""
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         dtype = record["dtype"]
@@ -197,6 +197,6 @@ def _read(path: Path) -> TokenFile | None:
 
 
 def _content(path: Path) -> list[str | int]:
-    """What changes with a token file: what samples of a large one miss changes its time."""
+    """What changes with a token file: hash of samples, and the time of a large one."""
     stat = path.stat()
     return [content_digest([path]), stat.st_mtime_ns if stat.st_size > SAMPLED_FROM else 0]

@@ -1,4 +1,7 @@
-"""Windows of tokens, and the samplers that say which window comes when."""
+"""Windows of tokens, and the samplers that order them.
+
+Shapes: T positions.
+"""
 
 from collections.abc import Iterator
 
@@ -10,15 +13,15 @@ from torch.utils.data import Dataset, DistributedSampler
 from lightning_dsmoe.data.token_file import TokenSpan
 
 IGNORED = -100
-"""Label of a position that does not count."""
+"""Label of a position without a target, which losses and metrics leave out."""
 
 
 class TrainingWindows(Dataset[dict[str, Tensor]]):
     """Windows for training, side by side from the first token on, with labels shifted by one.
 
-    Lightning replaces the sampler of training for `overfit_batches`, so items in order must not
-    overlap. Items from N = len(windows) on, which only `TrainingSampler` draws, are the same
-    windows moved on: item i + N p begins p tokens after item i, for p below `n_phases`.
+    Lightning replaces the training sampler for `overfit_batches`, so items in order must not
+    overlap. Items from n = len(windows) on, which only `TrainingSampler` draws, are the same
+    windows shifted: item i + n p begins p tokens after item i, for p below `n_phases`.
 
     Args:
         tokens: The training split, longer than `context`.
@@ -74,10 +77,10 @@ class EvaluationWindows(Dataset[dict[str, Tensor]]):
 
 
 class TrainingSampler(DistributedSampler[int]):
-    """Gives each rank equally many windows, in an order drawn anew for every epoch.
+    """Gives each rank the same number of windows, in a new random order every epoch.
 
-    An epoch lays windows side by side from a random first token, so that their edges move from
-    epoch to epoch, and shuffles them. Order depends on seed and epoch alone.
+    An epoch places windows side by side from a random first token, so that their edges move from
+    epoch to epoch, and shuffles them. The order depends on seed and epoch alone.
 
     Args:
         windows: The training windows.
@@ -85,7 +88,7 @@ class TrainingSampler(DistributedSampler[int]):
         num_replicas: Number of ranks.
         rank: This rank.
 
-    `start` is the number of this rank's windows that the next iteration leaves out.
+    `start` is the number of this rank's windows that the next iteration skips.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class TrainingSampler(DistributedSampler[int]):
 
 
 class EvaluationSampler(DistributedSampler[int]):
-    """Deals windows to the ranks in turn, each exactly once, and evens out with padding items.
+    """Deals windows to the ranks round-robin, each exactly once, and fills up with padding items.
 
     Args:
         windows: The evaluation windows.

@@ -4,5 +4,5 @@ from lightning_dsmoe.experts.experts import Experts as Experts
 from lightning_dsmoe.experts.experts import GLUExperts as GLUExperts
 from lightning_dsmoe.experts.experts import MLPExperts as MLPExperts
 from lightning_dsmoe.experts.feed_forward import FeedForward as FeedForward
-from lightning_dsmoe.experts.layer import FeedForwardLayer as FeedForwardLayer
+from lightning_dsmoe.experts.feed_forward import FeedForwardLayer as FeedForwardLayer
 from lightning_dsmoe.experts.mixture import MixtureOfExperts as MixtureOfExperts

@@ -1,11 +1,13 @@
 """Expert networks: every expert under its gate, densely or only where it is active.
 
-Shapes: X tokens, E experts, F hidden units of one expert, D width, M tokens of one expert.
+Shapes: N tokens, E experts, F hidden units of one expert, D width, R rows of all experts, M tokens
+of one expert.
 """
 
 from abc import ABC, abstractmethod
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,9 +40,9 @@ ACTIVATIONS = (
     "tanh",
     "tanhshrink",
 )
-"""Functions of `torch.nn.functional` that take one number to one number, none of them by chance."""
+"""Names of element-wise functions of `torch.nn.functional`, none of them random."""
 
-_KERNELS = 10
+_KERNELS_PER_EXPERT = 10
 """About how many kernels one expert starts in `sparse_forward`."""
 
 
@@ -49,8 +51,8 @@ class Experts(nn.Module, ABC):
 
     y = sum_i g_i W_out,i a(W_in,i x + b_in,i) + b_out
 
-    The output bias is shared and ungated, so the dense and the sparse path agree. A subclass
-    gives `hidden`, the function a, and the number of input projections of each hidden unit.
+    The output bias is shared and has no gate, so that dense and sparse computation agree. Subclass
+    it and define `hidden`, the function a, for experts of your own.
 
     Args:
         d_model: width D of the tokens.
@@ -61,6 +63,14 @@ class Experts(nn.Module, ABC):
 
     Raises:
         ValueError: if a size is below 1 or the activation is not one of `ACTIVATIONS`.
+
+    Example:
+        >>> from lightning_dsmoe.experts import MLPExperts
+        >>> class SquaredReLUExperts(MLPExperts):
+        ...     def hidden(self, projected):
+        ...         return projected.relu().square()
+        >>> SquaredReLUExperts(8, 4, 16).extra_repr()
+        "d_model=8, n_experts=4, d_expert=16, activation='gelu', bias=False"
     """
 
     projections_per_unit = 1
@@ -111,45 +121,52 @@ class Experts(nn.Module, ABC):
         activated: Tensor = getattr(F, self.activation)(x)
         return activated
 
-    def forward(self, x_XD: Tensor, gates_XE: Tensor | None = None) -> Tensor:
+    def forward(self, x_ND: Tensor, gates_NE: Tensor | None = None) -> Tensor:
         """Every expert on every token: two wide matrix products.
 
         Args:
-            x_XD: tokens.
-            gates_XE: gate of each expert; None leaves all at 1.
+            x_ND: tokens.
+            gates_NE: gate of each expert; None for 1.
+
+        Returns:
+            Tokens `[N, D]`.
         """
         b_in = None if self.b_in is None else self.b_in.flatten()
-        projected_XH = F.linear(x_XD, self.w_in().flatten(0, 1), b_in)
-        hidden_XEF = self.hidden(projected_XH.unflatten(1, (self.n_experts, -1)))
-        if gates_XE is None:
-            y_XD: Tensor = hidden_XEF.flatten(1) @ self.w_out().flatten(0, 1)
+        projected_NR = F.linear(x_ND, rearrange(self.w_in(), "e r d -> (e r) d"), b_in)
+        hidden_NEF = self.hidden(rearrange(projected_NR, "n (e r) -> n e r", e=self.n_experts))
+        if gates_NE is None:
+            w_out = rearrange(self.w_out(), "e f d -> (e f) d")
+            y_ND: Tensor = rearrange(hidden_NEF, "n e f -> n (e f)") @ w_out
         else:
-            y_XD = gated_projection(hidden_XEF, gates_XE, self.w_out())
-        return y_XD if self.b_out is None else y_XD + self.b_out
+            y_ND = gated_projection(hidden_NEF, gates_NE, self.w_out())
+        return y_ND if self.b_out is None else y_ND + self.b_out
 
-    def sparse_is_faster(self, x_XD: Tensor) -> bool:
-        """Whether `sparse_forward` beats running all experts with those left out at a gate of 0."""
+    def sparse_is_faster(self, x_ND: Tensor) -> bool:
+        """Whether `sparse_forward` is faster than all experts, those not chosen at a gate of 0."""
         n_weights = (self.projections_per_unit + 1) * self.d_expert * self.d_model
-        return worth_sorting(len(x_XD), n_weights, x_XD.device, n_kernels=_KERNELS)
+        return worth_sorting(len(x_ND), n_weights, x_ND.device, n_kernels=_KERNELS_PER_EXPERT)
 
-    def sparse_forward(self, x_XD: Tensor, gates_XE: Tensor, active_XE: Tensor) -> Tensor:
+    def sparse_forward(self, x_ND: Tensor, gates_NE: Tensor, active_NE: Tensor) -> Tensor:
         """Only the active experts of each token: one small matrix product per expert and layer.
 
         Args:
-            x_XD: tokens.
-            gates_XE: gate of each expert.
-            active_XE: the experts that run, bool.
+            x_ND: tokens.
+            gates_NE: gate of each expert.
+            active_NE: the experts that run, bool.
+
+        Returns:
+            Tokens `[N, D]`.
         """
-        y_XD = torch.zeros_like(x_XD)
-        running, tokens = tokens_of_each_expert(active_XE)
+        y_ND = torch.zeros_like(x_ND)
+        running, tokens = tokens_of_each_expert(active_NE)
         for e, w_in, w_out, at_M in zip(
             running, self.w_in.of(running), self.w_out.of(running), tokens, strict=True
         ):
             b_in = None if self.b_in is None else self.b_in[e]
-            hidden_MF = self.hidden(F.linear(x_XD[at_M], w_in, b_in))
-            gated_MF = hidden_MF * gates_XE[at_M, e, None].to(hidden_MF.dtype)
-            y_XD = y_XD.index_add(0, at_M, (gated_MF @ w_out).to(y_XD.dtype))
-        return y_XD if self.b_out is None else y_XD + self.b_out
+            hidden_MF = self.hidden(F.linear(x_ND[at_M], w_in, b_in))
+            gated_MF = hidden_MF * gates_NE[at_M, e, None].to(hidden_MF.dtype)
+            y_ND = y_ND.index_add(0, at_M, (gated_MF @ w_out).to(y_ND.dtype))
+        return y_ND if self.b_out is None else y_ND + self.b_out
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
@@ -168,6 +185,12 @@ class MLPExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
+
+    Example:
+        >>> import torch
+        >>> experts = MLPExperts(8, 4, 16)  # 4 experts of 16 hidden units for tokens of width 8
+        >>> experts(torch.randn(5, 8), torch.rand(5, 4)).shape
+        torch.Size([5, 8])
     """
 
     def hidden(self, projected: Tensor) -> Tensor:
@@ -186,6 +209,12 @@ class GLUExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: silu gives SwiGLU, gelu GEGLU.
         bias: whether the projections have biases.
+
+    Example:
+        >>> import torch
+        >>> swiglu = GLUExperts(8, 4, 16, activation="silu")
+        >>> swiglu(torch.randn(5, 8), torch.rand(5, 4)).shape
+        torch.Size([5, 8])
     """
 
     projections_per_unit = 2

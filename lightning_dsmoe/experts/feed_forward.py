@@ -1,13 +1,29 @@
-"""The plain feed-forward layer."""
+"""What follows attention in a decoder block: its base, and the plain feed-forward layer."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.experts.experts import Experts, MLPExperts
-from lightning_dsmoe.experts.layer import FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
 from lightning_dsmoe.token_shapes import check_width
+
+
+class FeedForwardLayer(nn.Module, ABC):
+    """Base of the feed-forward layers of a block, which transform each token by itself."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
+        """Transform tokens.
+
+        Args:
+            x: tokens `[B, T, D]`.
+            selection: the experts that run; a layer without a router ignores it.
+
+        Returns:
+            Tokens `[B, T, D]` and the routing, None without a router.
+        """
 
 
 class ExpertsFactory(Protocol):
@@ -25,6 +41,12 @@ class FeedForward(FeedForwardLayer):
         d_model: width D of the tokens.
         d_hidden: hidden units.
         experts: class of the network, called as `experts(d_model, 1, d_hidden)`.
+
+    Example:
+        >>> import torch
+        >>> layer = FeedForward(8, 32)
+        >>> layer(torch.randn(2, 3, 8)).output.shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -36,6 +58,6 @@ class FeedForward(FeedForwardLayer):
         self.experts = experts(d_model, 1, d_hidden)
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
-        """Transform tokens `[..., D]`; there is nothing to select."""
+        """Transform tokens `[..., D]`; there are no experts to select."""
         check_width(x, self.d_model)
         return MixtureOutput(self.experts(x.reshape(-1, self.d_model)).view_as(x), None)

@@ -1,21 +1,20 @@
 """The mixture of feed-forward experts.
 
-Shapes: B batch, T sequence, X = B T tokens, D width, E experts.
+Shapes: B batch, T sequence, N = B T tokens, D width, E experts.
 """
 
 from torch import Tensor
 
 from lightning_dsmoe.experts.experts import MLPExperts
-from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward
-from lightning_dsmoe.experts.layer import FeedForwardLayer
+from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward, FeedForwardLayer
 from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
-from lightning_dsmoe.routing.gate_scale import GateScale, gate_factor
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
+from lightning_dsmoe.routing.routing import GateScale, gate_factor
 
 
 class MixtureOfExperts(FeedForwardLayer):
-    """Experts of which each learns from every token, and any number of which run afterwards.
+    """Mixture of experts that trains all of them on every token and runs as few as wanted later.
 
     y = c sum_i S_i(x) e_i(x), with S the router's probabilities (arXiv 2404.05567, eq. 3)
 
@@ -31,10 +30,21 @@ class MixtureOfExperts(FeedForwardLayer):
 
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe import MixtureOfExperts, TopK, mutual_information_loss
+        >>> moe = MixtureOfExperts(64, 8, 32)  # width 64, 8 experts of 32 hidden units
+        >>> x = torch.randn(2, 10, 64)
+        >>> y, routing = moe(x)  # training: every expert, two matrix products
+        >>> loss = y.square().mean() + 0.02 * mutual_information_loss(routing.probs)
+        >>> y, routing = moe(x, TopK(2))  # inference: the two most probable experts of each token
+        >>> y.shape, routing.probs.shape
+        (torch.Size([2, 10, 64]), torch.Size([2, 10, 8]))
     """
 
     remaining: Tensor | None
-    """Numbers of the experts that were not removed, if some were; see `inference.prune`."""
+    """Indices of the experts that were not removed, if some were; see `inference.prune`."""
 
     def __init__(
         self,
@@ -62,15 +72,27 @@ class MixtureOfExperts(FeedForwardLayer):
         self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
-        """Transform tokens `[..., D]` under the gates of the experts that `selection` picks."""
+        """Transform tokens with the experts that a selection chooses.
+
+        Args:
+            x: tokens `[..., D]`.
+            selection: which experts run; by default all of them, as in training.
+
+        Returns:
+            Tokens `[..., D]` and the routing of all experts.
+
+        Raises:
+            ValueError: if the tokens have another width, or the selection needs more experts.
+            TypeError: if the selection is not one.
+        """
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
-        x_XD = x.reshape(-1, self.d_model)
-        gates_XE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
-        if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_XD):
-            y = self.experts(x_XD, gates_XE).view_as(x)
+        x_ND = x.reshape(-1, self.d_model)
+        gates_NE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
+        if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_ND):
+            y = self.experts(x_ND, gates_NE).view_as(x)
         else:
-            y = self.experts.sparse_forward(x_XD, gates_XE, active.reshape(gates_XE.shape)).view_as(
+            y = self.experts.sparse_forward(x_ND, gates_NE, active.reshape(gates_NE.shape)).view_as(
                 x
             )
         if self.shared is not None:

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, is_packed, pack
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 from lightning_dsmoe.inference.sparse_model import SparseModel
 from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
@@ -148,7 +148,7 @@ def _unpacked(model: SparseModel) -> Decoder:
     decoder = build_decoder(model.architecture)
     state = model.decoder.state_dict()
     for name, module in model.decoder.named_modules():
-        if isinstance(module, Rows):
+        if isinstance(module, RowMajorWeights):
             state[f"{name}.weight"] = module()
     fill(decoder, state)
     return decoder

@@ -18,7 +18,7 @@ from lightning_dsmoe.inference.artifact.model_card import model_card
 from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
-from lightning_dsmoe.inference.engine.tuning import calibrate
+from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.generation import Tokens
 from lightning_dsmoe.inference.prompts import Prompts, Texts, continue_prompts, stream_prompt
@@ -197,7 +197,7 @@ class SparseModel(nn.Module):
             >>> model.tune()  # doctest: +SKIP
             SwitchPoints(gather_up_to=16, grouped_from=1, measured_on='cpu with AVX512, …')
         """
-        self.switch_points = calibrate(self.decoder, self.plan)
+        self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
 
     def calibrate(self) -> SwitchPoints:

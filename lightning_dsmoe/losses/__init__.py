@@ -1,9 +1,9 @@
 """Losses of routers, and of two predictions that are to agree."""
 
 from lightning_dsmoe.losses.consistency import consistency_loss as consistency_loss
-from lightning_dsmoe.losses.entropy import entropy as entropy
 from lightning_dsmoe.losses.load_balancing import load_balancing_loss as load_balancing_loss
 from lightning_dsmoe.losses.load_balancing import load_balancing_losses as load_balancing_losses
+from lightning_dsmoe.losses.mutual_information import entropy as entropy
 from lightning_dsmoe.losses.mutual_information import (
     mutual_information_loss as mutual_information_loss,
 )

@@ -1,6 +1,6 @@
 """The loss that keeps two predictions of the same tokens alike.
 
-Shapes: V vocabulary; leading dimensions (tokens) are free; X tokens in one dimension.
+Shapes: V vocabulary; leading dimensions (tokens) are free; N tokens in one dimension.
 """
 
 import torch
@@ -8,31 +8,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 
-TOKENS_AT_ONCE = 1024
-"""Tokens whose predictions are compared at a time."""
+CHUNK = 1024
+"""Tokens compared at a time: log-probabilities of a whole batch would take several times the memory
+of its logits, which a large vocabulary makes the largest tensor of a step."""
 
 
 def consistency_loss(
     logits: Tensor,
-    others: Tensor,
+    other_logits: Tensor,
     mask: Tensor | None = None,
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Symmetric divergence: mean over tokens of (KL(p || q) + KL(q || p)) / 2, p and q predictions.
+    """Symmetric divergence of two predictions p and q, mean of (KL(p || q) + KL(q || p)) / 2.
 
-    Tokens are compared some at a time and once more in the backward pass, for which only the logits
-    and the mask are kept.
+    Tokens are compared in chunks and again in the backward pass, for which only the logits and the
+    mask stay in memory.
 
     Source: R-Drop, arXiv 2106.14448, eq. 2; gradients go into both predictions.
 
     Args:
-        logits: logits of the one, `[..., V]`.
-        others: logits of the other, `[..., V]`.
+        logits: logits of one prediction, `[..., V]`.
+        other_logits: logits of the other, `[..., V]`.
         mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
         group: process group over whose tokens the mean is, as in `mutual_information_loss`.
 
@@ -41,23 +41,34 @@ def consistency_loss(
 
     Raises:
         ValueError: if the shapes differ or the mask does not cover the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import consistency_loss
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> consistency_loss(logits, logits).item()
+        0.0
+        >>> round(consistency_loss(logits, logits.flip(-1)).item(), 3)
+        0.993
     """
-    if logits.shape != others.shape:
-        raise ValueError(f"logits of shapes {tuple(logits.shape)} and {tuple(others.shape)}")
-    _, weight_X = flatten_tokens(logits[..., :1], mask)
-    flat = (each.reshape(-1, each.shape[-1]) for each in (logits, others))
-    parts = zip(*(each.split(TOKENS_AT_ONCE) for each in (*flat, weight_X)), strict=True)
+    if logits.shape != other_logits.shape:
+        raise ValueError(f"logits of shapes {tuple(logits.shape)} and {tuple(other_logits.shape)}")
+    _, weight_N = flatten_tokens(logits[..., :1], mask)
+    flat = (each.reshape(-1, each.shape[-1]) for each in (logits, other_logits))
+    parts = zip(*(each.split(CHUNK) for each in (*flat, weight_N)), strict=True)
     with without_autocast(logits.device.type):
         summed = [
             checkpoint(_summed, *part, use_reentrant=False, preserve_rng_state=False)
             for part in parts
         ]
-        totals = torch.stack([torch.stack(summed).sum(), weight_X.sum()])
+        totals = torch.stack([torch.stack(summed).sum(), weight_N.sum()])
         total, count = sum_over_ranks(totals, group).unbind()
         return total / count.clamp_min(1)
 
 
-def _summed(logits_XV: Tensor, others_XV: Tensor, weight_X: Tensor) -> Tensor:
-    log_p_XV, log_q_XV = (at_least_float32(each).log_softmax(-1) for each in (logits_XV, others_XV))
-    both_X = ((log_p_XV.exp() - log_q_XV.exp()) * (log_p_XV - log_q_XV)).sum(-1)
-    return 0.5 * (weight_X @ both_X)
+def _summed(logits_NV: Tensor, other_logits_NV: Tensor, weight_N: Tensor) -> Tensor:
+    log_p_NV, log_q_NV = (
+        at_least_float32(each).log_softmax(-1) for each in (logits_NV, other_logits_NV)
+    )
+    both_N = ((log_p_NV.exp() - log_q_NV.exp()) * (log_p_NV - log_q_NV)).sum(-1)
+    return 0.5 * (weight_N @ both_N)

@@ -1,14 +1,14 @@
-"""The balance loss of sparsely trained mixtures.
+"""The load-balancing loss of sparsely trained mixtures.
 
-Shapes: R routers, X tokens, N experts, J = R N; leading dimensions (tokens) are free.
+Shapes: R routers, N tokens, E experts, J = R E; leading dimensions (tokens) are free.
 """
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
 
 
@@ -19,14 +19,14 @@ def load_balancing_loss(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Loss of the Switch Transformer: N sum_i f_i P_i, which is 1 when balanced, for any k.
+    """Load-balancing loss of the Switch Transformer: E sum_i f_i P_i, 1 when balanced, for any k.
 
     f_i is expert i's share of all the assignments, P_i its mean probability (arXiv 2101.03961,
     eqs. 4 to 6; f_i is divided by k so that the value does not depend on it).
 
     Args:
-        probs: router probabilities, `[..., N]`.
-        active: the experts that ran, bool `[..., N]`, as `TopK(k).mask(probs)` gives.
+        probs: router probabilities, `[..., E]`.
+        active: the experts that ran, bool `[..., E]`, as `TopK(k).mask(probs)` gives.
         mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
         group: process group whose ranks share f_i and P_i, as in `mutual_information_loss`.
 
@@ -35,6 +35,17 @@ def load_balancing_loss(
 
     Raises:
         ValueError: if the shapes differ or the mask does not cover the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import load_balancing_loss
+        >>> from lightning_dsmoe.routing import TopK
+        >>> balanced = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
+        >>> round(load_balancing_loss(balanced, TopK(1).mask(balanced)).item(), 3)
+        1.0
+        >>> collapsed = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+        >>> round(load_balancing_loss(collapsed, TopK(1).mask(collapsed)).item(), 3)
+        1.8
     """
     if active.shape != probs.shape:
         raise ValueError(f"active of {tuple(active.shape)} for probs of {tuple(probs.shape)}")
@@ -48,21 +59,31 @@ def load_balancing_losses(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The balance losses of several routers at once: `[R]`.
+    """The load-balancing losses of several routers, in one pass.
 
     Args:
-        probs: probabilities of R routers over the same tokens, `[R, ..., N]`.
-        active: the experts that ran, bool `[R, ..., N]`.
+        probs: probabilities of R routers over the same tokens, `[R, ..., E]`.
+        active: the experts that ran, bool `[R, ..., E]`.
         mask: tokens that count, `[...]`, as in `load_balancing_loss`.
         group: process group whose ranks share f_i and P_i, as in `mutual_information_loss`.
+
+    Returns:
+        One loss for each router, `[R]`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import load_balancing_losses
+        >>> probs = torch.full((3, 5, 4), 0.25)  # 3 routers, 5 tokens, 4 experts
+        >>> load_balancing_losses(probs, probs > 0).tolist()
+        [1.0, 1.0, 1.0]
     """
     n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_XJ, weight_X = flatten_tokens(probs.movedim(0, -2).flatten(-2), mask)
-    active_XJ = active.movedim(0, -2).reshape(probs_XJ.shape).to(probs_XJ)
+    probs_NJ, weight_N = flatten_tokens(rearrange(probs, "r ... e -> ... (r e)"), mask)
+    active_NJ = rearrange(active, "r ... e -> (...) (r e)").to(probs_NJ)
     with without_autocast(probs.device.type):
-        totals = torch.cat([weight_X @ active_XJ, weight_X @ probs_XJ, weight_X.sum()[None]])
+        totals = torch.cat([weight_N @ active_NJ, weight_N @ probs_NJ, weight_N.sum()[None]])
         totals = sum_over_ranks(totals, group)
-        assigned_RN, prob_RN = totals[:-1].view(2, n_routers, n_experts)
-        share_RN = assigned_RN / assigned_RN.sum(-1, keepdim=True).clamp_min(1)
-        loss_R: Tensor = n_experts * (share_RN * prob_RN).sum(-1) / totals[-1].clamp_min(1)
+        assigned_RE, prob_RE = rearrange(totals[:-1], "(two r e) -> two r e", two=2, r=n_routers)
+        share_RE = assigned_RE / assigned_RE.sum(-1, keepdim=True).clamp_min(1)
+        loss_R: Tensor = n_experts * (share_RE * prob_RE).sum(-1) / totals[-1].clamp_min(1)
         return loss_R

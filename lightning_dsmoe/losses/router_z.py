@@ -1,14 +1,13 @@
 """The loss that keeps router logits small.
 
-Shapes: N experts; leading dimensions (tokens) are free.
+Shapes: E experts; leading dimensions (tokens) are free.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dsmoe.losses.masking import flatten_tokens
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
 
 
@@ -20,12 +19,18 @@ def router_z_loss(
     Source: ST-MoE, arXiv 2202.08906, eq. 5.
 
     Args:
-        logits: router logits, `[..., N]`.
+        logits: router logits, `[..., E]`.
         mask: tokens that count, `[...]`; None counts all. No token counting gives 0.
         group: process group over whose tokens the mean is, as in `mutual_information_loss`.
 
     Returns:
         A scalar of at least float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.losses import router_z_loss
+        >>> round(router_z_loss(torch.zeros(5, 4)).item(), 3)  # (ln 4)^2
+        1.922
     """
     logits, weight = flatten_tokens(logits, mask)
     with without_autocast(logits.device.type):

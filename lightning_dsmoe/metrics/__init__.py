@@ -1,4 +1,8 @@
-"""Metrics of routing: how experts are used and how many parameters a token costs."""
+"""Metrics of routing: how experts are used, and how many parameters run for a token.
+
+Here belongs what is counted over tokens and reduced over ranks, as a function for one batch and,
+where batches are accumulated, as a torchmetrics `Metric`; and the parameter counts they need.
+"""
 
 from lightning_dsmoe.metrics.active_parameters import ActiveParameters as ActiveParameters
 from lightning_dsmoe.metrics.active_parameters import ActiveShare as ActiveShare

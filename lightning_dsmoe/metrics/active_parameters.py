@@ -1,6 +1,6 @@
-"""The share of the hidden parameters that a token runs through.
+"""The active share: how many of the hidden parameters run for a token.
 
-Shapes: X tokens, N experts; leading dimensions (tokens) are free.
+Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 BINS = 1000
-"""Quantiles are rounded to 1 / BINS of the hidden parameters."""
+"""Quantiles are rounded to 1 / BINS, so that ranks can add up histograms instead of all tokens."""
 
 Masks = Sequence[Tensor | None]
 
@@ -28,7 +28,10 @@ Masks = Sequence[Tensor | None]
 class ActiveShare(NamedTuple):
     """Share of the hidden parameters that run for a token, over some tokens; 0 without tokens.
 
-    The mean is exact, the quantiles are rounded to 0.1 % of the hidden parameters.
+    Args:
+        mean: scalar, mean over the tokens, exact.
+        p50: scalar, median over the tokens, rounded to 0.001.
+        p95: scalar, 95th percentile over the tokens, rounded to 0.001.
     """
 
     mean: Tensor
@@ -39,15 +42,27 @@ class ActiveShare(NamedTuple):
 def active_masks(
     routings: Routings, plan: SelectionPlan, decoder: Decoder | None = None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The experts that run under a plan: for each layer bool `[..., N]`, None without a router.
+    """The experts that run for each token under a plan.
 
     Args:
-        routings: what the routers say.
-        plan: the plan.
-        decoder: whose routers they are, if some of its experts may have been removed.
+        routings: routings of a forward pass, one per layer.
+        plan: which experts run.
+        decoder: the decoder of the routings; needed only if experts were removed from it, as those
+            never run.
 
     Returns:
-        The masks of the feed-forward experts and those of the attention experts.
+        Two lists, of the feed-forward and of the attention experts: for each layer bool `[..., E]`,
+        or None where it has no router.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.decoder import Routings
+        >>> from lightning_dsmoe.metrics import active_masks
+        >>> from lightning_dsmoe.routing import Routing, SelectionPlan, TopK
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> routings = Routings(experts=(Routing(logits, logits.softmax(-1)),), attention=(None,))
+        >>> active_masks(routings, SelectionPlan.uniform(1, experts=TopK(2)))
+        ([tensor([[ True,  True, False]])], [None])
     """
 
     def masks(
@@ -72,27 +87,71 @@ def active_masks(
 def active_parameters(
     counts: ParameterCounts, experts: Masks, attention: Masks, mask: Tensor
 ) -> ActiveShare:
-    """Share of the hidden parameters that run for a token.
+    """Active share: share of the hidden parameters that run for a token, over a batch.
+
+    active share = (always + sum_l n_l p_l) / hidden, with n_l the number of experts of layer l that
+    run for the token and p_l the parameters of one of them.
 
     Args:
-        counts: parameters of the decoder, from `count_parameters`.
-        experts: for each layer the feed-forward experts that run, bool `[..., N]`, or None.
-        attention: the same for the attention experts; `active_masks` gives both.
+        counts: parameter counts of the decoder, from `count_parameters`.
+        experts: feed-forward experts that run, for each layer bool `[..., E]`, or None.
+        attention: attention experts that run, likewise; `active_masks` returns both.
         mask: tokens that count, bool `[...]`.
 
+    Returns:
+        Mean, median and 95th percentile over the tokens, from 0 to 1.
+
     Raises:
-        ValueError: if the masks do not fit the decoder.
+        ValueError: if the number or shape of the masks does not match the decoder.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.metrics import (
+        ...     ParameterCounts, RoutedParameters, active_parameters
+        ... )
+        >>> counts = ParameterCounts(
+        ...     outside=100, always=20, experts=(RoutedParameters(4, 20),), attention=(None,)
+        ... )
+        >>> runs = torch.tensor([[True, True, False, False], [True, False, False, False]])
+        >>> share = active_parameters(counts, [runs], [None], torch.ones(2, dtype=torch.bool))
+        >>> share.mean, share.p95
+        (tensor(0.5000), tensor(0.6000))
     """
     return _compute(*_update(counts, experts, attention, mask), counts.hidden)
 
 
 class ActiveParameters(Metric):
-    """Share of the hidden parameters that run for a token, over batches and over ranks.
+    """Active share: share of the hidden parameters that run for a token, over batches and ranks.
+
+    `update` takes the masks of the experts that run and of the tokens that count; `compute` returns
+    an `ActiveShare` over all tokens since the last reset. `active_parameters` is the function for
+    one batch, with the formula.
 
     Args:
-        counts: parameters of the decoder, from `count_parameters`.
-        **options: those of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
+        counts: parameter counts of the decoder, from `count_parameters`.
+        **options: options of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
             metric that only one rank computes.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
+        >>> from lightning_dsmoe.routing import SelectionPlan, TopK
+        >>> decoder = Decoder(
+        ...     vocab_size=50,
+        ...     d_model=16,
+        ...     n_layers=2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=64),
+        ... )
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+        >>> metric = ActiveParameters(count_parameters(decoder))
+        >>> for tokens in torch.randint(50, (3, 4, 8)):  # 3 batches of 4 sequences
+        ...     routings = decoder(tokens, plan).routings
+        ...     metric.update(*active_masks(routings, plan), torch.ones(4, 8, dtype=torch.bool))
+        >>> f"{metric.compute().mean:.1%} of the hidden parameters run for a token"
+        '29.6% of the hidden parameters run for a token'
     """
 
     is_differentiable = False
@@ -109,23 +168,35 @@ class ActiveParameters(Metric):
         self.add_state("histogram", torch.zeros(BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, experts: Masks, attention: Masks, mask: Tensor) -> None:
-        """Count tokens; arguments and errors are those of `active_parameters`."""
+        """Add the tokens of a batch.
+
+        Args:
+            experts: feed-forward experts that run, for each layer bool `[..., E]`, or None.
+            attention: attention experts that run, likewise.
+            mask: tokens that count, bool `[...]`.
+
+        Raises:
+            ValueError: if the number or shape of the masks does not match the decoder.
+        """
         active, histogram = _update(self.counts, experts, attention, mask)
         self.active += active
         self.histogram += histogram
 
     def compute(self) -> ActiveShare:
-        """Share over all tokens counted since the last reset."""
+        """Active share over all tokens since the last reset."""
         return _compute(self.active, self.histogram, self.counts.hidden)
 
     def plot(
         self, val: ActiveShare | None = None, ax: "Axes | None" = None
     ) -> "tuple[Figure | SubFigure, Axes]":
-        """Histogram of the share over tokens, with its mean and 95th percentile.
+        """Draw the histogram of the active share over tokens, with mean and 95th percentile.
 
         Args:
-            val: mean and percentile to mark; None marks what `compute` gives.
+            val: active share to mark; None marks that of `compute`.
             ax: axes to draw on; None makes a figure.
+
+        Returns:
+            The figure and its axes.
         """
         from matplotlib.figure import Figure
 
@@ -133,9 +204,11 @@ class ActiveParameters(Metric):
         axes = Figure(layout="constrained").subplots() if ax is None else ax
         bins = torch.arange(BINS + 1) / BINS
         axes.bar(bins.tolist(), self.histogram.tolist(), width=2 / BINS)
-        axes.axvline(share.mean.item(), color="black", label=f"mean {share.mean.item():.1%}")
+        axes.axvline(
+            share.mean.item(), color="black", label=f"mean {100 * share.mean.item():.3g} %"
+        )
         axes.axvline(share.p95.item(), color="black", linestyle="--", label="95th percentile")
-        axes.set(xlabel="active share of the hidden parameters", ylabel="tokens", xlim=(0, 1))
+        axes.set(xlabel="active share (of the hidden parameters)", ylabel="tokens", xlim=(0, 1))
         axes.legend()
         return axes.figure, axes
 
@@ -143,7 +216,7 @@ class ActiveParameters(Metric):
 def _update(
     counts: ParameterCounts, experts: Masks, attention: Masks, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the parameters that run over tokens, and a histogram of their share."""
+    """Parameters that run, summed over tokens, and the histogram of the active share."""
     active = torch.full(mask.shape, counts.always, dtype=torch.int64, device=mask.device)
     for kind, layers, masks in (
         ("experts", counts.experts, experts),
@@ -159,10 +232,10 @@ def _update(
                 got = None if running is None else tuple(running.shape)
                 raise ValueError(f"{kind}, layer {layer}: a mask of shape {shape}, got {got}")
             active += running.sum(-1) * routed.per_expert
-    active_X = active[mask.bool()]
+    active_N = active[mask.bool()]
     hidden = max(counts.hidden, 1)
-    bins_X = (active_X * BINS + hidden // 2) // hidden
-    return active_X.sum(), bins_X.bincount(minlength=BINS + 1)
+    bins_N = (active_N * BINS + hidden // 2) // hidden
+    return active_N.sum(), bins_N.bincount(minlength=BINS + 1)
 
 
 def _compute(active: Tensor, histogram: Tensor, hidden: int) -> ActiveShare:

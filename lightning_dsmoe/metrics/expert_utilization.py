@@ -1,6 +1,6 @@
 """How a router uses its experts.
 
-Shapes: X tokens, N experts; leading dimensions (tokens) are free.
+Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_dsmoe.losses import entropy
-from lightning_dsmoe.losses.masking import flatten_tokens
+from lightning_dsmoe.losses.token_sums import flatten_tokens
 from lightning_dsmoe.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 DEAD_SHARE = 0.01
-"""An expert is dead if its share of the gates is at most this fraction of an even share."""
+"""An expert is dead if its gate share is at most this fraction of an even share, 1/E."""
 
 
 class Utilization(NamedTuple):
-    """How a router uses its experts, over some tokens; entropies in nats.
+    """How a router uses its experts, over some tokens.
 
-    Without any gate or token, shares, entropies and effective experts are 0 and all experts dead.
+    Without tokens, or with all gates zero, everything is 0 and all experts are dead.
 
-    Shape:
-        share: `[N]`, mean gate of each expert, p(e).
-        effective: number of evenly used experts with the same entropy, exp H(e), from 1 to N.
-        entropy: H(e), of the shares; ln N when the use is even.
-        conditional_entropy: mean of H(e|x) over tokens; 0 when every choice is sharp.
-        dead: bool `[N]`, the experts whose share is at most a small fraction of 1/N.
+    Args:
+        share: `[E]`, gate share p(e) of each expert: its mean gate over the tokens.
+        effective: scalar, effective experts exp H(e), from 1 to E: the number of equally used
+            experts with the same entropy.
+        entropy: scalar, H(e) in nats, the entropy of the gate shares; ln E if the load is balanced.
+        conditional_entropy: scalar, H(e|x) in nats, the mean entropy of one token's gates; 0 if
+            routing is confident, ln E if it is uncertain. H(e) - H(e|x) is the mutual information
+            (MI) of tokens and experts.
+        dead: bool `[E]`, the dead experts, whose gate share is at most a small fraction of 1/E.
     """
 
     share: Tensor
@@ -42,7 +45,7 @@ class Utilization(NamedTuple):
 
     @property
     def dead_experts(self) -> list[int]:
-        """Numbers of the dead experts."""
+        """Numbers of the dead experts, in ascending order."""
         numbers: list[int] = self.dead.reshape(-1).nonzero().flatten().tolist()
         return numbers
 
@@ -50,30 +53,60 @@ class Utilization(NamedTuple):
 def expert_utilization(
     probs: Tensor, mask: Tensor | None = None, *, dead_share: float = DEAD_SHARE
 ) -> Utilization:
-    """How a router with these probabilities uses its experts.
+    """Gate shares, entropies and dead experts of a router, over the tokens of a batch.
+
+    p(e) = mean_x S(x), effective = exp H(e)   (S: gates, arXiv 2404.05567, eqs. 4 and 5)
 
     Args:
-        probs: router probabilities, `[..., N]`.
+        probs: router probabilities S, `[..., E]`, float.
         mask: tokens that count, `[...]`, bool or 0/1; None counts all.
-        dead_share: an expert is dead if its share is at most this fraction of 1/N.
+        dead_share: an expert is dead if its gate share is at most this fraction of 1/E.
+
+    Returns:
+        The utilization, at least in float32; entropies in nats.
 
     Raises:
-        ValueError: if the mask does not cover the tokens.
+        ValueError: if the shape of the mask is not that of the tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.metrics import expert_utilization
+        >>> used = expert_utilization(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]))
+        >>> used.share
+        tensor([0.5000, 0.5000, 0.0000])
+        >>> used.effective, used.dead_experts
+        (tensor(2.), [2])
     """
     return _compute(*_update(probs, mask), dead_share)
 
 
 class ExpertUtilization(Metric):
-    """How a router uses its experts, over batches and over ranks.
+    """Gate shares, entropies and dead experts of a router, over batches and over ranks.
+
+    `update` takes router probabilities `[..., E]` and optionally a mask `[...]`; `compute` returns
+    a `Utilization` over all tokens since the last reset. `expert_utilization` is the function for
+    one batch, with the formulas.
 
     Args:
-        n_experts: number of experts N.
-        dead_share: an expert is dead if its share is at most this fraction of 1/N.
-        **options: those of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
+        n_experts: number of experts E.
+        dead_share: an expert is dead if its gate share is at most this fraction of 1/E.
+        **options: options of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
             metric that only one rank computes.
 
     Raises:
         ValueError: if `n_experts` is below 1 or `dead_share` not in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.metrics import ExpertUtilization
+        >>> metric = ExpertUtilization(n_experts=2)
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
+        >>> metric.update(torch.tensor([[0.2, 0.8]]))
+        >>> used = metric.compute()
+        >>> used.share
+        tensor([0.6000, 0.4000])
+        >>> print(f"H(e) {used.entropy:.3f}, H(e|x) {used.conditional_entropy:.3f} nats")
+        H(e) 0.673, H(e|x) 0.479 nats
     """
 
     is_differentiable = False
@@ -98,24 +131,35 @@ class ExpertUtilization(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probs: Tensor, mask: Tensor | None = None) -> None:
-        """Count tokens with router probabilities `[..., N]`, of which `mask` `[...]` count."""
+        """Add the tokens of a batch.
+
+        Args:
+            probs: router probabilities, `[..., E]`, float.
+            mask: tokens that count, `[...]`, bool or 0/1; None counts all.
+
+        Raises:
+            ValueError: if the shape of the mask is not that of the tokens.
+        """
         gates, conditional_entropies, tokens = _update(probs, mask)
         self.gates += gates
         self.conditional_entropies += conditional_entropies
         self.tokens += tokens
 
     def compute(self) -> Utilization:
-        """Utilization over all tokens counted since the last reset."""
+        """Utilization over all tokens since the last reset."""
         return _compute(self.gates, self.conditional_entropies, self.tokens, self.dead_share)
 
     def plot(
         self, val: Utilization | None = None, ax: "Axes | None" = None
     ) -> "tuple[Figure | SubFigure, Axes]":
-        """Bars of the gate shares beside the even share.
+        """Draw the gate shares as bars, with a line at an even share.
 
         Args:
-            val: what to draw; None draws what `compute` gives.
+            val: utilization to draw; None draws that of `compute`.
             ax: axes to draw on; None makes a figure.
+
+        Returns:
+            The figure and its axes.
         """
         from matplotlib.figure import Figure
 
@@ -123,21 +167,21 @@ class ExpertUtilization(Metric):
         axes = Figure(layout="constrained").subplots() if ax is None else ax
         share = used.share.reshape(-1).cpu()
         axes.bar(range(len(share)), share.tolist())
-        axes.axhline(1 / len(share), color="black", linestyle="--", label="even use")
+        axes.axhline(1 / len(share), color="black", linestyle="--", label="even share, 1/E")
         axes.set(
             xlabel="expert",
-            ylabel="share of the gates",
-            title=f"{used.effective.item():.1f} of {len(share)} experts effective",
+            ylabel="gate share",
+            title=f"{used.effective.item():.3g} effective experts of {len(share)}",
         )
         axes.legend()
         return axes.figure, axes
 
 
 def _update(probs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the gates `[N]`, sum of the tokens' entropies, number of tokens."""
-    probs_XN, weight_X = flatten_tokens(probs.detach(), mask)
+    """Sum of the gates `[E]`, sum of the tokens' entropies, number of tokens."""
+    probs_NE, weight_N = flatten_tokens(probs.detach(), mask)
     with without_autocast(probs.device.type):
-        return weight_X @ probs_XN, weight_X @ entropy(probs_XN), weight_X.sum().long()
+        return weight_N @ probs_NE, weight_N @ entropy(probs_NE), weight_N.sum().long()
 
 
 def _compute(

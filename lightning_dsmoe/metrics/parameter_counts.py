@@ -1,4 +1,4 @@
-"""Where the parameters of a decoder are, counted from its modules."""
+"""Parameter counts of a decoder, by which tokens they run for."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,14 +11,19 @@ from lightning_dsmoe.experts import MixtureOfExperts
 
 
 class RoutedParameters(NamedTuple):
-    """Parameters of one layer that only run when their expert is selected."""
+    """Parameters of one layer that run only for tokens that select their expert.
+
+    Args:
+        n_experts: number of experts E.
+        per_expert: parameters of one expert.
+    """
 
     n_experts: int
     per_expert: int
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a decoder by when they run.
+    """Parameter counts of a decoder.
 
     Hidden parameters are those of the blocks and of the final norm.
 
@@ -28,6 +33,14 @@ class ParameterCounts(NamedTuple):
             experts, output biases, and layers without a router.
         experts: feed-forward experts of each layer, None without a mixture of experts.
         attention: attention experts of each layer, None without a mixture of attention heads.
+
+    Example:
+        >>> from lightning_dsmoe.metrics import ParameterCounts, RoutedParameters
+        >>> counts = ParameterCounts(
+        ...     outside=100, always=20, experts=(RoutedParameters(4, 20),), attention=(None,)
+        ... )
+        >>> counts.hidden
+        100
     """
 
     outside: int
@@ -37,16 +50,39 @@ class ParameterCounts(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        """All hidden parameters."""
+        """Number of hidden parameters."""
         routed = [layer for layer in self.experts + self.attention if layer is not None]
         return self.always + sum(layer.n_experts * layer.per_expert for layer in routed)
 
 
 def count_parameters(decoder: Decoder) -> ParameterCounts:
-    """Count the parameters of a decoder, on any device, meta too.
+    """Count the parameters of a decoder by which tokens they run for.
 
     Layers other than `MixtureOfExperts` and `MixtureOfAttentionHeads` count as always running.
-    Experts that were removed count as if they were there, so that shares remain comparable.
+    Removed experts still count, so that active shares remain comparable.
+
+    Args:
+        decoder: the decoder, on any device, including meta.
+
+    Returns:
+        The counts.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.metrics import count_parameters
+        >>> decoder = Decoder(
+        ...     vocab_size=50,
+        ...     d_model=16,
+        ...     n_layers=1,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
+        ... )
+        >>> counts = count_parameters(decoder)
+        >>> counts.experts
+        (RoutedParameters(n_experts=4, per_expert=256),)
+        >>> counts.outside + counts.hidden == sum(p.numel() for p in decoder.parameters())
+        True
     """
     experts = tuple(_routed(block.feed_forward) for block in decoder.blocks)
     attention = tuple(_routed(block.attention) for block in decoder.blocks)
@@ -66,7 +102,7 @@ def _routed(layer: object) -> RoutedParameters | None:
 
 
 def _stacked(layer: object) -> list[Tensor | None]:
-    """What a mixture has of each of its experts."""
+    """The parameters of a mixture that are stacked by expert."""
     if isinstance(layer, MixtureOfExperts):
         return [layer.experts.w_in.weight, layer.experts.w_out.weight, layer.experts.b_in]
     if isinstance(layer, MixtureOfAttentionHeads):

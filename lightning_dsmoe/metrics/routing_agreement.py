@@ -1,4 +1,4 @@
-"""How often two versions of a model choose the same experts.
+"""How often two versions of a model select the same experts.
 
 Shapes: leading dimensions (tokens) are free.
 """
@@ -12,21 +12,36 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 def routing_agreement(
-    found: Routings, expected: Routings, plan: SelectionPlan, mask: Tensor
+    routings: Routings, other_routings: Routings, plan: SelectionPlan, mask: Tensor
 ) -> Tensor:
-    """Share of selections, one for each token and router, that are the same experts in both.
+    """Share of the selections, one for each token and router, with the same experts in both models.
 
     Args:
-        found: routings of one model, such as one in 8 bits.
-        expected: routings of the other on the same tokens.
-        plan: the selections.
+        routings: routings of one model, such as an 8-bit one.
+        other_routings: routings of the other model on the same tokens.
+        plan: which experts run.
         mask: tokens that count, bool `[...]`.
 
     Returns:
-        A number from 0 to 1; 1 if there are no routers or no tokens.
+        A scalar from 0 to 1; 1 if there are no routers or no tokens.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.decoder import Routings
+        >>> from lightning_dsmoe.metrics import routing_agreement
+        >>> from lightning_dsmoe.routing import Routing, SelectionPlan, TopK
+        >>> def routings(logits):
+        ...     return Routings((Routing(logits, logits.softmax(-1)),), (None,))
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> other_logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0]])
+        >>> plan = SelectionPlan.uniform(1, experts=TopK(1))
+        >>> routing_agreement(
+        ...     routings(logits), routings(other_logits), plan, torch.ones(2, dtype=torch.bool)
+        ... )
+        tensor(0.5000)
     """
-    experts, attention = active_masks(found, plan)
-    other_experts, other_attention = active_masks(expected, plan)
+    experts, attention = active_masks(routings, plan)
+    other_experts, other_attention = active_masks(other_routings, plan)
     pairs = zip(experts + attention, other_experts + other_attention, strict=True)
     same = [
         (own == other).all(-1)[mask.bool()]

@@ -1,4 +1,4 @@
-"""A heat map of the gate shares of all layers and experts."""
+"""Heat maps of the gate shares of all layers and experts."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,18 +13,29 @@ if TYPE_CHECKING:
 def utilization_figure(
     utilizations: Mapping[str, Sequence[Utilization | None]], *, title: str = ""
 ) -> "Figure":
-    """Heat maps of layers by experts, one for each kind of expert.
+    """Draw gate shares as heat maps of layers by experts, one for each kind of expert.
 
-    A cell is the share of an expert times the number of experts, thus 1 where use is even; a cross
-    marks a dead expert, and each row ends in its number of effective experts.
+    A cell shows the gate share times E, which is 1 for an even share. A cross marks a dead expert,
+    and the number at the end of a row is that of the effective experts.
 
     Args:
-        utilizations: for each kind of expert one utilization per layer, None without a router;
-            a kind without any router is left out.
+        utilizations: for each kind of expert one utilization per layer, or None where it has no
+            router; a kind without any router is left out.
         title: title of the figure.
+
+    Returns:
+        The figure, which belongs to no window.
 
     Raises:
         ValueError: if no layer has a router.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.metrics import expert_utilization, utilization_figure
+        >>> layers = [expert_utilization(torch.rand(8, 4).softmax(-1)), None]
+        >>> figure = utilization_figure({"experts": layers})
+        >>> figure.axes[0].get_title()
+        'experts'
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -33,7 +44,7 @@ def utilization_figure(
 
     rows = {kind: list(layers) for kind, layers in utilizations.items() if any(layers)}
     if not rows:
-        raise ValueError("no layer has a router, so there is no use of experts to draw")
+        raise ValueError("no layer has a router, so there are no gate shares to draw")
     cells = {kind: _cells(layers) for kind, layers in rows.items()}
     widths = [len(table[0]) for table in cells.values()]
     height = 2 + 0.3 * max(len(table) for table in cells.values())
@@ -47,7 +58,7 @@ def utilization_figure(
             axis.set_major_locator(MaxNLocator(integer=True))
         _annotate(axes, layers)
     colors = ScalarMappable(scale, "viridis")
-    figure.colorbar(colors, ax=list(grid[0]), label="gate share × experts (1 = even)")
+    figure.colorbar(colors, ax=list(grid[0]), label="gate share × E (1 = even share)")
     figure.suptitle(title)
     return figure
 
@@ -63,7 +74,7 @@ def _cells(layers: Sequence[Utilization | None]) -> list[list[float]]:
 
 
 def _annotate(axes: "Axes", layers: Sequence[Utilization | None]) -> None:
-    """Mark dead experts and write the number of effective ones behind each row."""
+    """Mark dead experts and write the number of effective experts after each row."""
     notes = {
         layer: f"{used.effective.item():.1f}"
         for layer, used in enumerate(layers)

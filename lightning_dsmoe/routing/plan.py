@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from lightning_dsmoe.files import read_json, write_text
+from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, check_version
 from lightning_dsmoe.routing.selection import (
     AllExperts,
     Selection,
@@ -19,7 +20,8 @@ from lightning_dsmoe.routing.selection import (
 )
 
 FORMAT_VERSION = 1
-_FIELDS = {"format_version", "experts", "attention"}
+_SELECTIONS = Annotated[list[dict[str, Any]], Bounds(1, MAX_LAYERS)]
+_FIELDS = {"format_version": int, "experts": _SELECTIONS, "attention": _SELECTIONS}
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,8 @@ class SelectionPlan:
         Raises:
             ValueError: for anything else.
         """
-        if not isinstance(data, dict) or set(data) != _FIELDS:
-            raise ValueError(f"a plan is an object with the fields {sorted(_FIELDS)}")
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"plan format {short_repr(data['format_version'])}, this version reads "
-                f"{FORMAT_VERSION}"
-            )
-        for kind in ("experts", "attention"):
-            if not isinstance(data[kind], list) or len(data[kind]) > 1024:
-                raise ValueError(f"plan field {kind!r} must be a list of at most 1024 selections")
+        check_version("the plan", data, FORMAT_VERSION)
+        check_json("the plan", data, _FIELDS)
         return cls(
             tuple(_selection_from_dict(s) for s in data["experts"]),
             tuple(_selection_from_dict(s) for s in data["attention"]),
@@ -206,13 +200,13 @@ def _selection_to_dict(selection: Selection) -> dict[str, Any]:
     return {"selection": type(selection).__name__, **asdict(selection)}
 
 
-def _selection_from_dict(data: Any) -> Selection:
+def _selection_from_dict(data: dict[str, Any]) -> Selection:
     known = _known_selections()
-    name = data.get("selection") if isinstance(data, dict) else None
+    name = data.get("selection")
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; one of "
-            "your own is after import of its module, or --import MODULE on the command line"
+            f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; to use "
+            "your own, import its module first, with --import MODULE on the command line"
         )
     options = {key: value for key, value in data.items() if key != "selection"}
     try:

@@ -1,10 +1,10 @@
 """Selections where some experts were removed and their router was left whole.
 
-A selection then chooses among the experts that remain, by scores and a number N that are those of
+A selection then chooses among the experts that remain, by scores and a number E that are those of
 the whole mixture, so that nothing changes for a token that would have chosen no other. Their gates
 stay the same too; with `renormalize` they are divided by the sum over those that run.
 
-Shapes: N experts that the router scores, R of them that remain; leading dimensions are free.
+Shapes: E experts that the router scores, R of them that remain; leading dimensions are free.
 """
 
 import torch
@@ -21,7 +21,7 @@ def select(selection: Selection, routing: Routing, remaining: Tensor | None) -> 
 
     Args:
         selection: the selection.
-        routing: what the router says of all N experts.
+        routing: what the router says of all E experts.
         remaining: numbers of the experts that remain, ascending; None for all.
 
     Raises:
@@ -41,12 +41,12 @@ def remaining_mask(selection: Selection, routing: Routing, remaining: Tensor | N
 
 
 def running_mask(selection: Selection, routing: Routing, remaining: Tensor | None) -> Tensor:
-    """The same among all experts, bool `[..., N]`."""
+    """The same among all experts, bool `[..., E]`."""
     if remaining is None:
         return selection.mask(routing.probs)
-    places_N = torch.arange(routing.probs.shape[-1], device=remaining.device)
-    remains_N = (places_N[:, None] == remaining).any(-1)
-    return selection.mask(routing.probs.masked_fill(~remains_N, -1.0)) & remains_N
+    places_E = torch.arange(routing.probs.shape[-1], device=remaining.device)
+    remains_E = (places_E[:, None] == remaining).any(-1)
+    return selection.mask(routing.probs.masked_fill(~remains_E, -1.0)) & remains_E
 
 
 def remaining_probs(selection: Selection, routing: Routing, remaining: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Routers score experts: S = softmax(h(x)).
 
-Shapes: D width, N experts, R hidden width of a router; leading dimensions are free.
+Shapes: D width, E experts, R hidden width of a router; leading dimensions are free.
 """
 
 import math
@@ -19,14 +19,28 @@ from lightning_dsmoe.token_shapes import check_width
 class Router(nn.Module, ABC):
     """Scores every expert for every token, S = softmax(h(x)), in float32 under any autocast.
 
-    A subclass gives `score`, the function h.
+    Subclass it and define `score`, the function h, for a router of your own.
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
 
     Raises:
         ValueError: if a size is below 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class NormRouter(Router):
+        ...     def __init__(self, d_model: int, n_experts: int) -> None:
+        ...         super().__init__(d_model, n_experts)
+        ...         self.weight = nn.Parameter(torch.randn(n_experts, d_model))
+        ...
+        ...     def score(self, x):
+        ...         return nn.functional.normalize(x, dim=-1) @ self.weight.mT
+        >>> logits, probs = NormRouter(8, 4)(torch.randn(2, 3, 8))
+        >>> probs.shape
+        torch.Size([2, 3, 4])
     """
 
     def __init__(self, d_model: int, n_experts: int) -> None:
@@ -40,10 +54,20 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:
-        """Logits h(x): `[..., D]` to `[..., N]`, both of the same type, at least float32."""
+        """Logits h(x): `[..., D]` to `[..., E]`, both of the same type, at least float32."""
 
     def forward(self, x: Tensor) -> Routing:
-        """Score tokens `[..., D]` in float32, or in float64 if that is their type."""
+        """Score tokens in float32, or in float64 if that is their type.
+
+        Args:
+            x: tokens `[..., D]`.
+
+        Returns:
+            Logits and probabilities `[..., E]`.
+
+        Raises:
+            ValueError: if the tokens have another width.
+        """
         check_width(x, self.d_model)
         with without_autocast(x.device.type):
             logits = self.score(at_least_float32(x))
@@ -67,8 +91,14 @@ class LinearRouter(Router):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         init_std: standard deviation of the initial weights; 0 starts with equal gates.
+
+    Example:
+        >>> import torch
+        >>> router = LinearRouter(8, 4, init_std=0.0)  # equal gates before training
+        >>> router(torch.randn(8)).probs.tolist()
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     def __init__(self, d_model: int, n_experts: int, *, init_std: float = 0.02) -> None:
@@ -91,9 +121,15 @@ class MLPRouter(Router):
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         d_hidden: hidden width R; 512 reproduces the parameter counts of arXiv 2404.05567, Table 1.
         init_std: standard deviation of the last layer's initial weights; 0 starts with equal gates.
+
+    Example:
+        >>> import torch
+        >>> router = MLPRouter(8, 4, d_hidden=16)
+        >>> router(torch.randn(2, 3, 8)).logits.shape
+        torch.Size([2, 3, 4])
     """
 
     def __init__(
@@ -120,15 +156,21 @@ class MLPRouter(Router):
 
 
 class CosineRouter(Router):
-    """Cosine similarity of a projected token to one centroid per expert, over a temperature.
+    """Cosine similarity of a projected token to one centroid per expert, times a learned scale.
 
     h(x)_i = exp(s) cos(P x, c_i), with a learned log-scale s, kept below ln 100.
 
     Args:
         d_model: width D of the tokens.
-        n_experts: number of experts N.
+        n_experts: number of experts E.
         d_hidden: width R of the projection.
         init_scale: initial exp(s).
+
+    Example:
+        >>> import torch
+        >>> router = CosineRouter(8, 4, d_hidden=16, init_scale=10.0)
+        >>> bool(router(torch.randn(2, 3, 8)).logits.abs().max() <= 10)
+        True
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Selections decide which experts run; routers only score them.
 
-Shapes: N experts; leading dimensions are free. At least one expert of every token always runs;
+Shapes: E experts; leading dimensions are free. At least one expert of every token always runs;
 ties go to the expert with the lower number.
 """
 
@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FEW_TOKENS = 16
+_MAX_TOKENS_COUNTED = 16
+"""Up to so many tokens, ranks are found by counting; see `_ahead`."""
 
 
 class Gates(NamedTuple):
-    """What a selection makes of probabilities.
+    """The gates of the experts that run, and which ones do.
 
     Shape:
-        weight: `[..., N]`, the gate of each expert, zero where it does not run.
-        active: bool `[..., N]`, the experts that run.
+        weight: `[..., E]`, the gate of each expert, zero where it does not run.
+        active: bool `[..., E]`, the experts that run.
     """
 
     weight: Tensor
@@ -31,8 +32,25 @@ class Gates(NamedTuple):
 class Selection(ABC):
     """Decides from a token's probabilities S which experts run.
 
+    Subclass it as a frozen dataclass and define `mask` for a selection of your own. Called on
+    probabilities `[..., E]`, a selection returns `Gates`.
+
     Args:
-        renormalize: divide the kept gates by their sum; off, they stay raw as in arXiv 2404.05567.
+        renormalize: divide the gates of the experts that run by their sum; false leaves them as
+            they are, which is what arXiv 2404.05567 does.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class NearBest(Selection):
+        ...     share: float
+        ...
+        ...     def mask(self, probs):
+        ...         return probs >= self.share * probs.amax(-1, keepdim=True)
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> NearBest(0.5)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     renormalize: bool = field(default=False, kw_only=True)
@@ -43,19 +61,19 @@ class Selection(ABC):
 
     @abstractmethod
     def mask(self, probs: Tensor) -> Tensor:
-        """The experts that run: float `[..., N]` to bool `[..., N]`, one or more in each row."""
+        """The experts that run: float `[..., E]` to bool `[..., E]`, one or more in each row."""
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if this selection is impossible for `n_experts` experts."""
         del n_experts
 
     def __call__(self, probs: Tensor) -> Gates:
-        """Gates of the experts that run, from probabilities `[..., N]`."""
+        """Gates of the experts that run, from probabilities `[..., E]`."""
         active = self.mask(probs)
         return Gates(self.weigh(probs, active), active)
 
     def weigh(self, probs: Tensor, active: Tensor) -> Tensor:
-        """Gates `[..., N]`: the probabilities of active experts, zero for the others."""
+        """Gates `[..., E]`: the probabilities of active experts, zero for the others."""
         weight = probs.masked_fill(~active, 0.0)
         return weight / weight.sum(-1, keepdim=True) if self.renormalize else weight
 
@@ -73,7 +91,13 @@ def check_selection(selection: object) -> None:
 
 @dataclass(frozen=True)
 class AllExperts(Selection):
-    """Runs every expert: the dense model (arXiv 2404.05567, eq. 3)."""
+    """Runs every expert: the dense model (arXiv 2404.05567, eq. 3).
+
+    Example:
+        >>> import torch
+        >>> AllExperts()(torch.tensor([0.75, 0.25])).weight.tolist()
+        [0.75, 0.25]
+    """
 
     def mask(self, probs: Tensor) -> Tensor:
         """All true."""
@@ -89,8 +113,14 @@ class TopK(Selection):
     """Runs the k most probable experts of every token.
 
     Args:
-        k: number of experts, from 1 to N.
-        renormalize: divide the kept gates by their sum.
+        k: number of experts, from 1 to E.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> TopK(2)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     k: int
@@ -113,11 +143,18 @@ class TopK(Selection):
 
 @dataclass(frozen=True)
 class Threshold(Selection):
-    """Runs the experts whose share is above a threshold, N S_i > eps, and always the best one.
+    """Runs the experts with E S_i > eps, and always the most probable one.
 
     Args:
-        eps: threshold on N S_i, whose mean is 1 (arXiv 2404.05567, section 3.3); from 0 to below N.
-        renormalize: divide the kept gates by their sum.
+        eps: threshold on E S_i, the probability relative to its mean 1 / E (arXiv 2404.05567,
+            section 3.3); from 0 to below E.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> Threshold(0.5)(probs).active.tolist()  # 4 experts: probabilities above 0.5 / 4 = 0.125
+        [[True, True, True, False]]
     """
 
     eps: float
@@ -125,32 +162,38 @@ class Threshold(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.eps, bool) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"{type(self).__name__} needs 0 <= eps < N, got eps={self.eps}")
+            raise ValueError(f"{type(self).__name__} needs 0 <= eps < E, got eps={self.eps}")
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if no gate of `n_experts` experts could pass."""
         if self.eps >= max(n_experts, 1):
             raise ValueError(
-                f"{type(self).__name__}(eps={self.eps}) compares with N*S, "
-                f"so eps must be below N={n_experts}"
+                f"{type(self).__name__}(eps={self.eps}) compares with E*S, "
+                f"so eps must be below E={n_experts}"
             )
 
     def mask(self, probs: Tensor) -> Tensor:
-        """N S_i > eps, and the arg-max."""
+        """E S_i > eps, and the arg-max."""
         self.check(probs.shape[-1])
         return _above(probs, self.eps)
 
 
 @dataclass(frozen=True)
 class ThresholdTopK(Threshold):
-    """Runs the top k of every token, k being the mean count above a threshold over the batch.
+    """Runs the k most probable experts, k being the mean number above a threshold in the batch.
 
     k is rounded to the nearest whole number, at least 1, for each layer and call by itself
     (arXiv 2404.05567, section 3.3). Every position of the batch counts, padding too.
 
     Args:
-        eps: threshold on N S_i, whose mean is 1; from 0 to below N.
-        renormalize: divide the kept gates by their sum.
+        eps: threshold on E S_i, the probability relative to its mean 1 / E; from 0 to below E.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1]])
+        >>> ThresholdTopK(1.0)(probs).active.sum(-1).tolist()  # 1 and 3 experts are above: k = 2
+        [2, 2]
     """
 
     def mask(self, probs: Tensor) -> Tensor:
@@ -168,7 +211,13 @@ class TopP(Selection):
 
     Args:
         p: probability mass to keep, above 0 and at most 1.
-        renormalize: divide the kept gates by their sum.
+        renormalize: divide the gates of the experts that run by their sum.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+        >>> TopP(0.7)(probs).active.tolist()
+        [[True, True, False, False]]
     """
 
     p: float
@@ -194,7 +243,7 @@ class TopP(Selection):
 
 
 def rank(probs: Tensor) -> Tensor:
-    """Rank of each expert in its row `[..., N]`, 0 for the largest; lower numbers win ties."""
+    """Rank of each expert in its row `[..., E]`, 0 for the largest; lower numbers win ties."""
     ahead = _ahead(probs)
     if ahead is not None:
         return ahead.sum(-1)
@@ -206,10 +255,11 @@ def rank(probs: Tensor) -> Tensor:
 def _ahead(probs: Tensor) -> Tensor | None:
     """Whether expert j is ranked before expert i, bool `[..., i, j]`; None for many tokens.
 
-    For few tokens, counting who is ahead beats sorting, and compiles into one loop.
+    For few tokens, counting who is ahead beats sorting, and a compiler makes one loop of it; a sort
+    breaks the loop in two and calls a kernel of its own. For many tokens E^2 comparisons cost more.
     """
     n_experts = probs.shape[-1]
-    if probs.numel() > _FEW_TOKENS * n_experts:
+    if probs.numel() > _MAX_TOKENS_COUNTED * n_experts:
         return None
     places = torch.arange(n_experts, device=probs.device)
     own, other = probs[..., :, None], probs[..., None, :]
@@ -217,7 +267,7 @@ def _ahead(probs: Tensor) -> Tensor | None:
 
 
 def _above(probs: Tensor, eps: float) -> Tensor:
-    """Experts with N S_i > eps, and the arg-max of each row."""
+    """Experts with E S_i > eps, and the arg-max of each row."""
     best = probs.argmax(-1, keepdim=True)  # the first of equal ones
     places = torch.arange(probs.shape[-1], device=probs.device)
     return (probs * probs.shape[-1] > eps) | (places == best)

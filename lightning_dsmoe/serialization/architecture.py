@@ -8,13 +8,16 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json
 from lightning_dsmoe.serialization.class_paths import (
+    MAX_SIZE,
+    PARTS,
     check_sizes,
     known_class,
     named_object,
@@ -24,15 +27,20 @@ from lightning_dsmoe.serialization.pruning import Remaining, remaining_experts, 
 
 Description = dict[str, Any]
 
-_SIZES = ("vocab_size", "d_model", "n_layers")
+_PART = {"class_path": str, "init_args": dict}
 _PARTS = ("attention", "feed_forward", "norm")
-_FIELDS = {*_SIZES, "max_positions", "tie_embeddings", *_PARTS}
+_FIELDS = {
+    "vocab_size": Annotated[int, Bounds(1, MAX_SIZE)],
+    "d_model": Annotated[int, Bounds(1, MAX_SIZE)],
+    "n_layers": Annotated[int, Bounds(1, MAX_LAYERS)],
+    "max_positions": Annotated[int, Bounds(1, MAX_SIZE)] | None,
+    "tie_embeddings": bool,
+    **dict.fromkeys(_PARTS, _PART),
+}
 _REMAINING = "remaining"
 """A field of pruned decoders only: the experts of each layer, null for all of them."""
 
-_GIVEN_BY_OWNER = {"attention": 1, "feed_forward": 1, "norm": 1, "router": 2, "experts": 3}
-"""Leading sizes that the owner of a part passes to its factory, by the part's name."""
-
+_N_SIZES = {name: part.n_sizes for name, part in PARTS.items() if part.n_sizes is not None}
 _NOT_KEPT = {"device", "dtype"}
 
 
@@ -54,11 +62,10 @@ def describe_decoder(decoder: Decoder) -> Description:
     if any(part != parts[0] for part in parts):
         raise ValueError("the blocks of this decoder differ, which a description cannot hold")
     remaining = remaining_experts(decoder)
-    sizes = {name: getattr(decoder, name) for name in (*_SIZES, "max_positions")}
-    check_sizes(sizes)
+    options = {name: getattr(decoder, name) for name in _FIELDS if name not in _PARTS}
+    check_sizes(options)
     return {
-        **sizes,
-        "tie_embeddings": decoder.tie_embeddings,
+        **options,
         **parts[0],
         **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
     }
@@ -73,12 +80,9 @@ def build_decoder(description: Description) -> Decoder:
     Raises:
         ValueError: if the description is not one, or asks for more than any model has.
     """
-    if not isinstance(description, dict) or set(description) - {_REMAINING} != _FIELDS:
-        raise ValueError(f"an architecture is an object with the fields {sorted(_FIELDS)}")
-    for size in _SIZES:
-        if not isinstance(description[size], int):
-            raise ValueError(f"{size} must be a whole number, got {description[size]!r:.200}")
-    check_sizes(description)
+    is_pruned = isinstance(description, dict) and _REMAINING in description
+    fields = {**_FIELDS, _REMAINING: Remaining} if is_pruned else _FIELDS
+    check_json("architecture", description, fields)
     try:
         parts = {part: _factory(description[part], part) for part in _PARTS}
         with torch.device("meta"):
@@ -86,7 +90,7 @@ def build_decoder(description: Description) -> Decoder:
             decoder = Decoder(**{**options, **parts}).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an architecture: {error}") from None
-    if _REMAINING in description:
+    if is_pruned:
         remove_experts(decoder, Remaining.from_dict(description[_REMAINING]))
     return decoder
 
@@ -108,13 +112,13 @@ def differences(before: object, now: object, name: str = "") -> list[str]:
 def _describe(module: nn.Module, part: str) -> Description:
     """Class and options of a part, without the sizes that its owner gives it."""
     cls = type(module)
-    if part not in _GIVEN_BY_OWNER:
+    if part not in _N_SIZES:
         raise ValueError(f"option {part!r} is a {cls.__name__}, which is not plain data")
     path = shortest_path(cls)
     if known_class(path, part) is not cls:
         raise ValueError(f"the class of {part} cannot be found again at {path}")
     options = {}
-    for parameter in list(inspect.signature(cls).parameters.values())[_GIVEN_BY_OWNER[part] :]:
+    for parameter in list(inspect.signature(cls).parameters.values())[_N_SIZES[part] :]:
         if parameter.name in _NOT_KEPT:
             continue
         if not hasattr(module, parameter.name):
@@ -138,18 +142,16 @@ def _value(value: object, parameter: inspect.Parameter) -> object:
 
 
 def _factory(description: object, part: str) -> Callable[..., nn.Module]:
-    if not isinstance(description, dict) or set(description) != {"class_path", "init_args"}:
-        raise ValueError(f"{part} needs a class_path and init_args, got {description!r:.200}")
-    cls = known_class(description["class_path"], part)
-    options = description["init_args"]
-    if not isinstance(options, dict) or _NOT_KEPT & set(options):
-        raise ValueError(f"init_args of {part} must be its options, got {options!r:.200}")
+    class_path, options = (check_json(part, description, _PART)[field] for field in _PART)
+    cls = known_class(class_path, part)
+    if not_plain := sorted(_NOT_KEPT & set(options)):
+        raise ValueError(f"{part}: init_args must not name {' or '.join(not_plain)}")
     check_sizes(options)
     return partial(cls, **{name: _option(name, value) for name, value in options.items()})
 
 
 def _option(name: str, value: object) -> object:
-    if name in _GIVEN_BY_OWNER:
+    if name in _N_SIZES:
         return _factory(value, name)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"option {name!r} must be finite, got {value}")

@@ -1,7 +1,9 @@
 """Decoders from training checkpoints, without running anything that the file names."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.finite import check_finite
+from lightning_dsmoe.reading import Size, check_json, check_version
 from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.archive import check_archive
 
 FORMAT_VERSION = 1
+TEXT_FIELDS = {"tokenizer": dict | None, "context": Size | None}
 _PREFIX = "decoder."
 
 
@@ -55,17 +59,9 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     check_sharing(state)
     check_finite(state)
     fill(decoder, state)
-    tokenizer, context = checkpoint.get("tokenizer"), checkpoint.get("context")
-    check_text_options(tokenizer, context)
-    return LoadedDecoder(decoder, tokenizer, context, *_fractions(checkpoint))
-
-
-def check_text_options(tokenizer: object, context: object) -> None:
-    """Raise a ValueError if a file's tokenizer or context length cannot be one."""
-    if not isinstance(tokenizer, dict | None):
-        raise ValueError(f"tokenizer must be null or an object, got {tokenizer!r:.200}")
-    if context is not None and (not isinstance(context, int) or context < 1):
-        raise ValueError(f"context must be null or at least 1, got {context!r:.200}")
+    found = {name: checkpoint.get(name) for name in TEXT_FIELDS}
+    text = check_json(str(path), found, TEXT_FIELDS)
+    return LoadedDecoder(decoder, text["tokenizer"], text["context"], *_fractions(checkpoint))
 
 
 def _fractions(checkpoint: Mapping[str, Any]) -> tuple[float, float] | tuple[None, None]:
@@ -95,21 +91,29 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        MemoryError, OSError: if that is why the file, which may be whole, cannot be read.
         ValueError: if the file is damaged, compressed, holds more than data, or is something else.
     """
     if isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    fault = "is damaged or not a checkpoint"
     try:
         check_archive(path, checksums=checksums)
+        fault = "cannot be read"
         loaded = torch.load(
             path,
             map_location=map_location,
             weights_only=weights_only,
             mmap=mmap and isinstance(path, str | Path),
         )
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # no fault of the file
     except Exception as error:
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
-        raise ValueError(f"{path} is not a complete, data-only checkpoint: {reason}") from None
+        if isinstance(error, UnpicklingError):
+            fault = "holds more than data, which could run code when it is read"
+            reason = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or [reason])[0]
+        raise ValueError(f"{path} {fault}: {reason}") from None
     if not isinstance(path, str | Path):
         path.seek(0)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
@@ -165,14 +169,9 @@ def check_sharing(state: Mapping[str, Tensor]) -> None:
 
 def check_format(checkpoint: Mapping[str, Any]) -> None:
     """Raise a ValueError if a checkpoint is not in the format that this version reads."""
-    version = checkpoint.get("format_version")
-    if version is None:
+    if checkpoint.get("format_version") is None:
         raise ValueError("this is not a checkpoint of DSMoELanguageModel: no format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"the checkpoint has format {version!r:.20}, this version reads {FORMAT_VERSION}; "
-            "a newer lightning_dsmoe may read it"
-        )
+    check_version("the checkpoint", checkpoint, FORMAT_VERSION)
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

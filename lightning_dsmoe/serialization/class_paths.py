@@ -7,27 +7,40 @@ to PyTorch, or is a subclass of the part's base that was imported before.
 import sys
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn, optim
 
 import lightning_dsmoe.schedules  # noqa: F401 - files may name it
 from lightning_dsmoe.attention import Attention
 from lightning_dsmoe.experts import Experts, FeedForwardLayer
+from lightning_dsmoe.moved import current_name
+from lightning_dsmoe.reading import MAX_LAYERS
 from lightning_dsmoe.routing import Router, Selection
 
-PART_BASES: dict[str, tuple[type, ...]] = {
-    "attention": (Attention,),
-    "feed_forward": (FeedForwardLayer,),
-    "norm": (nn.Module,),
-    "router": (Router,),
-    "experts": (Experts,),
-    "expert_selection": (Selection,),
-    "attention_selection": (Selection,),
-    "optimizer": (optim.Optimizer,),
-    "lr_scheduler": (optim.lr_scheduler.LRScheduler,),
+
+class Part(NamedTuple):
+    """What may stand under a name in a configuration.
+
+    `n_sizes` counts the leading arguments that the part's owner passes to its factory, such as
+    `d_model`, which a file does not repeat. It is None for what is not a part of a decoder.
+    """
+
+    base: type
+    n_sizes: int | None = None
+
+
+PARTS = {
+    "attention": Part(Attention, 1),
+    "feed_forward": Part(FeedForwardLayer, 1),
+    "norm": Part(nn.Module, 1),
+    "router": Part(Router, 2),
+    "experts": Part(Experts, 3),
+    "expert_selection": Part(Selection),
+    "attention_selection": Part(Selection),
+    "optimizer": Part(optim.Optimizer),
+    "lr_scheduler": Part(optim.lr_scheduler.LRScheduler),
 }
-MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
 _LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
@@ -45,7 +58,7 @@ def known_class(path: object, part: str) -> type:
     Raises:
         ValueError: for anything else.
     """
-    bases = PART_BASES.get(part) or tuple(base for some in PART_BASES.values() for base in some)
+    bases = tuple({each.base for each in ([PARTS[part]] if part in PARTS else PARTS.values())})
     found = named_object(path)
     if not (isinstance(found, type) and issubclass(found, bases)) or _is_other_torch_module(found):
         raise _unknown(path, *bases)
@@ -70,7 +83,7 @@ def _unknown(path: object, *bases: type) -> ValueError:
 def named_object(path: object) -> object:
     """What a dotted path leads to, in a module already imported; None for nothing."""
     module_name, _, name = str(path).rpartition(".")
-    module = sys.modules.get(module_name)
+    module = sys.modules.get(current_name(module_name))
     if module_name == "lightning_dsmoe":
         return getattr(module, name, None)  # its public names are looked up when first used
     return vars(module).get(name) if module else None
@@ -120,7 +133,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, Mapping):
             _check_part(name, value)
-        elif value is not None and name in PART_BASES:
+        elif value is not None and name in PARTS:
             raise ValueError(f"{name} needs a class_path and init_args, got {value!r:.200}")
         elif isinstance(value, str) and not value.isidentifier():
             raise ValueError(f"{name} must be a plain word, got {value!r:.200}")

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.reading import check_json
 
 Numbers = tuple[int, ...]
 Mixture = MixtureOfExperts | MixtureOfAttentionHeads
@@ -50,9 +51,9 @@ class Remaining(NamedTuple):
         Raises:
             ValueError: for anything else.
         """
-        if not isinstance(data, dict) or set(data) != set(cls._fields):
-            raise ValueError(f"remaining must have the fields {cls._fields}, got {data!r:.200}")
-        return cls(*(_layers(kind, data[kind]) for kind in cls._fields))
+        kinds = check_json("remaining", data, cls)
+        layers = (kinds[kind] for kind in cls._fields)
+        return cls(*(tuple(None if n is None else tuple(n) for n in each) for each in layers))
 
 
 class Mixtures(NamedTuple):
@@ -114,17 +115,6 @@ def mixtures(decoder: Decoder) -> Mixtures:
         [b.feed_forward if type(b.feed_forward) is MixtureOfExperts else None for b in blocks],
         [b.attention if type(b.attention) is MixtureOfAttentionHeads else None for b in blocks],
     )
-
-
-def _layers(kind: str, data: object) -> tuple[Numbers | None, ...]:
-    """Read the numbers of every layer."""
-    if not isinstance(data, list):
-        raise ValueError(f"remaining {kind} must be a list of layers, got {data!r:.200}")
-    for numbers in data:
-        are_whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
-        if numbers is not None and not are_whole:
-            raise ValueError(f"remaining {kind} must be null or numbers, got {numbers!r:.200}")
-    return tuple(None if numbers is None else tuple(numbers) for numbers in data)
 
 
 def _keep(mixture: Mixture | None, staying: Numbers, where: str) -> None:

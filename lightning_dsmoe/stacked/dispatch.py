@@ -1,15 +1,15 @@
-"""Which tokens each expert works on, and when sorting them is worth it.
+"""Which tokens each expert works on, and when sorting tokens by expert is worth it.
 
-Shapes: X tokens, E experts.
+Shapes: N tokens, E experts.
 """
 
 import torch
 from torch import Tensor
 
 MULTIPLICATIONS_PER_KERNEL = {"cpu": 1e6, "other": 1e9}
-"""What a device does while one kernel of a forward and a backward pass starts."""
-FEWEST_TOKENS = 8
-"""Reading a weight takes as long as using it for so many tokens."""
+"""Multiplications that a device does while one kernel of a forward and a backward pass starts."""
+_TOKENS_PER_READ = 8
+"""Reading a weight from memory takes as long as multiplying it with about so many tokens."""
 
 
 def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kernels: int) -> bool:
@@ -22,7 +22,7 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     sizes that depend on the data.
 
     Args:
-        n_tokens: tokens X.
+        n_tokens: tokens N.
         n_weights: weights of one expert.
         device: where it runs.
         n_kernels: kernels that one expert starts in a forward pass.
@@ -31,26 +31,26 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, other)
     if in_function_transform():
         return False
-    return n_weights * max(n_tokens, FEWEST_TOKENS) > n_kernels * per_kernel
+    return n_weights * max(n_tokens, _TOKENS_PER_READ) > n_kernels * per_kernel
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of `torch.func`, such as `grad` or `vmap`, is at work."""
+    """Whether this runs inside a transform of `torch.func`, such as `grad` or `vmap`."""
     # As `torch.autograd.Function.apply` asks in torch 2.13; there is no public name for it.
     active: bool = torch._C._are_functorch_transforms_active()
     return active
 
 
-def tokens_of_each_expert(active_XE: Tensor) -> tuple[list[int], list[Tensor]]:
+def tokens_of_each_expert(active_NE: Tensor) -> tuple[list[int], list[Tensor]]:
     """Sort active (token, expert) pairs by expert.
 
     Args:
-        active_XE: the experts that run, bool.
+        active_NE: the experts that run, bool.
 
     Returns:
         The experts with at least one token, ascending, and the ascending token indices of each.
     """
-    pairs = active_XE.T.nonzero()
-    counts = active_XE.sum(0).tolist()
+    pairs = active_NE.T.nonzero()
+    counts = active_NE.sum(0).tolist()
     running = [e for e, count in enumerate(counts) if count]
     return running, list(pairs[:, 1].split([counts[e] for e in running]))

@@ -1,4 +1,4 @@
-"""Checkpoint files that are replaced as a whole, and looked through before they are loaded."""
+"""Checkpoint files that are replaced atomically, and checked before they are loaded."""
 
 import os
 from contextlib import suppress
@@ -13,11 +13,11 @@ from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place and moves them there, and loads no damaged ones.
+    """Writes checkpoints atomically, in the folder that they go to, and loads no damaged ones.
 
-    Lightning 2.6.6 writes to the folder for temporary files. If that is on another file system,
-    moving the file is copying it, and a run that is killed, or a full disk, leaves a part of it
-    under its final name, where the earlier checkpoint was.
+    Lightning 2.6.6 writes to the system's folder of temporary files. If that is on another file
+    system, moving the file is copying it, and a run that is killed, or a full disk, leaves a part
+    of it under its final name, where the earlier checkpoint was.
 
     Remote addresses are left to Lightning, but for what is loaded, which is data unless it is
     trusted.
@@ -46,7 +46,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())  # else a crash may leave the new name with no content
         except (OSError, RuntimeError) as error:
-            # torch.save goes on after a failed write, and says something else at its end.
+            # torch.save continues after a failed write, and raises another error at its end.
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
@@ -83,7 +83,7 @@ def _is_remote(path: str | Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a new name outlast a crash of the machine, where the system can do that to a folder."""
+    """Make a new name survive a crash of the machine, where the system can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,20 +1,18 @@
 """The language model as a LightningModule.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences, T positions, V vocabulary.
 """
 
-import math
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
+from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from lightning_dsmoe.decoder import (
     AttentionFactory,
@@ -23,9 +21,16 @@ from lightning_dsmoe.decoder import (
     FeedForwardFactory,
     NormFactory,
 )
-from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
-from lightning_dsmoe.training.checkpointed_model import CheckpointedModel
+from lightning_dsmoe.training.checkpoints import (
+    add_content,
+    check_content,
+    drop_objects,
+    load_checked,
+    use_safe_checkpoint_io,
+)
+from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
+from lightning_dsmoe.training.gradients import check_and_clip, scales_gradients
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
 from lightning_dsmoe.training.optimization import (
     check_validated,
@@ -33,61 +38,78 @@ from lightning_dsmoe.training.optimization import (
     schedule_options,
     step_plateaus,
 )
-from lightning_dsmoe.training.optimizer_settings import (
-    Settings,
-    apply_settings,
-    changed_settings,
-    describe,
-    group_settings,
-    saved_settings,
-)
+from lightning_dsmoe.training.optimizer_settings import ResumableSettings
+from lightning_dsmoe.training.random_state import ResumableRandomState
 from lightning_dsmoe.training.routing_losses import RoutingLossWeights
-from lightning_dsmoe.training.strategies import check_strategy, shard
+from lightning_dsmoe.training.strategies import check_strategy, data_parallel_group, shard
 
 
-class DSMoELanguageModel(CheckpointedModel):
-    """Trains a decoder with every expert on every token, held in balance by mutual information.
+class DSMoELanguageModel(LightningModule):
+    """Language model that trains all experts on every token, with a mutual-information loss.
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
     (arXiv 2404.05567, eq. 6; alpha is separate for feed-forward and attention experts)
 
     Where training runs a plan, with `SparseFinishing` or a selection below, and delta is not 0,
     every batch runs with all experts too, in about twice the time and with twice the activations in
-    memory, and what is trained is
+    memory, and the loss is
 
     (L under the plan + L with all experts) / 2 + delta L_consistency
     (R-Drop, arXiv 2106.14448, eq. 4, halved)
 
     Means are over the tokens of a batch that count, on all data-parallel ranks together, so that
-    several processes train as one would. Accumulated batches weigh alike, however many tokens count
-    in each.
+    several processes train as one would. Accumulated batches have equal weights, however many
+    tokens count in each.
 
     Args:
-        vocab_size: number of tokens of the vocabulary.
-        d_model: width of the model.
-        n_layers: number of blocks.
-        attention: makes the attention of a block, called as `attention(d_model)`.
-        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`.
-        norm: makes a normalisation, called as `norm(d_model)`.
-        max_positions: size of a learned table of positions; None for none.
-        tie_embeddings: whether the head shares the weights of the embeddings.
-        dropout: probability of dropping embeddings and layer outputs in training.
+        vocab_size: vocabulary size V; the command line takes it from the data.
+        d_model: model width D.
+        n_layers: number of blocks L.
+        attention: factory of the attention layer of a block, called as `attention(d_model)`.
+        feed_forward: factory of its feed-forward layer, called as `feed_forward(d_model)`.
+        norm: factory of a normalisation layer, called as `norm(d_model)`.
+        max_positions: size of a table of learned position embeddings; None for none.
+        tie_embeddings: whether the output head shares the weights of the embeddings.
+        dropout: dropout probability of embeddings and layer outputs.
         checkpoint_activations: recompute each block in the backward pass to save memory.
-        compile_blocks: compile each block with `torch.compile`, from `configure_model` on.
-        expert_mi_weight: alpha of each feed-forward router.
+        compile_blocks: compile each block with `torch.compile` before training.
+        expert_mi_weight: alpha, weight of the MI loss of each feed-forward router.
         attention_mi_weight: alpha of each attention router.
-        load_balancing_weight: beta, for mixtures trained sparsely.
-        router_z_weight: gamma.
-        consistency_weight: delta, to keep predictions under a plan and with all experts alike;
-            without effect where training runs all experts.
+        load_balancing_weight: beta, weight of the load-balancing loss of each router, for
+            mixtures trained sparsely.
+        router_z_weight: gamma, weight of the z-loss of each router.
+        consistency_weight: delta, weight of the loss between predictions under a plan and with all
+            experts; without effect where training runs all experts.
         expert_selection: feed-forward experts that run in training, and in evaluation without a
-            plan; all of them unless a sparsely trained baseline is wanted.
+            plan; all of them, except for a sparsely trained baseline.
         attention_selection: the same for attention experts.
-        optimizer: makes the optimizer from parameter groups.
-        lr_scheduler: makes a learning-rate schedule, stepped after every optimizer step.
+        optimizer: factory of the optimizer, called with parameter groups.
+        lr_scheduler: factory of a learning-rate schedule, stepped after every optimizer step.
 
     Raises:
-        ValueError: if a loss weight is negative.
+        ValueError: if a loss weight is negative or a selection does not fit a layer.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import DSMoELanguageModel, MixtureOfAttentionHeads
+        >>> from lightning_dsmoe import MixtureOfExperts, SelectionPlan, TopK
+        >>> model = DSMoELanguageModel(
+        ...     vocab_size=100,
+        ...     d_model=16,
+        ...     n_layers=2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
+        ... )
+        >>> tokens = torch.arange(12).reshape(2, 6)
+        >>> logits, routings = model(tokens)
+        >>> logits.shape
+        torch.Size([2, 6, 100])
+        >>> routings.experts[0].probs.shape
+        torch.Size([2, 6, 4])
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(1))
+        >>> model(tokens, plan).logits.shape
+        torch.Size([2, 6, 100])
     """
 
     def __init__(
@@ -125,7 +147,7 @@ class DSMoELanguageModel(CheckpointedModel):
         if min(weights) < 0:
             raise ValueError(f"loss weights must be 0 or more, got {weights}")
         self.save_hyperparameters()
-        self._keep_plain_hyperparameters()
+        drop_objects(self.hparams)
         self.vocab_size = vocab_size
         self.d_model = d_model
         self.n_layers = n_layers
@@ -147,11 +169,10 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self._settings: Settings | None = None
-        self._resumed: dict[str, Any] | None = None
-        self._resumed_settings: Settings | None = None
-        self.val_loss = MeanMetric(nan_strategy=math.nan)  # a NaN stays one
-        self.test_loss = MeanMetric(nan_strategy=math.nan)
+        self._settings = ResumableSettings()
+        self._random_state = ResumableRandomState()
+        self.val_loss = EvaluationLoss()
+        self.test_loss = EvaluationLoss()
         self.decoder = Decoder(
             vocab_size,
             d_model,
@@ -166,10 +187,48 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         self.plan.check(*self.decoder.plan_sizes)
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[Any],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model from a checkpoint file, importing nothing that the file names.
+
+        Args:
+            checkpoint_path: the file, or one that is open, at its beginning.
+            map_location: device for the weights, or what else `torch.load` takes.
+            hparams_file: YAML with the arguments of the model instead of those in the file.
+            strict: as in Lightning; the names and shapes of the weights are always checked.
+            weights_only: refuse files that hold more than data. False trusts the file fully.
+            **kwargs: arguments of the model in place of those in the file; a model built in Python
+                needs its factories here.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a checkpoint of this class, is of another model, or names
+                a class that is not known.
+        """
+        return load_checked(
+            cls,
+            super().load_from_checkpoint,
+            checkpoint_path,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=weights_only is not False,
+            **kwargs,
+        )
+
     def setup(self, stage: str) -> None:
-        """Prepare a run, without what an earlier one may have left of a checkpoint."""
-        super().setup(stage)
-        self._resumed = self._resumed_settings = None
+        """Prepare a run, and drop what an earlier one has left of a checkpoint."""
+        self._settings.forget()
+        self._random_state.forget()
+        use_safe_checkpoint_io(self._trainer)
 
     def configure_model(self) -> None:
         """Shard the decoder where the strategy shards, then compile its blocks; each once."""
@@ -179,23 +238,27 @@ class DSMoELanguageModel(CheckpointedModel):
             shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             for block in self.decoder.blocks:
-                # Set by `compile`, and gone after a copy or in a spawned process.
+                # What `compile` sets is lost in a deep copy, as weight averaging makes one, and in
+                # a spawned process; a second `compile` of the same block would compile again.
                 if block._compiled_call_impl is None:
                     block.compile()
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
-        """Logits `[B, T, V]` and routings for tokens `[B, T]`.
+        """Logits and routings of token sequences.
 
         Args:
-            tokens: whole numbers below V.
+            tokens: token ids `[B, T]`, below V.
             plan: the experts that run; None runs those of training, by default all.
+
+        Returns:
+            Logits `[B, T, V]` and the routing of every layer.
         """
         output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        weights, group = self._routing_loss_weights(), self._data_parallel_group()
+        weights, group = self._routing_loss_weights(), data_parallel_group(self.device_mesh)
         step = self._step(batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
@@ -229,11 +292,11 @@ class DSMoELanguageModel(CheckpointedModel):
 
     def on_validation_epoch_start(self) -> None:
         """Begin the mean over the split, with state that later runs may change too."""
-        _begin(self.val_loss)
+        self.val_loss.begin()
 
     def on_test_epoch_start(self) -> None:
         """Begin the mean over the split."""
-        _begin(self.test_loss)
+        self.test_loss.begin()
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss over the whole split, and step the schedules that watch a metric.
@@ -255,47 +318,36 @@ class DSMoELanguageModel(CheckpointedModel):
         every validation.
         """
         optimizer = make_optimizer(self.optimizer, self)
-        groups = group_settings(optimizer)
-        schedule = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
-        self._settings = describe(optimizer, groups, schedule)
+        schedule = self._settings.make_schedule(optimizer, self.lr_scheduler)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings of optimizer and schedule to what a checkpoint tells."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["optimizer_settings"] = self._settings
+        """Add what it takes to rebuild the decoder, to read its tokens and to resume exactly."""
+        add_content(checkpoint, self, self._data())
+        checkpoint["random_state"] = self._random_state.of_all_ranks(self._trainer)
+        checkpoint["optimizer_settings"] = self._settings.current
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check a checkpoint, and keep its settings until the optimizer has its state."""
-        super().on_load_checkpoint(checkpoint)
+        """Check a checkpoint, and note what `fit` is to resume with."""
+        check_content(checkpoint, self, self._trainer)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            self._resumed = checkpoint
+            self._random_state.load(checkpoint, self._trainer)
+            self._settings.load(checkpoint)
 
     def on_fit_start(self) -> None:
-        """Refuse an optimizer that cannot go on from the state which Lightning restores next."""
-        self._read_resumed_settings()
+        """Refuse an optimizer that cannot continue from the state which is restored next."""
+        self._settings.check()
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
         check_validated(self.trainer)
-        self._read_resumed_settings()  # strategies that shard load checkpoints after `on_fit_start`
-        before, now, self._resumed_settings = self._resumed_settings, self._settings, None
-        if before is None or now is None or not (changes := changed_settings(before, now)):
-            return
-        rank_zero_info(f"Resumed with new settings: {'; '.join(changes)}")
-        configs = self.trainer.lr_scheduler_configs
-        schedule = apply_settings(
-            before,
-            now,
-            self.trainer.optimizers[0],
-            configs[0].scheduler if configs else None,
-            self.lr_scheduler,
-            self.global_step,
-        )
-        if configs:
-            configs[0].scheduler = schedule
+        self._settings.apply(self.trainer, self.lr_scheduler)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Continue the random numbers of a resumed run, once its loaders are running."""
+        self._random_state.begin_batch()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule, unless it waits for a validation."""
@@ -308,45 +360,19 @@ class DSMoELanguageModel(CheckpointedModel):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Check that gradients are finite, then clip them, also those of a fused optimizer.
+        """Check that gradients are finite, then clip them.
+
+        Where the precision scales gradients, that is left to Lightning.
 
         Raises:
-            FloatingPointError: if they are not, unless the precision scales gradients, which then
-                leaves out the step by itself.
+            FloatingPointError: if a gradient is not finite.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if scales_gradients(self):
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
-            return
-        # Not by `super`: Lightning 2.6.6 refuses fused optimizers under mixed precision, since some
-        # scale gradients themselves, and would take the norm a second time.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = total_norm(p.grad for p in parameters if p.grad is not None)
-        if not is_finite(norm):
-            gradients = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.global_step}, batch "
-                f"{self.trainer.fit_loop.batch_idx} ({not_finite(gradients) or 'its norm'}); "
-                "no step was taken"
-            )
-        gradient_clip_val = gradient_clip_val or self.trainer.gradient_clip_val
-        if not gradient_clip_val or gradient_clip_val < 0:
-            return
-        algorithm = gradient_clip_algorithm or self.trainer.gradient_clip_algorithm or "norm"
-        if GradClipAlgorithmType(algorithm) == GradClipAlgorithmType.VALUE:
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         else:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-
-    def _read_resumed_settings(self) -> None:
-        checkpoint, now, self._resumed = self._resumed, self._settings, None
-        if checkpoint is None or now is None:
-            return
-        self._resumed_settings = saved_settings(checkpoint, now)
-        changed_settings(self._resumed_settings, now)
-        if self._resumed_settings["schedule"] != now["schedule"]:
-            checkpoint["lr_schedulers"] = []  # another one cannot read its state
+            check_and_clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _step(
         self,
@@ -356,7 +382,9 @@ class DSMoELanguageModel(CheckpointedModel):
     ) -> Step:
         return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
 
-    def _evaluate(self, batch: dict[str, Tensor], metric: MeanMetric, split: str) -> dict[str, Any]:
+    def _evaluate(
+        self, batch: dict[str, Tensor], metric: EvaluationLoss, split: str
+    ) -> dict[str, Any]:
         step = self._step(batch, self.plan)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
@@ -368,18 +396,10 @@ class DSMoELanguageModel(CheckpointedModel):
         )
         return {"loss": step.loss, **step.results()}
 
-    def _log_epoch(self, metric: MeanMetric, split: str) -> None:
-        loss = metric.compute()
-        bits = loss / math.log(2)
-        # Alike on all ranks already; Lightning warns where it is not told to average them.
-        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
-        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
-        data = self._data()
-        if hasattr(data, "bytes_per_token"):
-            per_byte = bits / data.bytes_per_token(split)
-            self.log(f"{split}/bits_per_byte", per_byte, sync_dist=True)
-            per_char = bits / data.chars_per_token(split)
-            self.log(f"{split}/bits_per_char", per_char, sync_dist=True)
+    def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
+        for name, value in metric.summary(split, self._data()).items():
+            # The same on all ranks already; Lightning warns where `sync_dist` is missing.
+            self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def _routing_loss_weights(self) -> RoutingLossWeights:
         return RoutingLossWeights(
@@ -396,17 +416,9 @@ class DSMoELanguageModel(CheckpointedModel):
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
 
-    def _data_parallel_group(self) -> dist.ProcessGroup | None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        mesh = self.device_mesh
-        return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()
-
-
-def _begin(mean: MeanMetric) -> None:
-    """Begin a mean in full precision, from which half-precision training takes metrics too."""
-    mean.set_dtype(torch.promote_types(mean.mean_value.dtype, torch.float32))
-    mean.reset()
+    def _data(self) -> Any:
+        """The data module in use, if there is one."""
+        return getattr(self._trainer, "datamodule", None)
 
 
 def _format(terms: dict[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.training.logger_folder import logger_folder, version_name
 
 _SHOWN = 3
 
@@ -52,18 +53,11 @@ def _own_folders(trainer: Trainer) -> list[str]:
         if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint) and callback.dirpath:
             folders.append(str(callback.dirpath))
         elif isinstance(callback, ModelCheckpoint) and trainer.loggers:
-            version = trainer.loggers[0].version
-            version = version if isinstance(version, str) else f"version_{version}"
-            folders.append(f"{_versions_folder(trainer)}/{version}/checkpoints")
+            version = version_name(trainer.loggers[0])
+            folders.append(f"{logger_folder(trainer)}/{version}/checkpoints")
         elif isinstance(callback, ModelCheckpoint):
             folders.append(f"{trainer.default_root_dir}/checkpoints")
     return folders
-
-
-def _versions_folder(trainer: Trainer) -> str:
-    logger = trainer.loggers[0]
-    save_dir = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
-    return f"{save_dir}/{logger.name}"
 
 
 def _earlier_versions(trainer: Trainer) -> list[Path]:
@@ -75,7 +69,7 @@ def _earlier_versions(trainer: Trainer) -> list[Path]:
         number = re.fullmatch(r"version_(\d+)", folder.parent.name)
         return (int(number[1]) if number else -1, folder.stat().st_mtime_ns)
 
-    folders = Path(_versions_folder(trainer)).expanduser().glob("*/checkpoints")
+    folders = Path(logger_folder(trainer)).expanduser().glob("*/checkpoints")
     return sorted(folders, key=age, reverse=True)
 
 

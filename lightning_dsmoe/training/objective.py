@@ -1,6 +1,6 @@
-"""What a language model is trained to make small.
+"""The training objective of a language model.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences, T positions, V vocabulary.
 """
 
 from typing import Any, NamedTuple, Self
@@ -13,7 +13,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
 from lightning_dsmoe.losses import consistency_loss
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
-from lightning_dsmoe.losses.ranks import sum_over_ranks
+from lightning_dsmoe.losses.token_sums import sum_over_ranks
 from lightning_dsmoe.routing import Routing, SelectionPlan
 from lightning_dsmoe.training.routing_losses import RoutingLossWeights, routing_losses
 
@@ -22,9 +22,9 @@ class Step(NamedTuple):
     """A batch that ran under a plan.
 
     Args:
-        loss: cross entropy, mean over the tokens that count, of all ranks if they share it; 0 if
-            none counts.
-        logits_BTV: what was predicted.
+        loss: cross entropy in nats, mean over the tokens that count, of all ranks if they share it;
+            0 if none counts.
+        logits_BTV: the predictions.
         routings: the routing of every layer.
         mask_BT: tokens that count.
         plan: the experts that ran.
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is to become small, and detached scalars that are worth knowing of it, by name."""
+    """The loss to minimize, and its detached terms by name, for logging."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -109,6 +109,6 @@ def consistent_objective(
     """
     total, terms = objective(sparse, weights, group)
     dense_total, _ = objective(dense, weights, group)
-    apart = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
-    more = {"all_experts/loss": dense.loss.detach(), "consistency": apart.detach()}
-    return Objective((total + dense_total) / 2 + consistency_weight * apart, terms | more)
+    consistency = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
+    more = {"all_experts/loss": dense.loss.detach(), "consistency": consistency.detach()}
+    return Objective((total + dense_total) / 2 + consistency_weight * consistency, terms | more)

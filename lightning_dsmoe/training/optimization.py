@@ -1,4 +1,4 @@
-"""How Lightning is to use an optimizer and a schedule that were named in a configuration."""
+"""How Lightning uses the optimizer and the schedule of a configuration."""
 
 from typing import Any
 

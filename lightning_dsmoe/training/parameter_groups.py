@@ -1,4 +1,4 @@
-"""The parameters that weight decay is for, and those that are matrices of hidden layers."""
+"""Which parameters take weight decay, and which are matrices of hidden layers."""
 
 from typing import Any
 
@@ -15,6 +15,15 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     Args:
         module: the module with the parameters.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_dsmoe.training.parameter_groups import parameter_groups
+        >>> decayed, rest = parameter_groups(nn.Linear(2, 3))
+        >>> [name for name, _ in decayed["params"]], [name for name, _ in rest["params"]]
+        (['weight'], ['bias'])
+        >>> rest["weight_decay"]
+        0.0
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
@@ -27,7 +36,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is a matrix between hidden layers, or a stack of them.
 
-    Not those of embeddings and heads, which rows of tokens make, nor of routers.
+    Not those of embeddings and heads, whose rows are tokens, nor of routers.
 
     Args:
         name: its qualified name.

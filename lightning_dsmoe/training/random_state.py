@@ -1,28 +1,84 @@
-"""The random number generators of a process, kept with a checkpoint."""
+"""The random number generators of each process, saved with a checkpoint."""
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_dsmoe.data.loader import unfinished_batches
 
 _MERSENNE_TWISTER = "MT19937"
 _WORDS = 624
 """Numbers in the state of a Mersenne Twister."""
 
 
+class ResumableRandomState:
+    """The random numbers of a run, which a resumed run continues on every rank.
+
+    Lightning's checkpoints hold no random states: without these, dropout and whatever else draws
+    numbers would differ from the uninterrupted run after every resumption.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what an earlier run has left."""
+        self._restored: dict[str, Any] | None = None
+        self._at_batch_start: dict[str, Any] | None = None
+
+    def load(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+        """Read this rank's state; it is restored by the first batch.
+
+        Not before, since what runs until then draws numbers too: workers of loaders, a sanity
+        check, other callbacks.
+        """
+        self._restored = _of_rank(checkpoint, trainer)
+
+    def begin_batch(self) -> None:
+        """Restore what was loaded, once, and note the state that this batch begins with."""
+        if self._restored is not None:
+            restore_random_state(self._restored)
+            self._restored = None
+        self._at_batch_start = random_state()
+
+    def of_all_ranks(self, trainer: Trainer | None) -> list[dict[str, Any] | None] | None:
+        """The state of each rank from which training continues.
+
+        In the middle of a batch that is the state of its beginning, since a resumed run repeats it.
+        None after an exception or in the middle of a batch on several ranks: others may not be
+        saving, and waiting for them would lose the checkpoint.
+        """
+        unfinished = unfinished_batches(trainer)
+        mine = self._at_batch_start if unfinished else random_state()
+        if self._restored is not None:
+            mine = self._restored
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return [mine]
+        if unfinished or (trainer is not None and trainer.interrupted):
+            return None
+        states: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, mine)
+        return states
+
+
 def random_state() -> dict[str, Any]:
     """The state of the generators of Python, NumPy and PyTorch, on the CPU and on CUDA if in use.
 
-    It is data that `torch.load` takes with `weights_only=True`. NumPy's is None where another kind
-    of generator was put into its place.
+    It is data that `torch.load` reads with `weights_only=True`, so NumPy's key is a tensor. NumPy's
+    state is None where another kind of generator was put into its place.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    found: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     numpy = None
-    if found["bit_generator"] == _MERSENNE_TWISTER:
-        key = torch.from_numpy(found["state"]["key"].astype(np.int64))
-        numpy = (key, found["state"]["pos"], found["has_gauss"], found["gauss"])
+    if numpy_state["bit_generator"] == _MERSENNE_TWISTER:
+        key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+        numpy = (key, numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"])
     return {
         "cpu": torch.get_rng_state(),
         "cuda": cuda,
@@ -66,3 +122,21 @@ def _numpy_state(state: Any) -> tuple[Any, ...]:
     if key.shape != (_WORDS,):  # before it takes memory
         raise ValueError("numpy")
     return (_MERSENNE_TWISTER, key.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
+
+
+def _of_rank(checkpoint: Mapping[str, Any], trainer: Trainer) -> dict[str, Any] | None:
+    """State of this rank's generators; None, with a warning, if as many ranks did not save them."""
+    saved = checkpoint.get("random_state", [None] * trainer.world_size)
+    states = saved if isinstance(saved, list) else [saved]  # a single one in older files
+    for state in states:
+        if state is not None:
+            check_random_state(state)
+    if len(states) != trainer.world_size or saved is None:
+        n_saved = 0 if saved is None else len(states)
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {n_saved} processes and this run has "
+            f"{trainer.world_size}: random numbers, as of dropout, start anew from the seed"
+        )
+        return None
+    mine: dict[str, Any] | None = states[trainer.global_rank]
+    return mine

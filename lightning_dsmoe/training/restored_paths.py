@@ -66,11 +66,11 @@ def _drop(state: dict[str, Any], callback: ModelCheckpoint, resumed: str | Path 
 
 
 def _lies_in(folder: str, path: str) -> bool:
-    """Whether a path leads into a folder; at a remote address it has to be spelled like that."""
+    """Whether a path leads into a folder; at a remote address it has to be written like that."""
     if "://" in folder:
         is_plain = "::" not in path and ".." not in path.split("/")
         return is_plain and path.startswith(folder.rstrip("/") + "/")
-    # Lightning compares such paths as they are spelled, and fsspec follows where they lead.
+    # Lightning compares such paths as they are written, and fsspec follows where they lead.
     if "://" in path or "::" in path or path.startswith(("file:", "local:")):
         return False
     try:

@@ -1,6 +1,6 @@
 """The losses of all routers of a decoder, weighted and added up.
 
-Shapes: B batch, T tokens, R routers, E experts.
+Shapes: R routers, B sequences, T positions, E experts.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 class RoutingLossWeights(NamedTuple):
-    """What each loss of a router counts for.
+    """Weights of the losses of a router.
 
     Args:
         expert_mi: alpha of the feed-forward routers.
@@ -31,10 +31,10 @@ class RoutingLossWeights(NamedTuple):
 
 
 class RoutingLosses(NamedTuple):
-    """The weighted losses of all routers, and what is worth knowing of them.
+    """The weighted sum of the losses of all routers, and their means for logging.
 
-    Shape:
-        total: scalar.
+    Args:
+        total: scalar, in nats.
         terms: detached scalars, means over the routers of a kind, in nats, by names such as
             "experts/mutual_information".
     """
@@ -57,11 +57,26 @@ def routing_losses(
         routings: the routing of every layer.
         plan: the experts that ran.
         weights: alpha, beta and gamma.
-        mask: tokens that count, `[B, T]`.
+        mask: tokens that count, bool `[B, T]`.
         group: process group over whose tokens all means are, as in `mutual_information_loss`.
 
     Raises:
         ValueError: if plan and routings have different numbers of layers.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.decoder import Routings
+        >>> from lightning_dsmoe.routing import Routing, SelectionPlan
+        >>> from lightning_dsmoe.training.routing_losses import RoutingLossWeights, routing_losses
+        >>> probs = torch.eye(4)[None]  # four tokens, each with an expert of its own
+        >>> routings = Routings((Routing(probs.log(), probs),), (None,))
+        >>> weights = RoutingLossWeights(expert_mi=0.5, attention_mi=0.5)
+        >>> mask = torch.ones(1, 4, dtype=torch.bool)
+        >>> losses = routing_losses(routings, SelectionPlan.uniform(1), weights, mask)
+        >>> round(losses.terms["experts/mutual_information"].item(), 4)  # ln 4
+        1.3863
+        >>> round(losses.total.item(), 4)
+        -0.6931
     """
     total = torch.zeros((), device=mask.device)
     terms = {}

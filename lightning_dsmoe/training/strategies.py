@@ -1,5 +1,6 @@
-"""How Lightning's strategies spread a decoder over processes."""
+"""Which of Lightning's strategies are supported, and how a decoder is sharded."""
 
+import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
@@ -66,3 +67,14 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
     for block in decoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(decoder, mesh=mesh)
+
+
+def data_parallel_group(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The processes that train on different batches; None for a single process.
+
+    Args:
+        mesh: the device mesh of a strategy that shards, else None.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.group.WORLD if mesh is None else mesh["data_parallel"].get_group()

@@ -60,7 +60,10 @@ def statistics(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> St
 
 @pytest.fixture
 def measure(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Any:
-    return lambda plan: evaluate_plan(model, plan, text, counts)
+    """Measures in one batch, as searches measure many plans."""
+    inputs, labels = (torch.cat(parts) for parts in zip(*text.batches, strict=True))
+    whole = HeldOut([(inputs, labels)], text.n_tokens)
+    return lambda plan: evaluate_plan(model, plan, whole, counts)
 
 
 def share_of(statistics: Statistics, plan: SelectionPlan) -> float:

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, PlanResult, evaluate_plan
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import ParameterCounts, active_masks, active_parameters
@@ -23,9 +25,16 @@ def test_loss_and_share_are_those_of_the_decoder(
         share = active_parameters(counts, *active_masks(routings, plan), counted)
         shares.append(share.mean * counted.sum())
     assert found.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
-    assert found.share == pytest.approx((sum(shares) / text.n_tokens).item(), rel=1e-5)
-    assert found.share_p50 <= found.share_p95
+    assert found.active_share_mean == pytest.approx((sum(shares) / text.n_tokens).item(), rel=1e-5)
+    assert found.active_share_p50 <= found.active_share_p95
     assert found.tokens_per_second > 0
+
+
+def test_names_of_version_0_1() -> None:
+    result: Any = PlanResult(2.0, 0.3, 0.2, 0.4, 1.0, ())
+    for old, value in (("share", 0.3), ("share_p50", 0.2), ("share_p95", 0.4)):
+        with pytest.warns(DeprecationWarning, match=f"PlanResult.{old} is now active_share_"):
+            assert getattr(result, old) == value
 
 
 def test_halves_of_a_single_batch_share_its_windows() -> None:
@@ -34,7 +43,7 @@ def test_halves_of_a_single_batch_share_its_windows() -> None:
     assert torch.equal(first.batches[0][0], inputs_BT[:2])
     assert torch.equal(second.batches[0][1], labels_BT[2:])
     assert (first.n_tokens, second.n_tokens) == (8, 4)
-    with pytest.raises(ValueError, match=r"4 tokens in one window, .* it takes more than 4"):
+    with pytest.raises(ValueError, match=r"4 tokens in one window, .* more than 4 are needed"):
         second.halves()
 
 

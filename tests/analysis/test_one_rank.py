@@ -7,7 +7,7 @@ from torchmetrics import MeanMetric
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.certificate.judgement import judge
-from lightning_dsmoe.analysis.report.token_preferences import frequent_tokens
+from lightning_dsmoe.analysis.report.lift import frequent_tokens
 from lightning_dsmoe.analysis.report.utilization import utilization
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel
@@ -30,7 +30,7 @@ def test_nothing_is_synchronised(
     evaluated = evaluate_plan(model, PLAN, text, counts)
     use = utilization(model, PLAN, text, counts, frequent_tokens(text, 3))
     assert judged.active_share_mean == 1
-    assert evaluated.share == pytest.approx(use.active.mean.item())
+    assert evaluated.active_share_mean == pytest.approx(use.active.mean.item())
     mean = MeanMetric()
     mean.update(1.0)
     with pytest.raises(ValueError, match="process group"):

@@ -1,4 +1,4 @@
-"""Experts that a text never uses, and what is the same without them."""
+"""Experts that a text never uses, and that pruning them changes nothing on it."""
 
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from lightning_dsmoe.routing import (
     TopP,
 )
 
+from ..pairwise import pairwise
+
 SELECTIONS: list[Selection] = [
     TopK(1),
     TopK(2, renormalize=True),
@@ -35,7 +37,7 @@ SELECTIONS: list[Selection] = [
     TopP(0.7),
     TopP(0.7, renormalize=True),
 ]
-WAYS = {"masked": 10**6, "grouped": 1}
+MODES = {"masked": 10**6, "grouped": 1}
 
 
 def attention(**options: Any) -> Any:
@@ -105,9 +107,9 @@ def grouping_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled(
-    decoder: Decoder, plan: SelectionPlan, way: str = "grouped", **options: Any
+    decoder: Decoder, plan: SelectionPlan, mode: str = "grouped", **options: Any
 ) -> SparseModel:
-    points = SwitchPoints(gather_up_to=0, grouped_from=WAYS[way])
+    points = SwitchPoints(gather_up_to=0, grouped_from=MODES[mode])
     return compile_sparse(decoder, plan, switch_points=points, **options)
 
 
@@ -132,15 +134,18 @@ def ran(decoder: Decoder, plan: SelectionPlan, text: HeldOut) -> dict[str, list[
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("selection", SELECTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("selection", "mode", "unlike"),
+    pairwise(selection=SELECTIONS, mode=MODES, unlike=DECODERS),
+    indirect=["unlike"],
+)
 def test_nothing_changes_without_experts_that_never_run(
-    selection: Selection, way: str, unlike: Decoder, some_text: HeldOut
+    selection: Selection, mode: str, unlike: Decoder, some_text: HeldOut
 ) -> None:
     plan = uniform(selection)
-    whole = compiled(unlike, plan, way)
+    whole = compiled(unlike, plan, mode)
     used = used_experts(whole, plan, some_text)
-    pruned = compiled(prune(unlike, used), plan, way)
+    pruned = compiled(prune(unlike, used), plan, mode)
     assert pruned.report().n_bytes < whole.report().n_bytes
     proof = prove(whole, pruned, plan, some_text)
     assert proof.holds

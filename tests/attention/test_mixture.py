@@ -213,7 +213,7 @@ def test_projections_work_for_the_experts_that_are_computed(way: str) -> None:
 
 def test_the_work_of_one_expert_decides_how_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = mixture(), torch.randn(2, 5, 8)
-    per_kernel = 10 * 2 * 8 * 8 / head_groups._KERNELS
+    per_kernel = 10 * 2 * 8 * 8 / head_groups._KERNELS_PER_GROUP
     found = []
     for cost in (per_kernel - 0.1, per_kernel + 0.1):
         monkeypatch.setitem(dispatch.MULTIPLICATIONS_PER_KERNEL, "cpu", cost)

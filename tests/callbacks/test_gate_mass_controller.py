@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dsmoe.callbacks import SparsityTarget
-from lightning_dsmoe.callbacks.gate_mass_controller import steered_factor, top_mass
+from lightning_dsmoe.callbacks.gate_mass_controller import GateMassController, gate_mass_totals
 from lightning_dsmoe.routing import Routing
 
 
@@ -18,11 +18,11 @@ def test_mass_is_that_of_sorted_probabilities(k: int, seed: int) -> None:
     routings = [Routing(one, one.softmax(-1)) for one in logits]
     mask = torch.rand(2, 4, generator=generator) < 0.7
     mask[0, 0] = True
-    held, tokens = top_mass([routings[0], None, *routings[1:]], k, mask).tolist()
+    total, tokens = gate_mass_totals([routings[0], None, *routings[1:]], k, mask).tolist()
     assert tokens == mask.sum()
     probs = logits.softmax(-1)[:, mask].flatten(0, 1).tolist()
     naive = sum(sum(sorted(row, reverse=True)[:k]) for row in probs) / len(probs)
-    assert held / tokens == pytest.approx(naive, rel=1e-6)
+    assert total / tokens == pytest.approx(naive, rel=1e-6)
 
 
 @given(
@@ -35,11 +35,12 @@ def test_mass_is_that_of_sorted_probabilities(k: int, seed: int) -> None:
 def test_a_change_is_bounded_and_without_a_trend_towards_the_target(
     factor: float, mass: float, before: float, target: float, rate: float
 ) -> None:
-    change = partial(steered_factor, factor, mass, target=target, rate=rate, ahead=5)
-    new = change(before, least=0.1, most=10)
+    make = partial(GateMassController, target, rate, 5)
+    change = partial(make(least=0.1, most=10).next_factor, factor, mass)
+    new = change(before)
     assert factor / rate * (1 - 1e-12) <= new <= factor * rate * (1 + 1e-12)
-    assert (change(mass, least=0.1, most=10) - factor) * (target - mass) >= -1e-12
-    assert change(before, least=1, most=1) == 1
+    assert (change(mass) - factor) * (target - mass) >= -1e-12
+    assert make(least=1, most=1).next_factor(factor, mass, before) == 1
 
 
 @pytest.mark.parametrize(
@@ -56,9 +57,8 @@ def test_a_change_is_bounded_and_without_a_trend_towards_the_target(
     ],
 )
 def test_size_of_a_change(missing: float, before: float, exponent: float) -> None:
-    factor = steered_factor(
-        2.0, 1 - missing, 1 - before, target=0.9, rate=1.5, ahead=2, least=0.1, most=10
-    )
+    controller = GateMassController(target=0.9, rate=1.5, ahead=2, least=0.1, most=10)
+    factor = controller.next_factor(2.0, 1 - missing, 1 - before)
     assert factor == pytest.approx(2 * 1.5**exponent)
 
 
@@ -68,7 +68,7 @@ def test_size_of_a_change(missing: float, before: float, exponent: float) -> Non
 def test_settles_where_routing_answers_late(lag: int, response: float, natural: float) -> None:
     """What is missing falls with a power of the weight, and gets there over `lag` steps."""
     target = SparsityTarget(expert_top_k=1)
-    wanted = ((1 - natural) / (1 - target.mass)) ** (1 / response)
+    wanted = ((1 - natural) / (1 - target.controller.target)) ** (1 / response)
     log_missing, factor, overshoot = math.log(1 - natural), 1.0, 0.0
     mass = natural
     for step in range(1, 2001):
@@ -76,16 +76,7 @@ def test_settles_where_routing_answers_late(lag: int, response: float, natural: 
         log_missing += (settled - log_missing) / lag
         if step % target.every == 0:
             before, mass = mass, 1 - math.exp(log_missing)
-            factor = steered_factor(
-                factor,
-                mass,
-                before,
-                target=target.mass,
-                rate=target.rate,
-                ahead=target.ahead,
-                least=target.least,
-                most=target.most,
-            )
+            factor = target.controller.next_factor(factor, mass, before)
             overshoot = max(overshoot, math.log(factor / wanted) / math.log(wanted))
     assert factor == pytest.approx(wanted, rel=1e-3)
     assert overshoot < 0.05

@@ -1,7 +1,9 @@
 """Callbacks over two processes with batches of different sizes."""
 
 import csv
+import os
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from lightning import Callback, LightningDataModule, Trainer
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -68,11 +72,12 @@ def make_trainer(folder: Path, devices: int, **options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
+        strategy="ddp" if devices > 1 else "auto",
         use_distributed_sampler=False,
-        logger=CSVLogger(folder, name="logs"),
+        logger=CSVLogger(folder, name="logs", version=0),
         enable_progress_bar=False,
         enable_checkpointing=False,
+        enable_model_summary=False,
         **options,
     )
 
@@ -114,43 +119,62 @@ class LongWork(Callback):
             on_rank_zero(trainer, fail)
 
 
-def steer(folder: Path, devices: int, callbacks: list[Callback], **options: Any) -> dict[str, str]:
-    """What is logged after the first step of a fit that steers the weights at each step."""
+def fit(folder: Path, devices: int, *more: Callback, **options: Any) -> None:
+    """A fit that controls the weights at each step, and logs them."""
     target = SparsityTarget(expert_top_k=2, attention_top_k=1, mass=0.9, rate=1.5, every=1, delay=0)
     trainer = make_trainer(
-        folder,
-        devices,
-        callbacks=[target, *callbacks],
-        log_every_n_steps=1,
-        enable_model_summary=False,
-        **options,
+        folder, devices, callbacks=[target, *more], log_every_n_steps=1, **options
     )
     trainer.fit(make_model(), UnevenData())
+
+
+def first_row(folder: Path) -> dict[str, str]:
+    """What was logged after the first step."""
     [path] = folder.rglob("metrics.csv")
     with path.open() as file:
         return next(row for row in csv.DictReader(file) if row["train/expert_mi_weight"])
 
 
-@pytest.mark.ddp
-def test_two_ranks_report_as_one_process(tmp_path: Path) -> None:
-    one = validate(tmp_path / "one", 1)
-    two = validate(tmp_path / "two", 2, LongWork())
+def run_rank(rank: int, folder: Path, port: int) -> None:
+    """All runs of a rank, since starting processes takes longer than they do."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ.update(address)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.save(validate(folder / "validated", 2, LongWork()), folder / f"{rank}.pt")
+    finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
+    options = {"max_steps": 3, "accumulate_grad_batches": 2}
+    fit(folder / "fitted", 2, SameOnAllRanks(), finishing, **options)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = (folder, find_free_network_port())
+    mp.start_processes(run_rank, arguments, nprocs=2, start_method="spawn")
+    return folder
+
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+
+
+def test_two_ranks_report_as_one_process(two_ranks: Path, tmp_path: Path) -> None:
+    one = validate(tmp_path, 1)
     names = [name for name in one if "/layer_" in name or "/sparse/" in name or name == "val/loss"]
     assert len(names) == 2 * 2 * 5 + 3 + 1
-    for name in names:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=name)
-    (folder,) = (tmp_path / "two").rglob("utilization")
+    for rank in range(2):
+        two = torch.load(two_ranks / f"{rank}.pt")
+        for name in names:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6, msg=name)
+    (folder,) = (two_ranks / "validated").rglob("utilization")
     assert {path.name for path in folder.iterdir()} == {"val_step_00000000.png", "last.png"}
 
 
-@pytest.mark.ddp
-def test_two_ranks_steer_as_one_process(tmp_path: Path) -> None:
+def test_two_ranks_control_the_weights_as_one_process(two_ranks: Path, tmp_path: Path) -> None:
     """A step on two batches of each rank, against one on all their windows; then two more."""
-    finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
-    two = steer(
-        tmp_path / "two", 2, [SameOnAllRanks(), finishing], max_steps=3, accumulate_grad_batches=2
-    )
-    one = steer(tmp_path / "one", 1, [], max_steps=1)
+    fit(tmp_path, 1, max_steps=1)
+    one, two = first_row(tmp_path), first_row(two_ranks / "fitted")
     for kind in ("expert", "attention"):
         name = f"train/{kind}_mi_weight"
         assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-5)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention import GroupedQueryAttention
-from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
+from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation, SparseResult
 from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
@@ -65,18 +65,19 @@ def test_same_as_a_loop_over_tokens(
         result = callback.results[name]
         sparse = loss_of(model, loader, used)
         assert sparse != pytest.approx(dense, rel=1e-3)
-        assert result.loss == pytest.approx(sparse, rel=1e-5)
+        assert result.sparse_loss == pytest.approx(sparse, rel=1e-5)
         assert result.dense_loss == pytest.approx(dense, rel=1e-5)
-        assert result.gap == pytest.approx(sparse / dense - 1, rel=1e-3)
-        assert logged[f"{stage}/sparse/{name}/loss"] == pytest.approx(result.loss)
-        assert logged[f"{stage}/sparse/{name}/gap"] == pytest.approx(result.gap)
-        assert logged[f"{stage}/sparse/{name}/active_share"] == pytest.approx(result.active_share)
+        assert result.relative_gap == pytest.approx(sparse / dense - 1, rel=1e-3)
+        assert logged[f"{stage}/sparse/{name}/loss"] == pytest.approx(result.sparse_loss)
+        assert logged[f"{stage}/sparse/{name}/gap"] == pytest.approx(result.relative_gap)
+        share = logged[f"{stage}/sparse/{name}/active_share"]
+        assert share == pytest.approx(result.active_share_mean)
     assert logged[f"{stage}/loss"] == pytest.approx(result.dense_loss)
 
     counts = count_parameters(model.decoder)
     one_of_each = [layer.per_expert for layer in counts.experts + counts.attention if layer]
     share = (counts.always + sum(one_of_each)) / counts.hidden
-    assert callback.results["top_1"].active_share == pytest.approx(share)
+    assert callback.results["top_1"].active_share_mean == pytest.approx(share)
     assert callback.results["top_1"].active_share_p95 == pytest.approx(share, abs=5e-4)
 
 
@@ -92,8 +93,8 @@ def test_all_experts_are_the_dense_model(
         model, make_loader(2), verbose=False
     )
     result = callback.results["all"]
-    assert abs(result.gap) < 1e-6
-    assert (result.active_share, result.active_share_p50) == (1, 1)
+    assert abs(result.relative_gap) < 1e-6
+    assert (result.active_share_mean, result.active_share_p50) == (1, 1)
 
 
 def test_model_without_routers_is_always_whole(
@@ -107,8 +108,8 @@ def test_model_without_routers_is_always_whole(
     )
     callback = SparseEvaluation({"top_1": TOP_1})
     make_trainer(callbacks=[callback]).validate(model, make_loader(2), verbose=False)
-    assert callback.results["top_1"].active_share == 1
-    assert abs(callback.results["top_1"].gap) < 1e-6
+    assert callback.results["top_1"].active_share_mean == 1
+    assert abs(callback.results["top_1"].relative_gap) < 1e-6
 
 
 def test_plan_that_does_not_fit_stops_before_the_first_step(
@@ -192,7 +193,9 @@ def test_fit_evaluates_at_each_validation_and_not_in_the_sanity_check(
     sanity, first, second = seen
     assert sanity is None
     assert first != second
-    assert trainer.callback_metrics["val/sparse/top_1/loss"].item() == pytest.approx(second.loss)
+    assert trainer.callback_metrics["val/sparse/top_1/loss"].item() == pytest.approx(
+        second.sparse_loss
+    )
 
 
 def test_nan_is_not_hidden(
@@ -206,4 +209,11 @@ def test_nan_is_not_hidden(
     make_trainer(callbacks=[callback], fast_dev_run=True).validate(
         model, make_loader(1), verbose=False
     )
-    assert callback.results["top_1"].loss != callback.results["top_1"].loss
+    assert callback.results["top_1"].sparse_loss != callback.results["top_1"].sparse_loss
+
+
+def test_names_of_version_0_1() -> None:
+    result: Any = SparseResult(1.5, 1.0, 0.5, 0.3, 0.2, 0.4)
+    for old, value in (("loss", 1.5), ("gap", 0.5), ("active_share", 0.3)):
+        with pytest.warns(DeprecationWarning, match=f"SparseResult.{old} is now "):
+            assert getattr(result, old) == value

@@ -55,11 +55,11 @@ def test_the_last_steps_run_the_plan_and_validation_does_not(
     assert model.plan == DENSE
 
 
-def test_plans_are_taken_by_turns_one_a_step(
+def test_plans_alternate_from_step_to_step(
     model: DSMoELanguageModel, make_loader: MakeLoader, make_trainer: MakeTrainer
 ) -> None:
     plans = Plans()
-    finishing = SparseFinishing(SPEC, steps=3, turns_with=[OTHER])
+    finishing = SparseFinishing(SPEC, steps=3, alternate_with=[OTHER])
     trainer = make_trainer(max_steps=4, accumulate_grad_batches=2, callbacks=[finishing, plans])
     trainer.fit(model, make_loader(8), make_loader(1))
     assert plans.training == [DENSE] * 2 + [SPARSE] * 2 + [OTHER] * 2 + [SPARSE] * 2
@@ -132,7 +132,7 @@ def test_resumed_as_if_never_stopped(
 
     def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Plans, Any]:
         plans, model = Plans(), make_model()
-        finishing = SparseFinishing(SPEC, steps=3, turns_with=[OTHER])
+        finishing = SparseFinishing(SPEC, steps=3, alternate_with=[OTHER])
         callbacks = (plans, finishing, *callbacks)
         trainer = make_trainer(max_steps=8, callbacks=list(callbacks))
         trainer.fit(model, make_loader(3), make_loader(1), ckpt_path=ckpt_path, weights_only=True)
@@ -200,7 +200,7 @@ def test_mistakes_end_before_training(
     wide = SparseFinishing(LayerSelections(experts=TopK(5)), steps=1)
     with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=5\)"):
         make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
-    wide = SparseFinishing(SPEC, steps=1, turns_with=[LayerSelections(experts=TopK(6))])
+    wide = SparseFinishing(SPEC, steps=1, alternate_with=[LayerSelections(experts=TopK(6))])
     with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=6\)"):
         make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
     two = [SparseFinishing(SPEC, steps=1), SparseFinishing(SPEC, steps=2)]

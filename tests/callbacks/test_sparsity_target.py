@@ -20,7 +20,7 @@ MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]
 MakeTrainer = Callable[..., Trainer]
 
-STEER = {"expert_top_k": 2, "attention_top_k": 1, "mass": 0.8, "every": 2, "delay": 3}
+CONTROL = {"expert_top_k": 2, "attention_top_k": 1, "mass": 0.8, "every": 2, "delay": 3}
 
 
 class Stop(Exception):
@@ -97,7 +97,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         (
             {"expert_top_k": 1},
             {"expert_mi_weight": 0.0},
-            "expert_top_k=1: expert_mi_weight must be above 0 to be steered, got 0.0",
+            "expert_top_k=1: expert_mi_weight must be above 0, got 0.0",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_weights_follow_the_measured_mass(
     accumulate: int, make_model: MakeModel, make_loader: MakeLoader, make_trainer: MakeTrainer
 ) -> None:
     model = make_model(expert_mi_weight=0.2, attention_mi_weight=0.1)
-    target = SparsityTarget(**STEER, smoothing=0.25, rate=1.3, ahead=2)
+    target = SparsityTarget(**CONTROL, smoothing=0.25, rate=1.3, ahead=2)
     recorder = Recorder()
     trainer = make_trainer(
         max_steps=7, accumulate_grad_batches=accumulate, callbacks=[target, recorder]
@@ -230,7 +230,7 @@ def test_resumed_at_step_7_is_as_if_never_stopped(
     def run(
         max_steps: int, *, ckpt_path: Path | None = None, fail_at: int | None = None
     ) -> tuple[Trainer, Recorder, Any, SparsityTarget]:
-        recorder, model, target = Recorder(fail_at), make_model(), SparsityTarget(**STEER)
+        recorder, model, target = Recorder(fail_at), make_model(), SparsityTarget(**CONTROL)
         folder = tmp_path / f"{fail_at} {ckpt_path is None}"
         checkpoint = [] if saving is None else [ModelCheckpoint(folder, **saving)]
         trainer = make_trainer(
@@ -269,7 +269,7 @@ def test_weights_come_back_after_an_exception(
 ) -> None:
     configured = (model.expert_mi_weight, model.attention_mi_weight)
     recorder = Recorder(fail_at=5)
-    callbacks = [SparsityTarget(**STEER), recorder]
+    callbacks = [SparsityTarget(**CONTROL), recorder]
     with pytest.raises(Stop, match="stop here"):
         make_trainer(max_steps=6, callbacks=callbacks).fit(model, make_loader(5), make_loader(1))
     assert recorder.weights[-1][0] != configured[0]
@@ -280,7 +280,7 @@ def test_weights_come_back_after_an_exception(
 def test_another_fit_begins_at_the_configured_weights(
     make_model: MakeModel, make_loader: MakeLoader, make_trainer: MakeTrainer
 ) -> None:
-    target = SparsityTarget(**STEER)
+    target = SparsityTarget(**CONTROL)
     runs = []
     for _ in range(2):
         recorder = Recorder()
@@ -292,7 +292,7 @@ def test_another_fit_begins_at_the_configured_weights(
     assert runs[0][0] != runs[0][-1]
 
 
-def test_a_state_of_more_kinds_than_are_steered(model: DSMoELanguageModel) -> None:
+def test_a_state_of_more_kinds_than_are_controlled(model: DSMoELanguageModel) -> None:
     both = SparsityTarget(expert_top_k=1, attention_top_k=1)
     both.load_state_dict(
         {"factors": {"experts": 2.0, "attention": 3.0}, "masses": {"attention": 0.5}}

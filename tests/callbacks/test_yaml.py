@@ -1,5 +1,6 @@
 """Callbacks as a configuration names them."""
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
         - class_path: lightning_dsmoe.callbacks.SparseFinishing
           init_args:
             plan: {tmp_path}/plan.json
-            turns_with:
+            alternate_with:
               - experts: {{class_path: TopK, init_args: {{k: 3}}}}
               - {tmp_path}/plan.json
             steps: 7
@@ -70,10 +71,25 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
     }
     assert isinstance(target, SparsityTarget)
     assert target.top_k == {"experts": 2}
-    assert (target.mass, target.rate, target.every, target.delay) == (0.9, 1.2, 5, 0)
+    assert (*astuple(target.controller)[:2], target.every, target.delay) == (0.9, 1.2, 5, 0)
     assert isinstance(finishing, SparseFinishing)
     assert finishing.plans == [saved, LayerSelections(experts=TopK(3)), saved]
     assert finishing.steps == 7
+
+
+def test_the_old_name_of_further_plans_still_works() -> None:
+    with pytest.warns(DeprecationWarning, match=r"turns_with is now alternate_with; .* 0\.3$"):
+        [finishing] = parse(
+            """
+            - class_path: lightning_dsmoe.callbacks.SparseFinishing
+              init_args:
+                plan: {}
+                steps: 7
+                turns_with: [{experts: {class_path: TopK, init_args: {k: 3}}}]
+            """
+        )
+    assert isinstance(finishing, SparseFinishing)
+    assert finishing.plans == [LayerSelections(), LayerSelections(experts=TopK(3))]
 
 
 @pytest.mark.parametrize(

@@ -118,20 +118,21 @@ def trained(
     return Run(folder / "quickstart" / "version_0", words)
 
 
+def words_of(trained: Run, command: str, output: Path) -> list[str]:
+    """Words of a command that measures the trained model on its text, and where it writes."""
+    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
+    return [
+        command,
+        f"--ckpt_path={trained.checkpoint}",
+        f"--files={files.partition('=')[2]}",
+        f"--output={output}",
+        "--max_tokens=300",
+        "--batch_tokens=64",
+        *([] if command == "prune" else ["--device=cpu"]),
+    ]
+
+
 @pytest.fixture
 def measuring(trained: Run, tmp_path: Path) -> Callable[[str, str], list[str]]:
-    """Words of a command that measures the trained model on its text, and what it writes."""
-    [files] = [word for word in trained.words if word.startswith("--data.init_args.files=")]
-
-    def words(command: str, output: str) -> list[str]:
-        return [
-            command,
-            f"--ckpt_path={trained.checkpoint}",
-            f"--files={files.partition('=')[2]}",
-            f"--output={tmp_path / output}",
-            "--max_tokens=300",
-            "--batch_tokens=64",
-            *([] if command == "prune" else ["--device=cpu"]),
-        ]
-
-    return words
+    """`words_of` a command that writes into the folder of the test."""
+    return lambda command, output: words_of(trained, command, tmp_path / output)

@@ -2,14 +2,23 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.inference import load_decoder
-from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
+from lightning_dsmoe.tokenizers import ByteTokenizer
 
 from .conftest import Outcome, Run
+
+evaluation_setup = import_module("lightning_dsmoe.commands.evaluation_setup")
 
 
 @pytest.fixture
@@ -28,7 +37,7 @@ def test_a_plan_for_a_budget(
     for selections in (plan.experts, plan.attention):
         [kind] = {type(selection) for selection in selections}
         assert kind is TopK or (kind is Threshold and not fixed)
-    for words_of_table in ("calibrated", "all experts", "best of one rule", "standard error"):
+    for words_of_table in ("calibrated", "all experts", "best uniform plan", "standard error"):
         assert words_of_table in outcome.out
 
 
@@ -43,21 +52,22 @@ def test_a_model_with_experts_of_one_kind_alone(
     cli: Callable[..., Outcome],
     words: list[str],
     tmp_path: Path,
-    tiny: Callable[[Path], list[str]],
-    config: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "plain.yaml").write_text(
-        "model: {init_args: {feed_forward: {class_path: lightning_dsmoe.experts.FeedForward, "
-        "init_args: {d_hidden: 16}}}}\n"
+    router = partial(LinearRouter, init_std=0.5)
+    attention = partial(MixtureOfAttentionHeads, n_experts=8, n_heads=1, d_head=4, router=router)
+    decoder = Decoder(
+        256, 16, 2, attention=attention, feed_forward=partial(FeedForward, d_hidden=16)
     )
-    overlay = ["-c", config("quickstart.yaml"), "-c", str(tmp_path / "plain.yaml")]
-    outcome = cli("fit", *overlay, *tiny(tmp_path), "--trainer.callbacks=[]")
+    monkeypatch.setattr(
+        evaluation_setup,
+        "load_decoder",
+        lambda path: LoadedDecoder(decoder, ByteTokenizer().to_dict(), 16),
+    )
+    outcome = cli(*words, "--budget=0.85")
     assert outcome.code == 0, outcome.err
-    [checkpoint] = tmp_path.rglob("*.ckpt")
-    outcome = cli(*words, f"--ckpt_path={checkpoint}", "--budget=0.85")
-    assert outcome.code == 0, outcome.err
-    assert "best of one rule" in outcome.out
-    assert re.search("(threshold [0-9.]+|top [0-9]) ", outcome.out)
+    [rule] = re.findall("Best uniform plan: (.*)\\.", outcome.out)
+    assert re.fullmatch("attention: (threshold [0-9.]+|top [0-9])", rule)
     assert (tmp_path / "plan.json").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from lightning_dsmoe.cli import main
 from lightning_dsmoe.inference import load_sparse
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "own_parts.md").read_text(encoding="utf-8")
 UNKNOWN = (
     r"'my_parts\.\w+' is not a known \w+; "
     "import the module that defines it first, if you trust it: "
@@ -19,7 +19,7 @@ HOW = "import my_parts in Python, --import my_parts on the command line"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return re.findall(rf"```{language}[^\n]*\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,11 @@ def test_a_plan_of_unknown_selections_says_how(cli: Any, trained: Any, tmp_path:
     ("words", "message"),
     [
         (["--import", "absent_parts"], "there is no module 'absent_parts' in this folder"),
-        (["--import=own_parts.py"], "takes the name of a module, like my_parts, got 'own_parts.py"),
-        (["--import"], "takes the name of a module, like my_parts, got ''"),
+        (
+            ["--import=own_parts.py"],
+            "takes the name of a module, such as my_parts, got 'own_",
+        ),
+        (["--import"], "takes the name of a module, such as my_parts, got ''"),
         (["--import", "broken_parts"], "No module named 'absent_parts'"),
     ],
 )

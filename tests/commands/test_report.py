@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import tokenizers
 import torch
 
 from lightning_dsmoe import __version__
+from lightning_dsmoe.attention import GroupedQueryAttention
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import FeedForward
+from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan, TopK
+from lightning_dsmoe.serialization.architecture import describe_decoder
 from lightning_dsmoe.tokenizers import HuggingFaceTokenizer
 
 from .conftest import Outcome, Run
@@ -29,6 +35,16 @@ def changed(checkpoint: str, path: Path, change: Callable[[dict[str, Any]], obje
     return str(path)
 
 
+def with_decoder(decoder: Decoder) -> Callable[[dict[str, Any]], None]:
+    """A change that puts another decoder into a checkpoint."""
+
+    def change(state: dict[str, Any]) -> None:
+        state["architecture"] = describe_decoder(decoder)
+        state["state_dict"] = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+
+    return change
+
+
 def test_a_page_without_any_option(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
 ) -> None:
@@ -41,14 +57,14 @@ def test_a_page_without_any_option(
     assert len(page) < 1_000_000
     for shown in (
         "How last.ckpt uses its experts",
-        "experts Threshold eps=0.1, attention Threshold eps=0.1, by default",
+        "experts: threshold 0.1; attention: threshold 0.1 (default)",
         "320 tokens, val split of ",
         f"lightning_dsmoe {__version__}",
         trained.checkpoint,
     ):
         assert shown in page
     assert re.search("SHA-256 [0-9a-f]{16}…", page)
-    assert "Change from the other checkpoint" not in page
+    assert "Difference from the other checkpoint" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -92,10 +108,10 @@ def test_a_plan_a_sample_and_another_checkpoint(
     )
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "experts TopK k=2, attention TopK k=1, from " in page
-    assert "a&#x27;b&lt;i&gt;.json" in page
+    assert "experts: top 2; attention: top 1 (from " in page
+    assert "a&#39;b&lt;i&gt;.json" in page
     assert "&lt;b&gt;other.ckpt" in page
-    assert "Change from the other checkpoint" in page
+    assert "Difference from the other checkpoint" in page
     assert "6 of 44 experts; feed-forward 0: " in page
     assert page.count('<p class="sample') == 1
     assert page.count("<script>") == 1
@@ -113,19 +129,12 @@ def test_a_sample_that_is_not_utf8(
 
 
 def test_another_checkpoint_of_something_else(
-    cli: Callable[..., Outcome],
-    words: list[str],
-    tmp_path: Path,
-    trained: Run,
-    tiny: Callable[[Path], list[str]],
-    config: Callable[[str], str],
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
 ) -> None:
-    def deeper() -> str:
-        options = [*tiny(tmp_path), "--model.init_args.n_layers=1"]
-        assert cli("fit", "-c", config("quickstart.yaml"), *options).code == 0
-        return str(tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt")
-
-    outcome = cli(*words, f"--other={deeper()}")
+    decoder = load_decoder(trained.checkpoint).decoder
+    decoder.blocks, decoder.n_layers = decoder.blocks[:1], 1
+    other = changed(trained.checkpoint, tmp_path / "other.ckpt", with_decoder(decoder))
+    outcome = cli(*words, f"--other={other}")
     assert outcome.code == 1
     [error] = outcome.errors
     assert "is of another architecture: n_layers was 2, is 1" in error
@@ -139,16 +148,16 @@ def test_another_checkpoint_of_something_else(
 
 
 def test_a_model_without_mixtures(
-    cli: Callable[..., Outcome],
-    words: list[str],
-    tmp_path: Path,
-    tiny: Callable[[Path], list[str]],
-    config: Callable[[str], str],
+    cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
 ) -> None:
-    baseline = ["-c", config("shakespeare_nano.yaml"), "-c", config("baselines/dense.yaml")]
-    outcome = cli("fit", *baseline, *tiny(tmp_path))
-    assert outcome.code == 0, outcome.err
-    [checkpoint] = tmp_path.rglob("last.ckpt")
+    dense = Decoder(
+        256,
+        16,
+        2,
+        attention=partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=8),
+        feed_forward=partial(FeedForward, d_hidden=24),
+    )
+    checkpoint = changed(trained.checkpoint, tmp_path / "dense.ckpt", with_decoder(dense))
     outcome = cli(*words, f"--ckpt_path={checkpoint}")
     assert outcome.code == 1
     [error] = outcome.errors

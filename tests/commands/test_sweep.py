@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from lightning_dsmoe.commands.evaluation_setup import text_for
 from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.plan import describe
 
-from .conftest import Outcome, Run
+from .conftest import Outcome, Run, words_of
 
 sweep_module = import_module("lightning_dsmoe.commands.sweep")
 trained_module = import_module("lightning_dsmoe.commands.evaluation_setup")
@@ -24,12 +26,25 @@ def words(measuring: Callable[[str, str], list[str]]) -> list[str]:
     return measuring("sweep", "sweep")
 
 
-def test_it_writes_tables_plans_and_pictures(
-    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
-) -> None:
-    outcome = cli(*words)
+@pytest.fixture(scope="module")
+def finished(
+    trained: Run, cli: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The folder of a whole sweep, and what the command printed."""
+    folder = tmp_path_factory.mktemp("finished") / "sweep"
+    outcome = cli(*words_of(trained, "sweep", folder))
     assert outcome.code == 0, outcome.err
-    folder = tmp_path / "sweep"
+    return folder, outcome.out
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """The whole sweep where `words` write theirs."""
+    return Path(shutil.copytree(finished[0], tmp_path / "sweep"))
+
+
+def test_it_writes_tables_plans_and_pictures(finished: tuple[Path, str]) -> None:
+    folder, out = finished
     with (folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) > 20
@@ -48,22 +63,30 @@ def test_it_writes_tables_plans_and_pictures(
     kept = json.loads((folder / "sweep.json").read_text())["plans"]
     assert list(kept) == [row["plan"] for row in rows]
     for row in rows:
-        assert float(row["loss"]) == kept[row["plan"]]["result"]["loss"]
+        result = kept[row["plan"]]["result"]
+        assert list(result) == ["loss", "share", "share_p50", "share_p95", "tokens_per_second"]
+        assert float(row["loss"]) == result["loss"]
         assert 0 < float(row["share_p50"]) <= float(row["share_p95"]) <= 1
         SelectionPlan.from_dict(kept[row["plan"]]["plan"])
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "frontier.svg").read_text()
-    assert "The knee is " in outcome.out
-    SelectionPlan.load(folder / "knee.json")
+    plan = SelectionPlan.load(folder / "knee.json")
+    [name] = [name for name, row in kept.items() if row["plan"] == plan.to_dict()]
+    assert f"The knee is {name} ({describe(plan)}), in " in out
+    for words_of_table in ("vs all", " %", "tokens/s", "loss: nats per token"):
+        assert words_of_table in out
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_a_stopped_sweep_resumes(
     cli: Callable[..., Outcome],
     words: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluate, tried = sweep_module.evaluate_plan, []
+    evaluate, propose, tried = sweep_module.evaluate_plan, sweep_module.sweep_plans, []
+    monkeypatch.setattr(
+        sweep_module, "sweep_plans", lambda decoder: dict(list(propose(decoder).items())[:6])
+    )
 
     def interrupted(model: Any, plan: SelectionPlan, *rest: Any) -> Any:
         if len(tried) == 3:
@@ -83,56 +106,76 @@ def test_it_goes_on_where_it_was_stopped(
     monkeypatch.setattr(sweep_module, "evaluate_plan", counted)
     assert cli(*words).code == 0
     whole = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["plans"]
-    assert len(tried) == len(whole)
+    assert len(tried) == len(whole) == 6
     assert {name: whole[name] for name in first} == first
 
 
 def test_results_of_something_else_are_not_mixed(
-    cli: Callable[..., Outcome], words: list[str], tmp_path: Path
+    cli: Callable[..., Outcome], words: list[str], copied: Path
 ) -> None:
-    assert cli(*words).code == 0
-    before = (tmp_path / "sweep" / "sweep.json").read_text()
+    before = (copied / "sweep.json").read_text()
     outcome = cli(*words, "--max_tokens=200")
     assert outcome.code == 1
     [error] = outcome.errors
     assert "is of another model, text, device or version; choose another output" in error
-    assert (tmp_path / "sweep" / "sweep.json").read_text() == before
+    assert (copied / "sweep.json").read_text() == before
     [error] = cli(*words, "--context=8").errors
     assert "is of another model, text, device or version" in error
     kept = json.loads(before)
     kept["plans"]["top 2 and 2"]["plan"] = kept["plans"]["top 1 and 1"]["plan"]
-    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(kept))
+    (copied / "sweep.json").write_text(json.dumps(kept))
     [error] = cli(*words).errors
     assert "is of another model, text, device or version" in error
+
+
+def change_plans(kept: Any) -> Any:
+    kept["plans"] = []
+    return kept
+
+
+def remove_plans(kept: Any) -> Any:
+    del kept["plans"]
+    return kept
+
+
+def word_for_a_loss(kept: Any) -> Any:
+    kept["plans"]["all"]["result"]["loss"] = "a"
+    return kept
+
+
+def loss_of_nan(kept: Any) -> Any:
+    kept["plans"]["all"]["result"]["loss"] = float("nan")
+    return kept
+
+
+def remove_share(kept: Any) -> Any:
+    del kept["plans"]["all"]["result"]["share"]
+    return kept
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda kept: kept.update(plans=[]),
-        lambda kept: kept.pop("plans"),
-        lambda kept: kept["plans"]["all"]["result"].update(loss="a"),
-        lambda kept: kept["plans"]["all"]["result"].update(loss=float("nan")),
-        lambda kept: kept["plans"]["all"]["result"].pop("share"),
+        change_plans,
+        remove_plans,
+        word_for_a_loss,
+        loss_of_nan,
+        remove_share,
+        lambda kept: [1],
+        None,
     ],
 )
 def test_a_file_that_is_no_sweep(
-    change: Callable[[dict[str, Any]], object],
+    change: Callable[[Any], Any] | None,
     cli: Callable[..., Outcome],
     words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    copied: Path,
 ) -> None:
-    plans = {"all": SelectionPlan.uniform(2)}
-    monkeypatch.setattr(sweep_module, "sweep_plans", lambda decoder: plans)
-    assert cli(*words).code == 0
-    path = tmp_path / "sweep" / "sweep.json"
+    path = copied / "sweep.json"
     kept = json.loads(path.read_text())
-    change(kept)
-    for text in (json.dumps(kept), "[1]", "{"):
-        path.write_text(text)
-        [error] = cli(*words).errors
-        assert "sweep.json is not a sweep; choose another output" in error
+    path.write_text("{" if change is None else json.dumps(change(kept)))
+    [error] = cli(*words).errors
+    assert "sweep.json is not a sweep; choose another output" in error
 
 
 def test_a_file_in_place_of_the_folder(

@@ -90,9 +90,10 @@ def test_epochs_differ_and_repeat_with_the_seed(data: Callable[..., TextDataModu
     assert not torch.equal(torch.stack(two_epochs(2)), torch.stack(first))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("limit_train_batches", [1.0, 3])
-@pytest.mark.parametrize("limit_val_batches", [0, 1])
+@pytest.mark.parametrize(
+    ("accumulate", "limit_train_batches", "limit_val_batches"),
+    [(1, 1.0, 0), (1, 3, 1), (2, 1.0, 1), (2, 3, 0)],
+)
 def test_every_checkpoint_continues_with_the_next_batch(
     data: Callable[..., TextDataModule],
     tmp_path: Path,
@@ -236,8 +237,7 @@ def test_overfitting_on_a_few_batches_works(
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
-@pytest.mark.parametrize("mode", ["power", "binsearch"])
-@pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.parametrize(("mode", "by_callback"), [("power", False), ("binsearch", True)])
 def test_training_goes_on_with_the_batch_size_that_was_found(
     data: Callable[..., TextDataModule], tmp_path: Path, mode: str, by_callback: bool
 ) -> None:

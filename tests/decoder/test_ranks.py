@@ -1,19 +1,18 @@
 """Two processes that train one decoder, densely and sparsely."""
 
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.routing import SelectionPlan, TopK
+
+from ..ranks import on_two_ranks
 
 
 def make_decoder() -> Decoder:
@@ -32,32 +31,22 @@ def gradients(decoder: Decoder) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def run_rank(rank: int) -> list[dict[str, torch.Tensor]]:
     decoder = make_decoder()
-    ranks = DistributedDataParallel(decoder)
+    parallel = DistributedDataParallel(decoder)
     found = []
     for plan in (None, SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))):
         decoder.zero_grad()
-        ranks(
+        parallel(
             torch.tensor([[1, 2, 3], [4, 5, 6]])[rank, None], plan
         ).logits.square().sum().backward()
         found.append(gradients(decoder))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.ddp
 def test_gradients_are_the_mean_over_ranks_with_every_parameter_used(tmp_path: Path) -> None:
-    mp.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = on_two_ranks(run_rank, tmp_path)
     decoder = make_decoder()
     (decoder(torch.tensor([[1, 2, 3], [4, 5, 6]])).logits.square().sum() / 2).backward()
     for found in ranks:

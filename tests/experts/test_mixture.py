@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.experts import experts as experts_module
 from lightning_dsmoe.routing import LinearRouter, Selection, Threshold, ThresholdTopK, TopK, TopP
-from lightning_dsmoe.routing.gate_scale import GateScale
+from lightning_dsmoe.routing.routing import GateScale
 from lightning_dsmoe.stacked import dispatch
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -174,7 +174,7 @@ def test_work_is_that_of_the_experts_that_are_computed(way: str) -> None:
 
 def test_the_work_of_one_expert_decides_how_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = MixtureOfExperts(16, 4, 8, experts=GLUExperts), torch.randn(2, 5, 16)
-    per_kernel = 10 * 3 * 16 * 8 / experts_module._KERNELS
+    per_kernel = 10 * 3 * 16 * 8 / experts_module._KERNELS_PER_EXPERT
     found = []
     for cost in (per_kernel - 0.1, per_kernel + 0.1):
         monkeypatch.setitem(dispatch.MULTIPLICATIONS_PER_KERNEL, "cpu", cost)

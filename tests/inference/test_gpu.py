@@ -49,9 +49,9 @@ def everywhere(rule: Selection) -> SelectionPlan:
     return SelectionPlan.uniform(2, experts=rule, attention=rule)
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference as a share of the largest value."""
-    return ((found.cpu() - expected).abs().max() / expected.abs().max()).item()
+    return ((actual.cpu() - expected).abs().max() / expected.abs().max()).item()
 
 
 @make
@@ -80,8 +80,8 @@ def test_plans(make: Callable[[], Decoder], rule: Selection) -> None:
     tokens_BT = torch.randint(29, (3, 12))
     with torch.no_grad():
         expected_BTV = model.logits(tokens_BT)
-        found_BTV = model.to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+        actual_BTV = model.to("cuda").logits(tokens_BT.cuda())
+    assert difference(actual_BTV, expected_BTV) < ROUNDING
 
 
 @make
@@ -95,8 +95,8 @@ def test_generation(
     )
     prompt_BT = torch.randint(29, (2, 3))
     expected_BT = model.generate(prompt_BT, 8, temperature=0)
-    found_BT = model.to("cuda").generate(prompt_BT.cuda(), 8, temperature=0)
-    assert torch.equal(found_BT.cpu(), expected_BT)
+    actual_BT = model.to("cuda").generate(prompt_BT.cuda(), 8, temperature=0)
+    assert torch.equal(actual_BT.cpu(), expected_BT)
 
 
 def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -106,8 +106,8 @@ def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> No
     tokens_BT = torch.randint(29, (2, 5))
     with torch.no_grad():
         expected_BTV = SparseModel.load(folder).logits(tokens_BT)
-        found_BTV = SparseModel.load(folder).to("cuda").logits(tokens_BT.cuda())
-    assert off(found_BTV, expected_BTV) < ROUNDING
+        actual_BTV = SparseModel.load(folder).to("cuda").logits(tokens_BT.cuda())
+    assert difference(actual_BTV, expected_BTV) < ROUNDING
 
 
 def test_nothing_compiles() -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dsmoe.losses import consistency_loss
-from lightning_dsmoe.losses.consistency import TOKENS_AT_ONCE
+from lightning_dsmoe.losses.consistency import CHUNK
 
 
 def naive(logits: Tensor, others: Tensor) -> Tensor:
@@ -94,14 +94,14 @@ class LargestFloat32(TorchDispatchMode):
 
 
 def test_few_tokens_are_compared_at_a_time() -> None:
-    both = torch.randn(2, 2 * TOKENS_AT_ONCE + 3, 50).bfloat16().requires_grad_()
+    both = torch.randn(2, 2 * CHUNK + 3, 50).bfloat16().requires_grad_()
     with LargestFloat32() as largest:
         torch.autograd.grad(consistency_loss(*both), both)
-    assert 0 < largest.elements <= 50 * TOKENS_AT_ONCE
+    assert 0 < largest.elements <= 50 * CHUNK
 
 
 def test_only_the_logits_wait_for_the_backward_pass() -> None:
-    tokens = 2 * TOKENS_AT_ONCE + 3
+    tokens = 2 * CHUNK + 3
     logits, others = torch.randn(2, tokens, 50, requires_grad=True).bfloat16()
     kept: dict[int, int] = {}
 

@@ -35,5 +35,5 @@ def mixed_decoder() -> Decoder:
 
 @pytest.fixture(params=["small_decoder", "mixed_decoder"])
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    made: Decoder = request.getfixturevalue(request.param)
-    return made
+    decoder: Decoder = request.getfixturevalue(request.param)
+    return decoder

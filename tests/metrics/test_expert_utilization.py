@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dsmoe.metrics import ExpertUtilization, expert_utilization
 
-N = 4
+E = 4
 
 
 def random_probs(*shape: int, seed: int = 0) -> Tensor:
@@ -20,8 +20,8 @@ def random_probs(*shape: int, seed: int = 0) -> Tensor:
 def loads() -> dict[str, Tensor]:
     dead = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     return {
-        "uniform": torch.full((6, N), 1 / N),
-        "one-hot": torch.eye(N).repeat(3, 1),
+        "uniform": torch.full((6, E), 1 / E),
+        "one-hot": torch.eye(E).repeat(3, 1),
         "skewed": torch.tensor([[0.7, 0.1, 0.1, 0.1]]).repeat(5, 1),
         "dead": dead.repeat(4, 1),
     }
@@ -47,19 +47,19 @@ def test_known_loads(
     assert used.dead_experts == dead
 
 
-@pytest.mark.parametrize("probs", [torch.zeros(3, N), torch.zeros(0, N)], ids=["zeros", "empty"])
+@pytest.mark.parametrize("probs", [torch.zeros(3, E), torch.zeros(0, E)], ids=["zeros", "empty"])
 def test_no_gate_or_no_token_is_zero_use(probs: Tensor) -> None:
     used = expert_utilization(probs)
     assert used.effective == used.entropy == used.conditional_entropy == 0
-    assert used.share.tolist() == [0.0] * N
-    assert used.dead_experts == list(range(N))
+    assert used.share.tolist() == [0.0] * E
+    assert used.dead_experts == list(range(E))
 
 
 def test_same_as_a_loop_over_tokens() -> None:
-    probs = random_probs(3, 5, N)
+    probs = random_probs(3, 5, E)
     mask = torch.rand(3, 5) < 0.6
-    rows = [row for row, counts in zip(probs.view(-1, N), mask.flatten(), strict=True) if counts]
-    share = [sum(row[e].item() for row in rows) / len(rows) for e in range(N)]
+    rows = [row for row, counts in zip(probs.view(-1, E), mask.flatten(), strict=True) if counts]
+    share = [sum(row[e].item() for row in rows) / len(rows) for e in range(E)]
     marginal = -sum(p * math.log(p) for p in share)
     conditional = -sum(p * math.log(p) for row in rows for p in row.tolist()) / len(rows)
 
@@ -73,16 +73,16 @@ def test_same_as_a_loop_over_tokens() -> None:
 
 @given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_batches_add_up_to_the_whole(sizes: list[int], seed: int) -> None:
-    probs = random_probs(sum(sizes), N, seed=seed)
-    metric = ExpertUtilization(N)
+    probs = random_probs(sum(sizes), E, seed=seed)
+    metric = ExpertUtilization(E)
     for part in probs.split(sizes):
         metric.update(part)
     torch.testing.assert_close(metric.compute(), expert_utilization(probs), rtol=1e-4, atol=1e-6)
 
 
 def test_merged_halves_are_the_whole() -> None:
-    probs = random_probs(20, N)
-    first, second = ExpertUtilization(N), ExpertUtilization(N)
+    probs = random_probs(20, E)
+    first, second = ExpertUtilization(E), ExpertUtilization(E)
     first.update(probs[:7])
     second.update(probs[7:])
     first.merge_state(second)
@@ -90,7 +90,7 @@ def test_merged_halves_are_the_whole() -> None:
 
 
 def test_reset_forgets() -> None:
-    metric = ExpertUtilization(N)
+    metric = ExpertUtilization(E)
     metric.update(loads()["dead"])
     metric.reset()
     metric.update(loads()["uniform"])
@@ -99,19 +99,19 @@ def test_reset_forgets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_type(dtype: torch.dtype) -> None:
-    probs = random_probs(9, N)
-    metric = ExpertUtilization(N)
+    probs = random_probs(9, E)
+    metric = ExpertUtilization(E)
     metric.update(probs.to(dtype))
     torch.testing.assert_close(
         metric.compute().share, expert_utilization(probs).share, rtol=0.02, atol=1e-3
     )
 
 
-def test_sharp_choices_evenly_used_differ_from_no_choice() -> None:
+def test_confident_and_balanced_routing_differs_from_uncertain_routing() -> None:
     """Both use all experts; only the conditional entropy tells them apart."""
-    sharp, flat = (expert_utilization(loads()[name]) for name in ("one-hot", "uniform"))
-    torch.testing.assert_close(sharp.effective, flat.effective)
-    assert sharp.conditional_entropy < 1e-6 < flat.conditional_entropy
+    confident, uncertain = (expert_utilization(loads()[name]) for name in ("one-hot", "uniform"))
+    torch.testing.assert_close(confident.effective, uncertain.effective)
+    assert confident.conditional_entropy < 1e-6 < uncertain.conditional_entropy
 
 
 def test_dead_share_is_a_fraction_of_the_even_share() -> None:
@@ -127,7 +127,7 @@ def test_impossible_arguments(n_experts: int, dead_share: float) -> None:
 
 
 def test_plot() -> None:
-    metric = ExpertUtilization(N)
+    metric = ExpertUtilization(E)
     metric.update(loads()["skewed"])
     figure, axes = metric.plot()
     assert isinstance(figure, Figure)

@@ -42,5 +42,5 @@ def test_drawn_pixels_show_use() -> None:
 
 
 def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match="no layer has a router"):
+    with pytest.raises(ValueError, match="no layer has a router, so there are no gate shares"):
         utilization_figure({"experts": [None], "attention": [None]})

@@ -63,9 +63,15 @@ def learned_positions_mlp(**options: Any) -> DSMoELanguageModel:
     return model
 
 
-@pytest.fixture(params=[rotary_glu, learned_positions_mlp])
+MODELS: dict[str, MakeModel] = {
+    "rotary": rotary_glu,
+    "learned": learned_positions_mlp,
+}
+
+
+@pytest.fixture(params=MODELS)
 def make_model(request: pytest.FixtureRequest) -> MakeModel:
-    return request.param
+    return MODELS[request.param]
 
 
 @pytest.fixture

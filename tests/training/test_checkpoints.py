@@ -125,7 +125,7 @@ def test_a_model_of_the_command_line_needs_nothing(make_one_model: MakeModel, sa
     [
         ({"vocab_size": 2**24}, "weights are fewer than those of vocab_size=16777216"),
         ({"d_model": 2**24}, "weights are fewer than those of vocab_size=97 and d_model=16777216"),
-        ({"n_layers": 1024}, "n_layers was 2, is 1024"),
+        ({"n_layers": 64}, "n_layers was 2, is 64"),
         ({"feed_forward": LARGE}, "d_expert was 24, is 16777216"),
     ],
 )
@@ -223,7 +223,7 @@ def test_code_runs_only_if_the_file_is_trusted(make_one_model: MakeModel, save: 
     path = save(code=Path)
     given = factories(make_one_model())
     for option in ({}, {"weights_only": None}, {"weights_only": True}):
-        with pytest.raises(ValueError, match="not a complete, data-only checkpoint"):
+        with pytest.raises(ValueError, match="holds more than data"):
             load(path, **given, **option)
     assert_equal(load(path, **given, weights_only=False), make_one_model())
 

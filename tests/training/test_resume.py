@@ -64,15 +64,16 @@ def make_data(folder: Path) -> TextDataModule:
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "validate_every"),
+    ("make_model", "hook", "step", "validate_every"),
     [
-        pytest.param("on_train_batch_end", 1, 3, id="inside an epoch"),
-        pytest.param("on_train_batch_end", 3, 3, id="before a validation"),
-        pytest.param("on_validation_end", 3, 3, id="after a validation"),
-        pytest.param("on_train_batch_end", 5, 3, id="last batch of an epoch"),
-        pytest.param("on_train_epoch_end", 5, 5, id="end of an epoch"),
-        pytest.param("on_train_batch_end", 7, 3, id="inside the next epoch"),
+        pytest.param("rotary", "on_train_batch_end", 1, 3, id="inside an epoch"),
+        pytest.param("learned", "on_train_batch_end", 3, 3, id="before a validation"),
+        pytest.param("rotary", "on_validation_end", 3, 3, id="after a validation"),
+        pytest.param("learned", "on_train_batch_end", 5, 3, id="last batch of an epoch"),
+        pytest.param("rotary", "on_train_epoch_end", 5, 5, id="end of an epoch"),
+        pytest.param("learned", "on_train_batch_end", 7, 3, id="inside the next epoch"),
     ],
+    indirect=["make_model"],
 )
 def test_resumed_anywhere_it_ends_bitwise_alike(
     make_model: MakeModel,
@@ -317,7 +318,7 @@ def test_settings_hold_where_checkpoints_are_loaded_later(
     assert {group["lr"] for group in run(2, 0.2, path).optimizers[0].param_groups} == {0.2}
 
 
-def test_settings_that_are_none_are_refused(
+def test_invalid_settings_are_refused(
     make_one_model: MakeModel,
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
@@ -327,7 +328,7 @@ def test_settings_that_are_none_are_refused(
     first.fit(make_one_model(), make_loader(3), make_loader(3))
     first.save_checkpoint(path := tmp_path / "first.ckpt")
     torch.save({**torch.load(path), "optimizer_settings": {"optimizer": 1}}, path)
-    with pytest.raises(ValueError, match="optimizer_settings of the checkpoint are none"):
+    with pytest.raises(ValueError, match="optimizer_settings of the checkpoint are invalid"):
         make_trainer(max_steps=2).fit(
             make_one_model(), make_loader(3), make_loader(3), ckpt_path=path, weights_only=True
         )

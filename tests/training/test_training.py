@@ -175,10 +175,11 @@ def test_selections_that_no_layer_has_are_refused(make_one_model: MakeModel, kin
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("make_model", "options"),
     [
-        pytest.param({}, id="dense"),
+        pytest.param("rotary", {}, id="dense"),
         pytest.param(
+            "learned",
             {
                 "expert_selection": TopK(2),
                 "attention_selection": TopK(1),
@@ -188,6 +189,7 @@ def test_selections_that_no_layer_has_are_refused(make_one_model: MakeModel, kin
             id="sparse",
         ),
     ],
+    indirect=["make_model"],
 )
 def test_loss_falls(
     make_model: MakeModel,

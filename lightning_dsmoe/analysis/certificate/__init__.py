@@ -1,4 +1,8 @@
-"""What a sparse model loses against all experts: measured, written down and checked again."""
+"""What a sparse model loses against all experts: measured, written down and checked again.
 
-from lightning_dsmoe.analysis.certificate.certificate import TextSource as TextSource
-from lightning_dsmoe.analysis.certificate.certificate import certificate as certificate
+`judgement` measures, with `losses` of windows and errors of `mixtures`; `record` writes the
+certificate, `reading` reads one of unknown origin, `check` compares it with a new measurement.
+"""
+
+from lightning_dsmoe.analysis.certificate.record import TextSource as TextSource
+from lightning_dsmoe.analysis.certificate.record import certificate as certificate

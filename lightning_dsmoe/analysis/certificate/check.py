@@ -1,4 +1,4 @@
-"""Holding a certificate and a sparse model against what is found of them."""
+"""Comparing a certificate and a sparse model with a new measurement and with their checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,9 @@ ROUNDING = 1e-5
 """Largest difference of logits, relative to the largest one, that rounding to float32 explains."""
 
 _OTHER_CODES = 1e-3
-"""Largest share of the 8-bit codes of a weight that rounding may put one off."""
+"""Largest share of the 8-bit codes of a weight that rounding may change, each by one."""
+# Rounding differs by machine and may decide which of two near-equal experts runs; that moves shares
+# and errors of single tokens more than the loss.
 _RELATIVE, _ABSOLUTE = 1e-2, 1e-4
 _TOLERANCES = {
     "tokens": (0.0, 0.0),
@@ -32,19 +34,22 @@ _OF_DENSE = ("dense_loss", "relative_gap", "relative_gap_95", "kl", "top_1_agree
 
 
 def differences(
-    recorded: Mapping[str, Any], found: Mapping[str, Any], *, dense_too: bool = True
+    recorded: Mapping[str, Any], measured: Mapping[str, Any], *, dense_too: bool = True
 ) -> list[str]:
-    """What a certificate says otherwise than a new measurement on the same text.
+    """Where a certificate differs from a new measurement on the same text.
 
-    Numbers may differ by 1 %, losses by 0.1 %, and by what rounding makes of very small ones.
-    What only one of the two knows is left out.
+    Numbers may differ by 1 %, losses by 0.1 %, very small ones by what rounding explains. Values
+    that only one of the two has are not compared.
 
     Args:
         recorded: the certificate.
-        found: the new one.
+        measured: the new one.
         dense_too: whether the dense model was the same in both, so that what depends on it counts.
+
+    Returns:
+        One phrase for each value that differs.
     """
-    old, new = _numbers(recorded), _numbers(found)
+    old, new = _numbers(recorded), _numbers(measured)
     return [
         f"{name} is {new[name]:.6g}, the certificate says {old[name]:.6g}"
         for name in old
@@ -59,30 +64,30 @@ def check_weights(model: SparseModel, decoder: Decoder) -> None:
 
     Args:
         model: the sparse model.
-        decoder: the trained decoder, which is pruned, packed and quantised likewise to compare.
+        decoder: the trained decoder; it is pruned, packed and quantized in the same way to compare.
     """
     remaining = remaining_experts(model.decoder)
-    made = compile_sparse(
+    compiled = compile_sparse(
         decoder if remaining is None else prune(decoder, remaining),
         SelectionPlan.uniform(decoder.n_layers),
         quantization=model.quantization,
         quantize_head=model.quantize_head,
     )
-    own, expected = model.state_dict(), made.state_dict()
+    own, expected = model.state_dict(), compiled.state_dict()
     for name in sorted(own.keys() | expected.keys()):
         if name not in own or name not in expected or not _same(own[name], expected[name]):
             raise ValueError(
                 f"the artifact was not made of this checkpoint: {name.removeprefix('decoder.')} "
-                "is another"
+                "differs"
             )
     own_parts = describe_decoder(build_decoder(model.architecture))
-    others = parts_that_differ(made.architecture, own_parts)
-    if others:
-        raise ValueError(f"the artifact was not made of this checkpoint: {'; '.join(others)}")
+    changes = parts_that_differ(compiled.architecture, own_parts)
+    if changes:
+        raise ValueError(f"the artifact was not made of this checkpoint: {'; '.join(changes)}")
 
 
 def is_exact(model: SparseModel) -> bool:
-    """Whether a sparse model keeps all weights in float32, so that only rounding sets it apart."""
+    """Whether a sparse model has all weights in float32, so that only rounding changes it."""
     return (
         remaining_experts(model.decoder) is None
         and not model.report().quantized
@@ -94,8 +99,8 @@ def _same(tensor: Tensor, other: Tensor) -> bool:
     if tensor.shape != other.shape:
         return False
     if not tensor.is_floating_point():  # a weight between two codes may fall to either
-        off = (tensor.int() - other.int()).abs()
-        return int(off.max()) <= 1 and int(off.sum()) <= max(1, _OTHER_CODES * off.numel())
+        steps = (tensor.int() - other.int()).abs()
+        return int(steps.max()) <= 1 and int(steps.sum()) <= max(1, _OTHER_CODES * steps.numel())
     return torch.allclose(tensor, other.to(tensor.dtype), rtol=1e-6, atol=0)
 
 

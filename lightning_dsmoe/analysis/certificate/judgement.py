@@ -1,8 +1,9 @@
 """A sparse model measured against the dense model that it was made of.
 
-Shapes: B windows of a batch, T tokens, V vocabulary.
+Shapes: B windows in a batch, T positions, V vocabulary, W windows of a text.
 """
 
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,9 +28,11 @@ from lightning_dsmoe.serialization.architecture import build_decoder
 class Judgement(NamedTuple):
     """A sparse model against the dense one on the same text; losses in nats per token.
 
+    The names of the fields are those in certificate.json.
+
     Args:
-        tokens: tokens that were predicted.
-        windows: windows that they came in.
+        tokens: predicted tokens.
+        windows: windows with such tokens.
         dense: "checkpoint" if the trained decoder was the dense model, "artifact" if it was the
             sparse model itself with all experts running.
         dense_loss: cross entropy of the dense model.
@@ -42,12 +45,12 @@ class Judgement(NamedTuple):
         active_share_p50: its median over tokens.
         active_share_p95: its 95th percentile.
         all_experts_error: largest difference of a logit between the sparse model with all experts
-            and the trained decoder, relative to the largest logit: rounding, or in 8 bits what
-            quantisation costs; None without a trained decoder.
+            and the trained decoder, relative to the largest logit: rounding, or the error of
+            quantization; None without a trained decoder.
         loss_before_quantization: cross entropy of the trained decoder under the plan; None if
             nothing is quantised or there is no trained decoder.
-        routing_agreement: share of all choices of experts that quantisation leaves as they are;
-            None in the same cases.
+        routing_agreement: share of all choices of experts that quantization does not change; None
+            in the same cases.
         experts: what the plan changes in the mixture of experts of each layer; None for a layer
             without one.
         attention: the same for the mixtures of attention heads.
@@ -79,29 +82,33 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
     Args:
         model: the sparse model.
         text: windows of held-out text.
-        decoder: the trained decoder; without it the sparse model with all experts stands for it.
+        decoder: the trained decoder; by default the sparse model with all experts takes its place.
 
     Raises:
         FloatingPointError: if a loss is not a finite number.
         ValueError: if no token counts.
     """
-    everyone = SelectionPlan.uniform(model.decoder.n_layers)
     device = model.decoder.embedding.weight.device
     counts = count_parameters(build_decoder(model.architecture))
     active = ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
-    mixtures: _Mixtures = {}
+    n_layers = model.decoder.n_layers
+    all_experts = SelectionPlan.uniform(n_layers)
+    totals = [ErrorTotals() for _ in range(2 * n_layers)]
     trained = None if decoder is None else _Trained(decoder, model)
     windows: list[WindowSums] = []
     for inputs, labels in text.batches:
         inputs_BT, labels_BT = inputs.to(device), labels.to(device)
         mask_BT = labels_BT != IGNORED
-        dense_BTV = model(inputs_BT, everyone).logits
+        dense_BTV = model(inputs_BT, all_experts).logits
         sparse_BTV, routings = model(inputs_BT)
         if trained is not None:
             dense_BTV = trained.add(inputs_BT, labels_BT, dense_BTV, routings)
         windows.append(compare_windows(dense_BTV, sparse_BTV, labels_BT))
         active.update(*active_masks(routings, model.plan, model.decoder), mask_BT)
-        _add_mixtures(mixtures, model, inputs_BT, mask_BT)
+        errors = list(chain(*token_errors(model.decoder, inputs_BT, model.plan)))
+        for total, batch in zip(totals, errors, strict=True):
+            if batch is not None:
+                total.add(batch, mask_BT)
     sums = WindowSums(*(torch.cat(parts) for parts in zip(*windows, strict=True)))
     tokens = int(sums.tokens.sum())
     if not tokens:
@@ -111,6 +118,10 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         raise FloatingPointError(f"the loss is {dense_loss}, of the sparse model {sparse_loss}")
     counted_W = sums.tokens > 0
     share = active.compute()
+    mixtures = [
+        None if batch is None else total.compute()
+        for total, batch in zip(totals, errors, strict=True)
+    ]
     quantized = None if trained is None or not trained.quantized else trained
     return Judgement(
         tokens=tokens,
@@ -128,8 +139,8 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         all_experts_error=None if trained is None else trained.all_experts_error,
         loss_before_quantization=None if quantized is None else quantized.loss / tokens,
         routing_agreement=None if quantized is None else quantized.routed_alike / tokens,
-        experts=_computed(mixtures, "experts", model.decoder.n_layers),
-        attention=_computed(mixtures, "attention", model.decoder.n_layers),
+        experts=mixtures[:n_layers],
+        attention=mixtures[n_layers:],
     )
 
 
@@ -141,20 +152,21 @@ class _Trained:
         self.plan = model.plan
         self.quantized = bool(model.report().quantized)
         self.loss = self.routed_alike = 0.0
-        self._off = self._largest = 0.0
+        self._difference = self._largest = 0.0
 
     @property
     def all_experts_error(self) -> float:
-        return self._off / self._largest if self._largest else self._off
+        return self._difference / self._largest if self._largest else self._difference
 
     def add(
         self, inputs_BT: Tensor, labels_BT: Tensor, all_BTV: Tensor, routings: Routings
     ) -> Tensor:
-        """Compare a batch with the sparse model's logits and routings, and give the own logits."""
+        """Compare a batch with the sparse model; return the decoder's logits."""
         was_training = self.decoder.training
         self.decoder.eval()
         dense_BTV = self.decoder(inputs_BT).logits
-        self._off = max(self._off, (all_BTV - dense_BTV).abs().max().item())
+        difference = (all_BTV - dense_BTV).abs().max().item()
+        self._difference = max(self._difference, difference)
         self._largest = max(self._largest, dense_BTV.abs().max().item())
         if self.quantized:
             mask_BT = labels_BT != IGNORED
@@ -165,21 +177,3 @@ class _Trained:
         self.decoder.train(was_training)
         logits: Tensor = dense_BTV
         return logits
-
-
-_Mixtures = dict[tuple[str, int], ErrorTotals]
-
-
-def _add_mixtures(
-    mixtures: _Mixtures, model: SparseModel, inputs_BT: Tensor, mask_BT: Tensor
-) -> None:
-    errors = token_errors(model.decoder, inputs_BT, model.plan)
-    for kind, layers in errors._asdict().items():
-        for layer, found in enumerate(layers):
-            if found is not None:
-                mixtures.setdefault((kind, layer), ErrorTotals()).add(found, mask_BT)
-
-
-def _computed(mixtures: _Mixtures, kind: str, n_layers: int) -> list[MixtureErrors | None]:
-    totals = [mixtures.get((kind, layer)) for layer in range(n_layers)]
-    return [None if each is None else each.compute() for each in totals]

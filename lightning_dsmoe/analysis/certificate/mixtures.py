@@ -1,16 +1,16 @@
-"""What a plan drops in each mixture, what that changes there, and a bound on the change.
+"""What a plan drops in each mixture, how that changes its output, and a bound on the change.
 
 For a token x a mixture gives y = c sum_e S_e e_e(x) with all experts and y' = c sum_e w_e e_e(x)
-under a selection, with w the gates that it keeps. By the triangle inequality
+under a selection, with w the gates that remain. By the triangle inequality
 
     |y' - y| <= c sum_e |w_e - S_e| |e_e(x)|
 
 which for raw gates sums over the dropped experts alone, c sum S_e |e_e(x)|. Both sides are divided
-by |y|, shared experts and output biases included, which no plan touches. The bound holds but for
-rounding, in one mixture and on the inputs that it gets under the plan; what later layers make of a
-change is not in it. Experts that were removed from a mixture are in neither sum.
+by |y|, shared experts and output biases included, which no plan changes. The bound holds up to
+rounding, for one mixture on the inputs that it gets under the plan; what later layers make of an
+error is not in it. Experts that were removed from a mixture are in neither sum.
 
-Shapes: B batch, T tokens, D width, E experts.
+Shapes: B sequences in a batch, T positions, N tokens, D model width, E experts.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
@@ -36,8 +37,7 @@ class TokenErrors(NamedTuple):
     """A mixture under a selection, token by token.
 
     Shape:
-        dropped_mass: `[B, T]`, sum of the probabilities of the experts that are there and do not
-            run.
+        dropped_mass: `[B, T]`, gate mass of the remaining experts that do not run.
         error: `[B, T]`, |y' - y| / |y|.
         bound: `[B, T]`, what the error cannot exceed.
     """
@@ -48,7 +48,7 @@ class TokenErrors(NamedTuple):
 
 
 class MixtureErrors(NamedTuple):
-    """A mixture under a selection, over a text."""
+    """Mean and maximum over the tokens of a text, of each of `TokenErrors`."""
 
     dropped_mass_mean: float
     dropped_mass_max: float
@@ -77,19 +77,19 @@ def token_errors(decoder: Decoder, tokens_BT: Tensor, plan: SelectionPlan) -> De
     x_BTD = decoder.embed(tokens_BT)
     errors = DecoderErrors([], [])
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
-        for mixture, norm, selection, found in (
+        for mixture, norm, selection, layers in (
             (block.attention, block.attention_norm, plan.attention[layer], errors.attention),
             (block.feed_forward, block.feed_forward_norm, plan.experts[layer], errors.experts),
         ):
             seen_BTD = norm(x_BTD)
             sparse: MixtureOutput = mixture(seen_BTD, selection)
-            found.append(_errors(mixture, seen_BTD, selection, sparse))
+            layers.append(_errors(mixture, seen_BTD, selection, sparse))
             x_BTD = x_BTD + sparse.output
     return errors
 
 
 class ErrorTotals:
-    """Token errors of one mixture, summed up batch by batch."""
+    """Token errors of one mixture, accumulated over batches."""
 
     def __init__(self) -> None:
         self._sum = torch.zeros(len(TokenErrors._fields), dtype=torch.float64)
@@ -125,6 +125,7 @@ def _errors(
     gates = select(selection, sparse.routing, mixture.remaining)
     dense_BTE = select(AllExperts(), sparse.routing, mixture.remaining).weight
     change_BTE = mixture.gate_factor * (gates.weight - dense_BTE)
+    # One expert at a time: the outputs of all would be E times as large as those of a layer.
     bound_BT = change_BTE.new_zeros(change_BTE.shape[:-1], dtype=torch.float64)
     for expert in range(change_BTE.shape[-1]):
         only_BTE = torch.zeros_like(change_BTE, dtype=torch.bool)
@@ -145,10 +146,9 @@ def _expert_part(
 ) -> Tensor:
     """Some experts of each token under gates, without the output bias: `[B, T, D]`."""
     experts = mixture.experts
-    y_XD = experts.sparse_forward(
-        x_BTD.flatten(0, 1), gates_BTE.flatten(0, 1), active_BTE.flatten(0, 1)
-    )
-    return (y_XD if experts.b_out is None else y_XD - experts.b_out).view_as(x_BTD)
+    tokens = (rearrange(part, "b t d -> (b t) d") for part in (x_BTD, gates_BTE, active_BTE))
+    y_ND = experts.sparse_forward(*tokens)
+    return (y_ND if experts.b_out is None else y_ND - experts.b_out).view_as(x_BTD)
 
 
 def _head_part(mixture: MixtureOfAttentionHeads, x_BTD: Tensor) -> Part:

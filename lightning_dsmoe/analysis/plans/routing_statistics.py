@@ -1,9 +1,10 @@
-"""What every router of a model says of a text, and what a threshold for each would cost.
+"""Gates of every router of a model on a text, and the cost of a threshold for each.
 
-Shapes: X tokens, N experts.
+Shapes: B sequences in a batch, T positions, N tokens that count, E experts.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -13,35 +14,35 @@ from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import ParameterCounts
-from lightning_dsmoe.routing import Routing, SelectionPlan
+from lightning_dsmoe.routing import SelectionPlan
 
 
 class RouterStatistics(NamedTuple):
     """One router on a text, all experts running.
 
     Args:
-        probs_XN: its probabilities in descending order.
+        probs_NE: its probabilities in descending order.
         per_expert: parameters of one of its experts.
     """
 
-    probs_XN: Tensor
+    probs_NE: Tensor
     per_expert: int
 
     @property
     def n_experts(self) -> int:
-        """Number of experts N."""
-        return self.probs_XN.shape[-1]
+        """Number of experts E."""
+        return self.probs_NE.shape[-1]
 
-    def kept(self, eps: float) -> Tensor:
+    def running(self, eps: float) -> Tensor:
         """Mean number of experts that `Threshold(eps)` runs."""
-        above_XN = self.probs_XN * self.n_experts > eps
-        return above_XN.sum(-1).clamp_min(1).double().mean()
+        above_NE = self.probs_NE * self.n_experts > eps
+        return above_NE.sum(-1).clamp_min(1).double().mean()
 
     def dropped_mass(self, eps: float) -> Tensor:
         """Mean probability of the experts that `Threshold(eps)` does not run."""
-        below_XN = self.probs_XN * self.n_experts <= eps
-        below_XN[:, 0] = False
-        return (self.probs_XN * below_XN).sum(-1).double().mean()
+        below_NE = self.probs_NE * self.n_experts <= eps
+        below_NE[:, 0] = False
+        return (self.probs_NE * below_NE).sum(-1).double().mean()
 
 
 class Statistics(NamedTuple):
@@ -73,10 +74,9 @@ class Statistics(NamedTuple):
     def share(self, experts: Sequence[float], attention: Sequence[float]) -> float:
         """Active share under thresholds, one for each layer and kind."""
         active = float(self.always)
-        for routers, thresholds in ((self.experts, experts), (self.attention, attention)):
-            for router, eps in zip(routers, thresholds, strict=True):
-                if router is not None:
-                    active += router.kept(eps).item() * router.per_expert
+        for router, eps in zip(self.routers, [*experts, *attention], strict=True):
+            if router is not None:
+                active += router.running(eps).item() * router.per_expert
         return active / self.hidden
 
 
@@ -90,25 +90,16 @@ def routing_statistics(model: SparseModel, text: HeldOut, counts: ParameterCount
         counts: parameters of the decoder before it was packed, from `count_parameters`.
     """
     dense = SelectionPlan.uniform(model.decoder.n_layers)
-    seen: tuple[list[list[Tensor]], list[list[Tensor]]] = (
-        [[] for _ in counts.experts],
-        [[] for _ in counts.attention],
-    )
+    sizes, n_layers = [*counts.experts, *counts.attention], len(counts.experts)
+    probs: list[list[Tensor]] = [[] for _ in sizes]
     for inputs_BT, labels_BT in text.batches:
         routings = model(inputs_BT, dense).routings
-        for kind, layers in zip(seen, (routings.experts, routings.attention), strict=True):
-            for probs, routing in zip(kind, layers, strict=True):
-                if routing is not None:
-                    probs.append(_ordered(routing, labels_BT != IGNORED))
-    experts, attention = (
-        [
-            None if size is None else RouterStatistics(torch.cat(probs), size.per_expert)
-            for probs, size in zip(kind, sizes, strict=True)
-        ]
-        for kind, sizes in zip(seen, (counts.experts, counts.attention), strict=True)
-    )
-    return Statistics(experts, attention, counts.always, counts.hidden)
-
-
-def _ordered(routing: Routing, mask_BT: Tensor) -> Tensor:
-    return routing.probs[mask_BT].float().sort(dim=-1, descending=True).values
+        for batches, routing in zip(probs, chain(*routings), strict=True):
+            if routing is not None:
+                probs_NE = routing.probs[labels_BT != IGNORED].float()
+                batches.append(probs_NE.sort(dim=-1, descending=True).values)
+    routers = [
+        None if size is None else RouterStatistics(torch.cat(batches), size.per_expert)
+        for batches, size in zip(probs, sizes, strict=True)
+    ]
+    return Statistics(routers[:n_layers], routers[n_layers:], counts.always, counts.hidden)

@@ -1,12 +1,16 @@
-"""The best plan of a share of the parameters, if the routers tell what an expert is worth.
+"""The best plan of a share of the parameters, if gates measure what an expert is worth.
 
-An expert that does not run for a token is taken to cost s_r S_e, its gate times the sensitivity s_r
-of its router, and to save its parameters c_r. Then the best plan of a share keeps the experts with
-s_r S_e > l c_r for one number l: a threshold for each router, or the best K of each.
+Leaving out an expert for a token is assumed to cost s_r S_e, its gate times the sensitivity s_r of
+its router, and to save its parameters c_r. Then the best plan of a share runs the experts with
+s_r S_e > l c_r for one price l: a threshold for each router, or the best K of each.
+
+Uniform plans, which treat all layers alike, are what others are compared with.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+from lightning_dsmoe.analysis.evaluation import Found, Measure
 from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
 
@@ -14,10 +18,27 @@ Sensitivities = tuple[float, ...]
 """Of each router: those of feed-forward experts by layer, then those of attention experts."""
 
 Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
+"""From statistics, sensitivities and a share to the best plan of that share."""
 
-_HALVINGS = 40
-_WIDEST = 1e18
-_MOST = 1 - 2**-20  # of N, which no N S_e can exceed
+UniformPlans = Callable[[Statistics, float], list[SelectionPlan]]
+"""From statistics and a share to the uniform plans that run at most that share."""
+
+
+class PlanFamily(NamedTuple):
+    """Plans of one kind, `THRESHOLDS` or `FIXED_NUMBERS`.
+
+    Args:
+        solve: makes the best plan of a share.
+        uniform: makes the uniform plans that may take its place.
+    """
+
+    solve: Solver
+    uniform: UniformPlans
+
+
+_PRICE_BISECTIONS = 40
+_WIDEST = 1e18  # of prices: covers any size of an expert and any sensitivity
+_ALMOST_ONE = 1 - 2**-20  # of E, which no E·S_e can exceed
 
 
 def even(statistics: Statistics) -> Sensitivities:
@@ -33,7 +54,13 @@ def alike(statistics: Statistics) -> Sensitivities:
 
 
 def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float) -> SelectionPlan:
-    """The thresholds of every router that run a share of the parameters."""
+    """The thresholds of every router that run a share of the parameters.
+
+    Args:
+        statistics: gates of a text, from `routing_statistics`.
+        sensitivity: of each router.
+        budget: share of the hidden parameters, in the mean over tokens.
+    """
     routers = statistics.routers
     layers = len(statistics.experts)
 
@@ -44,7 +71,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
         ]
 
     low, high = 1 / _WIDEST, _WIDEST
-    for _ in range(_HALVINGS):
+    for _ in range(_PRICE_BISECTIONS):
         middle = (low * high) ** 0.5
         values = eps(middle)
         if statistics.share(values[:layers], values[layers:]) > budget:
@@ -53,7 +80,9 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
             high = middle
     return plan_of(
         [
-            AllExperts() if router is None else Threshold(min(value, _MOST * router.n_experts))
+            AllExperts()
+            if router is None
+            else Threshold(min(value, _ALMOST_ONE * router.n_experts))
             for router, value in zip(routers, eps(high), strict=True)
         ]
     )
@@ -62,24 +91,95 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
 def fixed_numbers(
     statistics: Statistics, sensitivity: Sensitivities, budget: float
 ) -> SelectionPlan:
-    """The number of experts of every router that run at most a share of the parameters."""
+    """The number of experts of every router that run at most a share of the parameters.
+
+    Adds one expert at a time, the one that gives most for its parameters. Gains fall with each
+    expert of a router, so only the last few parameters of the budget may be spent better.
+
+    Args:
+        statistics: gates of a text, from `routing_statistics`.
+        sensitivity: of each router.
+        budget: share of the hidden parameters.
+    """
     numbers = [1 for _ in statistics.routers]
     routers = {n: router for n, router in enumerate(statistics.routers) if router is not None}
     gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
     room = budget * statistics.hidden - statistics.always
     room -= sum(router.per_expert for router in routers.values())
-    while True:
-        fitting = [
-            n
-            for n, router in routers.items()
-            if numbers[n] < router.n_experts and router.per_expert <= room
-        ]
-        if not fitting:
-            break
+    while fitting := [
+        n for n, r in routers.items() if numbers[n] < r.n_experts and r.per_expert <= room
+    ]:
         best = max(fitting, key=lambda n: gains[n][numbers[n]])
         room -= routers[best].per_expert
         numbers[best] += 1
     return plan_of([TopK(k) if n in routers else AllExperts() for n, k in enumerate(numbers)])
+
+
+def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
+    """Plans of at most a share: one threshold, pairs of fixed numbers, and one of each.
+
+    Args:
+        statistics: gates of a text, from `routing_statistics`.
+        share: of the hidden parameters, in the mean over tokens.
+    """
+    if share < statistics.least_share:
+        return []
+    one_threshold = thresholds(statistics, alike(statistics), share)
+    return [one_threshold, *THRESHOLDS.uniform(statistics, share)]
+
+
+def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Found | None:
+    """The uniform plan of at most a share with the least loss; None if there is none."""
+    found = [Found(plan, measure(plan)) for plan in uniform_plans(statistics, share)]
+    return min(found, key=lambda each: each.result.loss, default=None)
+
+
+def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:
+    """For each number of attention experts, the most feed-forward experts that fit the share."""
+    layers = len(statistics.experts)
+    kinds = [
+        [r for r in routers if r is not None]
+        for routers in (statistics.experts, statistics.attention)
+    ]
+    most, most_heads = (min((r.n_experts for r in kind), default=1) for kind in kinds)
+    cost, cost_heads = (sum(r.per_expert for r in kind) for kind in kinds)
+    room = share * statistics.hidden - statistics.always
+    plans = []
+    for heads in range(1, most_heads + 1):
+        rest = room - heads * cost_heads + 0.5  # half a parameter, against rounding
+        if rest < cost:
+            break
+        number = min(int(rest // cost), most) if cost else most
+        plans.append(SelectionPlan.uniform(layers, experts=TopK(number), attention=TopK(heads)))
+    return plans
+
+
+def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
+    """For each number of attention experts, the threshold of feed-forward experts that fits.
+
+    Args:
+        statistics: gates of a text, from `routing_statistics`.
+        share: of the hidden parameters, in the mean over tokens.
+    """
+    if not any(statistics.experts):
+        return []
+    attention = [router for router in statistics.attention if router]
+    n_layers, plans = len(statistics.attention), []
+    for heads in range(1, min((router.n_experts for router in attention), default=0) + 1):
+        always = statistics.always + heads * sum(router.per_expert for router in attention)
+        others = statistics._replace(attention=[None] * n_layers, always=always)
+        if share >= others.least_share:
+            experts = thresholds(others, alike(others), share).experts
+            plans.append(SelectionPlan(experts, (TopK(heads),) * n_layers))
+    return plans
+
+
+THRESHOLDS = PlanFamily(
+    thresholds,
+    # One threshold for all is not among them: a search starts there.
+    lambda statistics, share: uniform_numbers(statistics, share) + uniform_mixed(statistics, share),
+)
+FIXED_NUMBERS = PlanFamily(fixed_numbers, uniform_numbers)
 
 
 def check_budget(statistics: Statistics, budget: float) -> None:
@@ -100,5 +200,5 @@ def plan_of(selections: Iterable[Selection]) -> SelectionPlan:
 
 def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
     """What the best expert, the second one and so on give for a parameter."""
-    means: list[float] = router.probs_XN.double().mean(0).tolist()
+    means: list[float] = router.probs_NE.double().mean(0).tolist()
     return [sensitivity * mean / router.per_expert for mean in means]

@@ -1,6 +1,6 @@
-"""How routing changed between two checkpoints of a training.
+"""How routing differs between two checkpoints of one training run.
 
-Shapes: N experts.
+Shapes: E experts.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
 
 
 class RouterDrift(NamedTuple):
-    """One router in two checkpoints.
+    """Difference between a router and the same router in another checkpoint.
 
     Args:
-        change_N: share of the gates of each expert, less that in the other checkpoint.
-        moved: share of the tokens whose most probable expert is another one.
+        change_E: gate share of each expert minus its gate share in the other checkpoint.
+        changed: share of the tokens whose top-1 expert differs.
     """
 
-    change_N: Tensor
-    moved: float
+    change_E: Tensor
+    changed: float
 
 
 class Drift(NamedTuple):
-    """A model in two checkpoints, on the same text.
+    """Difference between a model and another checkpoint of it, on the same text.
 
     Args:
         experts: of each layer, None without a mixture of experts.
         attention: of each layer, None without a mixture of attention heads.
-        loss: that of the other checkpoint with all experts, in nats per token.
-        plan_loss: that of the other checkpoint under the plan.
+        loss: loss of the other checkpoint with all experts, in nats per token.
+        plan_loss: loss of the other checkpoint under the plan, in nats per token.
     """
 
     experts: list[RouterDrift | None]
@@ -40,7 +40,7 @@ class Drift(NamedTuple):
 
 
 def drift(use: ModelUse, other: ModelUse) -> Drift:
-    """What differs in a model from another checkpoint of it, both measured on the same text."""
+    """Compare a model with another checkpoint of it, both measured on the same text."""
     return Drift(
         _layers(use.experts, other.experts),
         _layers(use.attention, other.attention),
@@ -50,14 +50,14 @@ def drift(use: ModelUse, other: ModelUse) -> Drift:
 
 
 def _layers(
-    own: Sequence[RouterUse | None], other: Sequence[RouterUse | None]
+    layers: Sequence[RouterUse | None], other_layers: Sequence[RouterUse | None]
 ) -> list[RouterDrift | None]:
     return [
-        None if router is None or before is None else _router(router, before)
-        for router, before in zip(own, other, strict=True)
+        None
+        if own is None or other is None
+        else RouterDrift(
+            own.gates.share - other.gates.share,
+            (own.best_N != other.best_N).float().mean().item(),
+        )
+        for own, other in zip(layers, other_layers, strict=True)
     ]
-
-
-def _router(own: RouterUse, other: RouterUse) -> RouterDrift:
-    moved_X = own.best_X != other.best_X
-    return RouterDrift(own.gates.share - other.gates.share, moved_X.float().mean().item())

@@ -1,38 +1,44 @@
-"""The whole page: what was measured, put between a style sheet and a small script."""
+"""The report as one HTML page, rendered from the templates beside this file."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from lightning_dsmoe.analysis.report.drift import Drift
-from lightning_dsmoe.analysis.report.escaping import escaped
-from lightning_dsmoe.analysis.report.gates import drift_maps, gate_maps
-from lightning_dsmoe.analysis.report.layers import layer_tables
-from lightning_dsmoe.analysis.report.naming import count_experts, kinds, mean_effective
-from lightning_dsmoe.analysis.report.pairs import together
+from lightning_dsmoe.analysis.report.lift import LEAST_COUNT, FrequentTokens
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
-from lightning_dsmoe.analysis.report.token_preferences import LEAST_COUNT, FrequentTokens
-from lightning_dsmoe.analysis.report.tokens import TokenText, favourites, sample
-from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
-from lightning_dsmoe.metrics import ParameterCounts
+from lightning_dsmoe.analysis.report.utilization import ModelUse
+from lightning_dsmoe.analysis.report.view import kinds_of, printable, sample_tokens
+from lightning_dsmoe.metrics import DEAD_SHARE, ParameterCounts
 from lightning_dsmoe.routing import SelectionPlan
+
+_PACKAGE = "lightning_dsmoe.analysis.report"
+_LEVELS, _CHANGES = 10, 5
+_LARGEST_SQUARE = 32
+_SMALLEST = 0.001
+_MOST_QUANTILE = 0.98  # otherwise a few outliers would take most of the color scale
 
 
 class Report(NamedTuple):
-    """What the page is made of.
+    """Everything that the page shows.
 
     Args:
         title: name of the model.
-        facts: what was measured on what, as names and values.
-        counts: parameters of the decoder.
-        plan: the experts that run.
+        facts: names and values of the head of the page, such as the checkpoint and the text.
+        counts: parameter counts of the decoder.
+        plan: which experts run.
         use: how the model uses its experts.
-        frequent: the tokens that preferences are told of.
+        frequent: the tokens whose lift is shown.
         token_text: text of a token.
-        sample: the text to colour.
-        drift: what differs from another checkpoint; None without one.
+        sample: the text that is colored by the number of experts that run.
+        drift: the difference from another checkpoint; None without one.
     """
 
     title: str
@@ -41,154 +47,139 @@ class Report(NamedTuple):
     plan: SelectionPlan
     use: ModelUse
     frequent: FrequentTokens
-    token_text: TokenText
+    token_text: Callable[[int], str]
     sample: SampleRouting
     drift: Drift | None
 
 
-class _Section(NamedTuple):
-    anchor: str
-    heading: str
-    explanation: str
-    content: str
-
-
 def report_page(report: Report) -> str:
-    """HTML of a report, which loads nothing and runs only its own script."""
-    style, script = _packaged("page.css"), _packaged("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    title = f"How {escaped(report.title)} uses its experts"
-    sections = _sections(report)
-    links = "".join(f'<a href="#{s.anchor}">{s.heading}</a>' for s in sections)
-    body = "".join(
-        f'<section id="{s.anchor}"><h2>{s.heading}</h2>'
-        f'<p class="explanation">{s.explanation}</p>{s.content}</section>'
-        for s in sections
-    )
+    """HTML of a report, which loads nothing and runs only its own script.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        The page. Titles, facts and tokens come from strangers' files: they are escaped, and
+        characters that cannot be printed appear as their codes.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.analysis import HeldOut
+        >>> from lightning_dsmoe.analysis.report import Report, report_page
+        >>> from lightning_dsmoe.analysis.report.lift import frequent_tokens
+        >>> from lightning_dsmoe.analysis.report.sample_routing import sample_routing
+        >>> from lightning_dsmoe.analysis.report.utilization import utilization
+        >>> from lightning_dsmoe.inference import compile_sparse
+        >>> from lightning_dsmoe.metrics import count_parameters
+        >>> from lightning_dsmoe.routing import SelectionPlan, TopK
+        >>> decoder = Decoder(
+        ...     vocab_size=50,
+        ...     d_model=16,
+        ...     n_layers=2,
+        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
+        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
+        ... )
+        >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
+        >>> model, counts = compile_sparse(decoder.eval(), plan), count_parameters(decoder)
+        >>> inputs, labels = torch.randint(50, (2, 4, 8))
+        >>> text = HeldOut([(inputs, labels)], n_tokens=32)
+        >>> frequent = frequent_tokens(text, least=1)
+        >>> page = report_page(
+        ...     Report(
+        ...         title="a small model",
+        ...         facts=[("Text", "32 random tokens")],
+        ...         counts=counts,
+        ...         plan=plan,
+        ...         use=utilization(model, plan, text, counts, frequent),
+        ...         frequent=frequent,
+        ...         token_text="token {}".format,
+        ...         sample=sample_routing(model, plan, inputs[0], context=8, most=100),
+        ...         drift=None,
+        ...     )
+        ... )
+        >>> "<title>How a small model uses its experts</title>" in page
+        True
+    """
+    use, drift, counts, sample = report.use, report.drift, report.counts, report.sample
+    kinds = kinds_of(use, drift, report.plan, report.frequent, report.token_text)
+    script = _packaged("page.js")
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{style}</style></head>\n<body>"
-        '<label class="theme"><input type="checkbox" id="theme" role="switch">'
-        "<span>Light / dark</span></label>"
-        f"<header><p>DS-MoE utilization report</p><h1>{title}</h1>"
-        f"{_tiles(report)}{_facts(report.facts)}</header>"
-        f'<nav aria-label="Sections">{links}</nav><main>{body}</main>'
-        f"<script>{script}</script></body></html>\n"
-    )
-
-
-def _sections(report: Report) -> list[_Section]:
-    use, drift = report.use, report.drift
-    sections = [
-        _Section(
-            "gates",
-            "Share of the gates",
-            "The mean gate of every expert in percent, with all experts running. Balanced experts "
-            "have the same colour. Layers and experts are numbered from 0, as in plans and logs.",
-            gate_maps(use),
-        ),
-        _Section(
-            "layers",
-            "Layer by layer",
-            "Effective experts, exp H(e), are as many as would give this entropy if used evenly. "
-            "H(e) is high if the experts are in balance, H(e|x) is low if every token is sure of "
-            "its experts; both in nats. Running is the mean number of experts under the plan.",
-            layer_tables(use, report.plan),
-        ),
-        _Section(
-            "together",
-            "Experts that run together",
-            "Share of the tokens for which two experts both run under the plan; rows and columns "
-            "are experts. Below are the strongest pairs; their lift is how many times as often "
-            "they meet as if each ran regardless of the other.",
-            together(use),
-        ),
-        _Section(
-            "tokens",
-            "What each expert likes",
-            "The tokens of the highest lift: the mean gate of the expert on that token as a "
-            "multiple of its mean gate on all tokens, with all experts running. Only tokens that "
-            f"were read at least {LEAST_COUNT} times count. A percentage is the expert's share of "
-            "the gates; the border of a dead expert is dashed.",
-            favourites(use, report.frequent, report.token_text),
-        ),
-        _Section(
-            "sample",
-            "Where experts are needed",
-            "The number of experts that each token runs under the plan, of all layers and of both "
-            "kinds; each token's title names them.",
-            sample(report.sample, report.token_text),
-        ),
-    ]
-    if drift is not None:
-        losses = (
-            f"<p>Loss with all experts {use.loss:.4f} here and {drift.loss:.4f} there; under the "
-            f"plan {use.plan_loss:.4f} here and {drift.plan_loss:.4f} there.</p>"
-        )
-        sections.append(
-            _Section(
-                "drift",
-                "Change from the other checkpoint",
-                "Each expert's share of the gates here less that in the other checkpoint. Experts "
-                "keep their numbers only within one training.",
-                losses + drift_maps(drift),
-            )
-        )
-    return sections
-
-
-def _tiles(report: Report) -> str:
-    use, counts = report.use, report.counts
-    active = use.active
-    tiles = [
-        ("Parameters", _size(counts.outside + counts.hidden), f"{_size(counts.hidden)} hidden"),
-        ("Layers", f"{len(counts.experts)}", f"{count_experts(use)} experts"),
-        (
-            "Active share",
-            f"{active.mean.item():.1%}",
-            f"p50 {active.p50.item():.1%}, p95 {active.p95.item():.1%}",
-        ),
-        ("Loss, all experts", f"{use.loss:.4f}", "nats per token"),
-        (
-            "Loss, plan",
-            f"{use.plan_loss:.4f}",
-            f"{use.plan_loss / use.loss - 1:+z.2%}" if use.loss else "",
-        ),
-        *(_effective(kind, layers) for kind, layers in kinds(use)),
-    ]
-    return '<dl class="tiles">{}</dl>'.format(
-        "".join(
-            f"<div><dt>{name}</dt><dd>{value}</dd><dd><small>{note}</small></dd></div>"
-            for name, value, note in tiles
+        _templates()
+        .get_template("page.html.jinja")
+        .render(
+            style=_packaged("page.css"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            title=report.title,
+            facts=report.facts,
+            n_parameters=counts.outside + counts.hidden,
+            n_hidden=counts.hidden,
+            n_layers=len(counts.experts),
+            active=[share.item() for share in use.active],
+            losses=(use.loss, use.plan_loss),
+            other_losses=None if drift is None else (drift.loss, drift.plan_loss),
+            kinds=kinds,
+            layers=[layer for kind in kinds for layer in kind.routed],
+            largest_square=_LARGEST_SQUARE,
+            dead_share=DEAD_SHARE,
+            least_count=LEAST_COUNT,
+            n_frequent=len(report.frequent.numbers_U),
+            sample=list(sample_tokens(sample, report.token_text)),
+            left_out=sample.left_out,
+            most_running=int(sample.n_running_T.double().quantile(_MOST_QUANTILE).ceil()),
         )
     )
 
 
-def _effective(kind: str, layers: Sequence[RouterUse | None]) -> tuple[str, str, str]:
-    effective, n_experts = mean_effective(layers)
-    kind = kind.removesuffix(" experts")
-    return "Effective experts", f"{effective:.1f}", f"of {n_experts:g} {kind}"
+def level(value: float, most: float) -> str:
+    """Style sheet class of the color of a number from 0 to `most`: s0 to s10."""
+    return f"s{round(_LEVELS * min(1.0, value / most)) if most > 0 else 0}"
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts
-    )
-    return f'<dl class="facts">{rows}</dl>'
+def change(value: float, most: float) -> str:
+    """The same for a number from -`most` to `most`: less5 to less1, s0, more1 to more5."""
+    step = round(_CHANGES * min(1.0, abs(value) / most)) if most > 0 else 0
+    return f"{'more' if value > 0 else 'less'}{step}" if step else "s0"
 
 
-def _size(n_parameters: int) -> str:
+def digits(value: float) -> str:
+    """A number with three significant digits and without an exponent."""
+    if 0 < abs(value) < _SMALLEST:
+        return f"<{_SMALLEST}"
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, such as "12.5 %"."""
+    return f"{digits(100 * share)} %"
+
+
+def size(number: float) -> str:
+    """A number of parameters, such as "1.50 M"."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if n_parameters >= unit:
-            return f"{n_parameters / unit:.1f}{name}"
-    return str(n_parameters)
+        if number >= unit:
+            return f"{digits(number / unit)}{name}"
+    return str(number)
 
 
-def _packaged(name: str) -> str:
-    return files("lightning_dsmoe.analysis.report").joinpath(name).read_text("utf-8")
+@cache
+def _templates() -> Environment:
+    """Templates that escape every value, and show what cannot be printed as its code."""
+    templates = Environment(
+        loader=PackageLoader(_PACKAGE),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(level=level, change=change, digits=digits, percent=percent, size=size)
+    return templates
+
+
+def _packaged(name: str) -> Markup:
+    return Markup(files(_PACKAGE).joinpath(name).read_text("utf-8"))

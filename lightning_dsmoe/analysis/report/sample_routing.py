@@ -1,6 +1,6 @@
-"""The experts that every token of a short text runs.
+"""The experts that run for each token of a sample text.
 
-Shapes: T tokens, N experts.
+Shapes: T tokens, E experts.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from lightning_dsmoe.routing import SelectionPlan
 
 
 class SampleRouting(NamedTuple):
-    """A text and the experts that run for its tokens.
+    """A sample text and the experts that run for each of its tokens.
 
     Args:
         tokens: token numbers.
-        experts: of each layer bool `[T, N]`, None without a mixture of experts.
-        attention: of each layer bool `[T, N]`, None without a mixture of attention heads.
-        left_out: further tokens of the text, which were not read.
+        experts: of each layer bool `[T, E]`, None without a mixture of experts.
+        attention: of each layer bool `[T, E]`, None without a mixture of attention heads.
+        left_out: number of further tokens, which were not read.
     """
 
     tokens: list[int]
@@ -30,7 +30,7 @@ class SampleRouting(NamedTuple):
 
     @property
     def n_running_T(self) -> Tensor:
-        """Experts that run for each token, of all layers and of both kinds."""
+        """Number of experts that run for each token, over all layers and both kinds."""
         masks = [mask for mask in self.experts + self.attention if mask is not None]
         return torch.stack([mask.sum(-1) for mask in masks]).sum(0)
 
@@ -39,14 +39,14 @@ class SampleRouting(NamedTuple):
 def sample_routing(
     model: SparseModel, plan: SelectionPlan, tokens_T: Tensor, *, context: int, most: int
 ) -> SampleRouting:
-    """Run a text through a model.
+    """Run a sample text through a model.
 
     Args:
         model: the model.
         plan: the experts that run.
         tokens_T: the text.
-        context: tokens that the model reads at once; a longer text is read in parts.
-        most: tokens to read at the most.
+        context: length of the windows that a longer text is split into.
+        most: most tokens to read.
 
     Raises:
         ValueError: if the text is empty.
@@ -54,16 +54,16 @@ def sample_routing(
     if not len(tokens_T):
         raise ValueError("a sample must be at least one token long, got an empty text")
     read_T = tokens_T[:most]
-    seen: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] = [], []
-    for part_T in read_T.split(context):
-        routings = model(part_T[None], plan).routings
-        running = active_masks(routings, plan, model.decoder)
-        for kind, masks in zip(seen, running, strict=True):
-            kind.append(masks)
-    experts, attention = ([_joined(parts) for parts in zip(*kind, strict=True)] for kind in seen)
+    windows = [
+        active_masks(model(window_T[None], plan).routings, plan, model.decoder)
+        for window_T in read_T.split(context)
+    ]
+    experts, attention = (
+        [_joined(masks) for masks in zip(*kind, strict=True)] for kind in zip(*windows, strict=True)
+    )
     return SampleRouting(read_T.tolist(), experts, attention, len(tokens_T) - len(read_T))
 
 
-def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    found = [part[0].cpu() for part in parts if part is not None]
-    return torch.cat(found) if found else None
+def _joined(masks: tuple[Tensor | None, ...]) -> Tensor | None:
+    parts = [mask[0].cpu() for mask in masks if mask is not None]
+    return torch.cat(parts) if parts else None

@@ -1,17 +1,17 @@
-"""How a model uses its experts on a text: the gates of all of them, and who runs under a plan.
+"""How a model uses its experts on a text: gates with all experts, and which run under a plan.
 
-Shapes: B windows, T tokens of a window, V vocabulary, X tokens, N experts, K frequent tokens.
+Shapes: B windows, T tokens of a window, V vocabulary, N tokens, E experts, U frequent tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dsmoe.analysis.held_out import HeldOut
-from lightning_dsmoe.analysis.report.token_preferences import FrequentTokens
+from lightning_dsmoe.analysis.report.lift import FrequentTokens
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
@@ -26,34 +26,34 @@ from lightning_dsmoe.metrics import (
 )
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
-_MOST_PAIRS = 2**27  # 1 GiB in float64
+_MOST_PAIRS = 2**27  # 1 GiB of counts in float64
 
 
 class RouterUse(NamedTuple):
     """How one router uses its experts.
 
     Args:
-        gates: shares and entropies of its gates, all experts running.
-        together_NN: share of the tokens for which two experts both run under the plan; the diagonal
-            says how often each one runs.
-        token_gates_KN: mean gate of each expert on each frequent token, all experts running.
-        best_X: the most probable expert of each token, all experts running.
+        gates: gate shares and entropies, with all experts running.
+        together_EE: share of the tokens for which two experts both run under the plan; on the
+            diagonal the share for which each one runs.
+        token_gates_UE: mean gate of each expert on each frequent token, with all experts running.
+        best_N: top-1 expert of each token, with all experts running.
     """
 
     gates: Utilization
-    together_NN: Tensor
-    token_gates_KN: Tensor
-    best_X: Tensor
+    together_EE: Tensor
+    token_gates_UE: Tensor
+    best_N: Tensor
 
     @property
-    def running_N(self) -> Tensor:
+    def running_E(self) -> Tensor:
         """Share of the tokens for which each expert runs under the plan."""
-        return self.together_NN.diagonal()
+        return self.together_EE.diagonal()
 
     @property
     def dead_experts(self) -> list[int]:
-        """Experts with hardly any share of the gates, or that never run under the plan."""
-        dead: list[int] = (self.gates.dead | (self.running_N == 0)).nonzero().flatten().tolist()
+        """Experts with a gate share below the threshold, or that never run under the plan."""
+        dead: list[int] = (self.gates.dead | (self.running_E == 0)).nonzero().flatten().tolist()
         return dead
 
 
@@ -64,8 +64,8 @@ class ModelUse(NamedTuple):
         experts: of each layer, None without a mixture of experts.
         attention: of each layer, None without a mixture of attention heads.
         loss: cross entropy with all experts, in nats per token.
-        plan_loss: the same under the plan.
-        active: share of the hidden parameters that run for a token under the plan.
+        plan_loss: cross entropy under the plan, in nats per token.
+        active: active share under the plan.
     """
 
     experts: list[RouterUse | None]
@@ -84,27 +84,30 @@ def utilization(
     frequent: FrequentTokens,
     on_batch: Callable[[], object] = lambda: None,
 ) -> ModelUse:
-    """Read a text once with all experts and under a plan.
+    """Run a text through a model twice: with all experts, and under a plan.
 
     Args:
         model: the model.
-        plan: the experts that run.
+        plan: which experts run.
         text: the text.
-        counts: parameters of the decoder before it was packed, from `count_parameters`.
-        frequent: the tokens to keep gates of.
+        counts: parameter counts of the decoder that the model was compiled from.
+        frequent: the tokens whose mean gates are measured.
         on_batch: called after each batch of the text.
 
     Raises:
-        ValueError: if the plan does not fit the model, or no layer of the model has experts.
-        FloatingPointError: if a loss is not a finite number.
+        ValueError: if the plan is invalid for the model, or the model has no routed layer.
+        FloatingPointError: if a loss is not finite.
     """
     sizes = model.decoder.plan_sizes
     check_mixtures(sizes)
     plan.check(*sizes)
     dense = SelectionPlan.uniform(plan.n_layers)
     row_V = frequent.rows(model.decoder.vocab_size).to(text.device)
-    meters = [
-        [None if n is None else _Meter(n, len(frequent.numbers_K), text.device) for n in kind]
+    totals = [
+        [
+            None if n is None else _RouterTotals(n, len(frequent.numbers_U), text.device)
+            for n in kind
+        ]
         for kind in sizes
     ]
     active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
@@ -117,14 +120,14 @@ def utilization(
         losses[1] += plan_nll
         running = active_masks(plan_routings, plan, model.decoder)
         active.update(*running, mask_BT)
-        for kind, layers, masks in zip(meters, routings, running, strict=True):
-            for meter, routing, running_BTN in zip(kind, layers, masks, strict=True):
-                if meter is not None and routing is not None and running_BTN is not None:
-                    meter.update(routing, running_BTN, mask_BT, row_V[inputs_BT])
+        for kind, layers, masks in zip(totals, routings, running, strict=True):
+            for total, routing, running_BTE in zip(kind, layers, masks, strict=True):
+                if total is not None and routing is not None and running_BTE is not None:
+                    total.update(routing, running_BTE, mask_BT, row_V[inputs_BT])
         on_batch()
     experts, attention = (
-        [None if meter is None else meter.compute(frequent.counts_K) for meter in kind]
-        for kind in meters
+        [None if total is None else total.compute(frequent.counts_U) for total in kind]
+        for kind in totals
     )
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
     if not math.isfinite(loss + plan_loss):
@@ -133,7 +136,7 @@ def utilization(
 
 
 def check_mixtures(sizes: tuple[list[int | None], list[int | None]]) -> None:
-    """Raise a ValueError if no layer of a decoder has experts, or all have too many to pair.
+    """Raise a ValueError if a decoder has no routed layer, or too many experts to count in pairs.
 
     Args:
         sizes: `plan_sizes` of the decoder.
@@ -148,44 +151,41 @@ def check_mixtures(sizes: tuple[list[int | None], list[int | None]]) -> None:
         )
 
 
-def routers(use: Sequence[RouterUse | None]) -> list[tuple[int, RouterUse]]:
-    """Layers with a router, and how they use it."""
-    return [(layer, router) for layer, router in enumerate(use) if router is not None]
-
-
-class _Meter:
-    """Sums over the tokens of one router."""
+class _RouterTotals:
+    """Sums over tokens of what one router gives."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
         self.gates = ExpertUtilization(n_experts, sync_on_compute=False).to(device)
-        together_NN = torch.zeros(n_experts, n_experts, dtype=torch.float64)
-        token_gates_KN = torch.zeros(n_frequent + 1, n_experts)  # the last of all other tokens
-        self.together_NN, self.token_gates_KN = together_NN.to(device), token_gates_KN.to(device)
+        # In float32 a count would stop growing at 2**24 tokens.
+        together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64)
+        token_gates_UE = torch.zeros(n_frequent + 1, n_experts)  # last row: all other tokens
+        self.together_EE, self.token_gates_UE = together_EE.to(device), token_gates_UE.to(device)
         self.best: list[Tensor] = []
 
     def update(
-        self, routing: Routing, running_BTN: Tensor, mask_BT: Tensor, row_BT: Tensor
+        self, routing: Routing, running_BTE: Tensor, mask_BT: Tensor, row_BT: Tensor
     ) -> None:
-        probs_XN = routing.probs[mask_BT].float()
-        running_XN = running_BTN[mask_BT].float()
-        self.gates.update(probs_XN)
-        self.together_NN += running_XN.T @ running_XN
-        self.token_gates_KN.index_add_(0, row_BT[mask_BT], probs_XN)
-        self.best.append(probs_XN.argmax(-1).short())
+        probs_NE = routing.probs[mask_BT].float()
+        running_NE = running_BTE[mask_BT].float()
+        self.gates.update(probs_NE)
+        self.together_EE += running_NE.T @ running_NE
+        self.token_gates_UE.index_add_(0, row_BT[mask_BT], probs_NE)
+        # Kept for every token, to compare checkpoints; `check_mixtures` bounds E far below 2**15.
+        self.best.append(probs_NE.argmax(-1).short())
 
-    def compute(self, counts_K: Tensor) -> RouterUse:
-        best_X = torch.cat(self.best)
+    def compute(self, counts_U: Tensor) -> RouterUse:
+        best_N = torch.cat(self.best)
         return RouterUse(
             self.gates.cpu().compute(),
-            (self.together_NN / len(best_X)).cpu(),
-            self.token_gates_KN[:-1].cpu() / counts_K[:, None],
-            best_X.cpu(),
+            (self.together_EE / len(best_N)).cpu(),
+            self.token_gates_UE[:-1].cpu() / counts_U[:, None],
+            best_N.cpu(),
         )
 
 
 def _read(
     model: SparseModel, plan: SelectionPlan, inputs_BT: Tensor, labels_BT: Tensor
 ) -> tuple[float, Routings]:
-    """Loss summed over the tokens, and the routings; the logits, which are large, are let go."""
+    """Loss summed over the tokens, and the routings; the logits, which are large, are freed."""
     logits_BTV, routings = model(inputs_BT, plan)
     return summed_cross_entropy(logits_BTV, labels_BT).item(), routings

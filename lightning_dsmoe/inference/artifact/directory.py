@@ -36,7 +36,7 @@ from lightning_dsmoe.inference.artifact.hashes import (
     hashed_files,
     sum_lines,
 )
-from lightning_dsmoe.inference.engine.weights.packing import expect_packed
+from lightning_dsmoe.inference.engine.weights.packing import pack_empty
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.checkpoint import check_state, fill
@@ -253,7 +253,7 @@ def _check_header(artifact: Artifact, path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
     embedding = headers.get("embedding.weight")
-    expect_packed(
+    pack_empty(
         decoder,
         dtype=torch.float32 if embedding is None else embedding.dtype,
         quantization=config["quantization"],

@@ -1,6 +1,10 @@
-"""The keys and values of all layers in two tensors.
+"""The KV caches of all layers in two tensors `[L, S, B, H, C]`.
 
-Shapes: L layers, S capacity, B sequences, T sequences of a step, H KV heads, C head width.
+Positions come before sequences, unlike in a layer's own `KVCache`, so that the part in use is one
+piece of memory per layer and a new token of every sequence is one contiguous write.
+
+Shapes: L layers, S positions (capacity, or the part in use), B sequences in a batch, H KV heads,
+C head width.
 """
 
 from collections.abc import Iterable
@@ -12,16 +16,19 @@ from torch import Tensor
 from lightning_dsmoe.attention import KVCache
 from lightning_dsmoe.decoder import Block, Decoder
 
-_BLOCK = 64
+# The part in use grows by so many positions at a time. Kernels see few sizes, and views of every
+# layer's tensors are made once per growth instead of at every token; the slots that are still empty
+# are masked.
+_POSITIONS_PER_GROWTH = 64
 
 
 class Slots(NamedTuple):
-    """The part of a cache in use, with the slot that new tokens are to be written to.
+    """The part of a cache in use, and the slot for one new token of each sequence.
 
     Shape:
-        keys: `[S, T, H, C]` of each layer.
-        values: `[S, T, H, C]` of each layer.
-        seen_ST: bool, the slots that hold a token and not padding, the new ones among them.
+        keys: `[S, B, H, C]` of each layer.
+        values: `[S, B, H, C]` of each layer.
+        seen_ST: bool `[S, B]`, the slots that hold a token and not padding, the new ones included.
         at_1: int64, the slot of the new tokens.
     """
 
@@ -32,12 +39,12 @@ class Slots(NamedTuple):
 
 
 class DecoderCache:
-    """Room for the keys and values of a decoder whose layers have KV heads alike.
+    """Preallocated KV caches of a decoder, all of whose layers have the same KV heads.
 
     Args:
         decoder: the decoder.
         batch_size: sequences B.
-        capacity: tokens S per sequence.
+        capacity: positions per sequence.
 
     Raises:
         ValueError: if the layers' KV heads differ.
@@ -62,7 +69,7 @@ class DecoderCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """Positions per sequence."""
         return self._keys.shape[1]
 
     @property
@@ -72,13 +79,11 @@ class DecoderCache:
 
     @property
     def length(self) -> int:
-        """Tokens held, padding included."""
+        """Positions in use, padding included."""
         return self.layers[0].length
 
     def next_slots(self) -> Slots:
-        """Count one more token of each sequence, whose keys and values the caller writes.
-
-        The part in use grows in steps, so that its views are made anew only now and then.
+        """Reserve a slot for one more token of each sequence; the caller writes keys and values.
 
         Raises:
             ValueError: if the cache is full.
@@ -90,7 +95,7 @@ class DecoderCache:
         self._seen[at] = True
         for layer in self.layers:
             layer.length = at + 1
-        used = min(self.capacity, (at // _BLOCK + 1) * _BLOCK)
+        used = min(self.capacity, (at // _POSITIONS_PER_GROWTH + 1) * _POSITIONS_PER_GROWTH)
         if len(self._slots.seen_ST) != used:
             self._slots = Slots(
                 list(self._keys[:, :used]),

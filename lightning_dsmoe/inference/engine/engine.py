@@ -1,6 +1,6 @@
-"""Running a packed decoder in one of three ways, by the number of tokens.
+"""Running a packed decoder with one of three methods, by the number of tokens.
 
-Shapes: B batch, T new tokens, V vocabulary.
+Shapes: B sequences in a batch, T new positions, V vocabulary.
 """
 
 import threading
@@ -11,32 +11,48 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
-from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, check, here
-from lightning_dsmoe.inference.engine.weights.packing import tiled
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
+from lightning_dsmoe.inference.engine.weights.packing import tile_weights
 from lightning_dsmoe.routing import SelectionPlan
 
-_CHUNK = 2048
-_AT_ONCE = 16
+# A compiled step is unrolled over its sequences, and the more there are, the fewer experts are
+# needed by none: a plan that runs half of the parameters leads its dense twin by a factor of 1.9
+# with one sequence and 1.07 with 16 of random tokens (docs/lab_notes/batched.md).
+_MAX_STEP_SEQUENCES = 16
 _COMPILING = threading.Lock()  # PyTorch exports one program at a time
 
 
 class Engine:
-    """Runs a packed decoder in one of three ways, by the number of tokens.
+    """Runs a packed decoder with one of three methods, by the number of tokens.
+
+    Single new tokens of a few sequences take a compiled step that gathers the weights of the chosen
+    experts. Everything else runs all experts under gates of zero ("masked"), or each expert on its
+    own tokens ("grouped").
 
     Args:
         decoder: the packed decoder.
-        switch_points: where one way gives way to the next, if measured here.
+        switch_points: where one method gives way to the next.
+        max_tokens: tokens of a batch of prompts that are read at once; longer prompts are read in
+            pieces, so that memory for activations is bounded.
+
+    Raises:
+        ValueError: if a switch point is negative.
     """
 
-    def __init__(self, decoder: Decoder, switch_points: SwitchPoints) -> None:
+    def __init__(
+        self, decoder: Decoder, switch_points: SwitchPoints, *, max_tokens: int = 2048
+    ) -> None:
+        if min(switch_points.gather_up_to, switch_points.grouped_from) < 0:
+            raise ValueError(f"switch points must be 0 or more, got {switch_points}")
         self.decoder = decoder
-        self.given_points = check(switch_points)
+        self.given_points = switch_points
+        self.max_tokens = max_tokens
+        self.can_compile = True
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep | None] = {}
         self._layouts: dict[bool, Decoder] = {}
-        self._warned = False
 
     @property
     def switch_points(self) -> SwitchPoints:
@@ -54,7 +70,7 @@ class Engine:
     ) -> DecoderOutput:
         """Logits and routings of new tokens, as `Decoder.forward` gives them."""
         with torch.autocast(tokens_BT.device.type, enabled=False):
-            return run_many(
+            return forward_tokens(
                 self.decoder,
                 tokens_BT,
                 plan,
@@ -65,7 +81,7 @@ class Engine:
             )
 
     def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
-        """The compiled step for a plan, made at its first use; None where there is none."""
+        """The step compiled for a plan, at its first use; None where it cannot be compiled."""
         key = plan, n_sequences
         if key in self._steps:
             return self._steps[key]
@@ -75,24 +91,24 @@ class Engine:
                     self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
                 except CannotCompile as error:
                     self._steps[key] = None
-                    if not self._warned:
-                        told = f"decoding runs uncompiled, more slowly: {error}"
-                        warnings.warn(told, stacklevel=2)
-                    self._warned = True
+                    if self.can_compile:
+                        message = f"decoding runs uncompiled, more slowly: {error}"
+                        warnings.warn(message, stacklevel=2)
+                    self.can_compile = False
             return self._steps[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: nothing compiled."""
-        return {**self.__dict__, "_steps": {}, "_layouts": {}, "_warned": False}
+        """What copies and pickles hold: nothing compiled, and that another machine may compile."""
+        return {**self.__dict__, "_steps": {}, "_layouts": {}, "can_compile": True}
 
     def layout(self, n_sequences: int) -> Decoder:
-        """The decoder with its weights as the compiled step likes them."""
+        """The decoder with its weights laid out for a compiled step of so many sequences."""
         several = n_sequences > 1
         if several not in self._layouts:
-            self._layouts[several] = tiled(self.decoder, n_sequences)
+            self._layouts[several] = tile_weights(self.decoder, n_sequences)
         return self._layouts[several]
 
-    def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineContext":
+    def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
         """Start sequences under a plan, with room for `capacity` tokens each.
 
         Raises:
@@ -102,16 +118,17 @@ class Engine:
         if positions is not None and capacity > positions:
             raise ValueError(f"{capacity} tokens, but this model has {positions} learned positions")
         sizes = [batch_size]
-        gathers = batch_size <= self.switch_points.gather_up_to and not self._warned
+        gathers = self.can_compile and batch_size <= self.switch_points.gather_up_to
         if gathers:
-            groups = -(-batch_size // _AT_ONCE)
-            sizes = [(batch_size + group) // groups for group in range(groups)]
+            # In groups of nearly equal sizes, for which at most two steps are compiled.
+            n_groups = -(-batch_size // _MAX_STEP_SEQUENCES)
+            sizes = [(batch_size + group) // n_groups for group in range(n_groups)]
         caches = [DecoderCache(self.decoder, size, capacity) for size in sizes]
-        return EngineContext(self, caches, plan, gathers=gathers)
+        return EngineReader(self, caches, plan, gathers=gathers)
 
 
-class EngineContext:
-    """A context of an engine.
+class EngineReader:
+    """Sequences that an engine reads, with their KV caches.
 
     Args:
         engine: the engine.
@@ -130,7 +147,7 @@ class EngineContext:
 
     @property
     def length(self) -> int:
-        """Tokens read, padding included."""
+        """Positions read, padding included."""
         return self._caches[0].length
 
     @torch.inference_mode()
@@ -153,7 +170,7 @@ class EngineContext:
             step = self._engine.compiled_step(self._plan, batch_size)
             if step is not None:
                 return step(tokens_BT[:, 0], cache)
-        chunk = max(1, _CHUNK // batch_size)
+        chunk = max(1, self._engine.max_tokens // batch_size)
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             logits = self._engine.forward(

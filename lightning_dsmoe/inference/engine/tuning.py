@@ -1,9 +1,10 @@
-"""Measuring which way of running experts is the fastest for how many sequences.
+"""Measuring which method of running experts is the fastest at which batch size.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences in a batch, T positions.
 """
 
 import time
+from collections.abc import Sequence
 from itertools import takewhile
 from statistics import median
 
@@ -14,33 +15,41 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, place_of
 from lightning_dsmoe.routing import SelectionPlan
 
-_SEQUENCES = (1, 4, 16, 32, 64)
 _PROMPT, _LENGTH = 4, 8
 _ROUNDS = 5
 _NEVER = 2**31
+# Grouped and masked are the same computation where no layer is worth grouping, and then differ by
+# chance: only if it takes less than this share of the time is masked taken for the faster one.
 _CLEARLY = 0.97
-"""Of the time: grouped and masked are the same where no layer groups, and then differ by chance."""
 
 
-def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
-    """Measure the three ways of decoding 1 to 64 sequences by turns.
+def tune(
+    decoder: Decoder, plan: SelectionPlan, *, batch_sizes: Sequence[int] = (1, 4, 16, 32, 64)
+) -> SwitchPoints:
+    """Measure the time that each method takes to decode some batches of sequences.
 
     Args:
         decoder: the packed decoder.
         plan: the experts that run.
+        batch_sizes: numbers of sequences, ascending.
+
+    Returns:
+        Switch points that hold on this device, with this type and number of threads.
     """
-    ways = {
+    engines = {
         "gathered": Engine(decoder, SwitchPoints(gather_up_to=_NEVER)),
         "grouped": Engine(decoder, SwitchPoints(gather_up_to=0)),
         "masked": Engine(decoder, SwitchPoints(gather_up_to=0, grouped_from=_NEVER)),
     }
-    compiled = ways["gathered"]
+    compiled = engines["gathered"]
     if not compiled.switch_points.gather_up_to or compiled.compiled_step(plan, 1) is None:
-        del ways["gathered"]
-    timed = [(n, _medians(ways, plan, n)) for n in _SEQUENCES]
-    fastest = [(n, min(taken, key=taken.__getitem__)) for n, taken in timed]
-    gathered = [n for n, _ in takewhile(lambda pair: pair[1] == "gathered", fastest)]
-    masked = [n for n, taken in timed if taken["masked"] < _CLEARLY * taken["grouped"]]
+        del engines["gathered"]
+    seconds = {size: _medians(engines, plan, size) for size in batch_sizes}
+    # Up to the first defeat: beyond it lies a batch size at which another method is faster.
+    gathered = takewhile(
+        lambda size: min(seconds[size], key=seconds[size].__getitem__) == "gathered", batch_sizes
+    )
+    masked = [size for size, each in seconds.items() if each["masked"] < _CLEARLY * each["grouped"]]
     return SwitchPoints(
         gather_up_to=max(gathered, default=0),
         grouped_from=max(masked, default=0) + 1,
@@ -48,30 +57,29 @@ def calibrate(decoder: Decoder, plan: SelectionPlan) -> SwitchPoints:
     )
 
 
-def _medians(ways: dict[str, Engine], plan: SelectionPlan, n_sequences: int) -> dict[str, float]:
-    """Seconds of each way of decoding some sequences."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def _medians(engines: dict[str, Engine], plan: SelectionPlan, batch_size: int) -> dict[str, float]:
+    """Seconds of each engine, alternating between them: a slow moment of the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     for number in range(1 + _ROUNDS):
-        for name, engine in ways.items():
-            taken = _seconds(engine, plan, n_sequences)
-            if number:
-                seconds[name].append(taken)
-    return {name: median(taken) for name, taken in seconds.items()}
+        for name, engine in engines.items():
+            elapsed = _seconds(engine, plan, batch_size)
+            if number:  # the first round compiles
+                seconds[name].append(elapsed)
+    return {name: median(each) for name, each in seconds.items()}
 
 
-def _seconds(engine: Engine, plan: SelectionPlan, n_sequences: int) -> float:
-    """Time of decoding a few tokens more of sequences of random text."""
+def _seconds(engine: Engine, plan: SelectionPlan, batch_size: int) -> float:
+    """Time of decoding a few tokens of random sequences, without that of their prompts."""
     length = min(_LENGTH, engine.decoder.max_positions or _LENGTH)
     device = engine.decoder.embedding.weight.device
     generator = torch.Generator().manual_seed(0)
-    text_BT = torch.randint(
-        engine.decoder.vocab_size, (n_sequences, length), generator=generator
-    ).to(device)
-    context = engine.open(n_sequences, length, plan)
-    context.read(text_BT[:, :_PROMPT])
+    tokens_BT = torch.randint(engine.decoder.vocab_size, (batch_size, length), generator=generator)
+    tokens_BT = tokens_BT.to(device)
+    reader = engine.open(batch_size, length, plan)
+    reader.read(tokens_BT[:, :_PROMPT])
     start = time.perf_counter()
-    for place in range(_PROMPT, length):
-        context.read(text_BT[:, place : place + 1])
+    for position in range(_PROMPT, length):
+        reader.read(tokens_BT[:, position : position + 1])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

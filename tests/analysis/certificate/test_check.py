@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.certificate import TextSource, certificate
 from lightning_dsmoe.analysis.certificate.check import check_weights, differences, is_exact
 from lightning_dsmoe.analysis.certificate.judgement import judge
+from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
@@ -103,7 +103,7 @@ def test_codes_between_two_may_fall_to_either_but_few_do(decoder: Decoder) -> No
     moved[moved.abs().argmin()] += 1
     check_weights(model, decoder)
     moved -= moved.sign()
-    with pytest.raises(ValueError, match=r"blocks\.0\.feed_forward\.experts\.w_out.* is another"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.feed_forward\.experts\.w_out.* differs"):
         check_weights(model, decoder)
 
 

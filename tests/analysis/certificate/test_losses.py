@@ -2,19 +2,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_dsmoe.analysis.certificate import losses as certificate_losses
 from lightning_dsmoe.analysis.certificate.losses import compare_windows, gap_interval
 
 
 @pytest.mark.parametrize("at_once", [7, 60, 2**22])
-def test_sums_of_windows(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificate_losses, "_AT_ONCE", at_once)
+def test_sums_of_windows(at_once: int) -> None:
     dense, sparse = torch.randn(2, 3, 5, 7)
     sparse = dense + 0.5 * sparse
     labels = torch.randint(7, (3, 5))
     labels[1, 2:] = -100
     labels[2] = -100
-    sums = compare_windows(dense, sparse, labels)
+    sums = compare_windows(dense, sparse, labels, max_elements=at_once)
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
     for window in range(3):
         counted = labels[window] != -100
@@ -33,8 +31,7 @@ def test_sums_of_windows(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("at_once", [30, 2**22])
-def test_the_interval_is_that_of_a_loop(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificate_losses, "_AT_ONCE", at_once)
+def test_the_interval_is_that_of_a_loop(at_once: int) -> None:
     dense = torch.rand(13, dtype=torch.float64) + 1
     sparse = dense * (1 + 0.05 * torch.randn(13, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1234)
@@ -49,7 +46,7 @@ def test_the_interval_is_that_of_a_loop(at_once: int, monkeypatch: pytest.Monkey
         low, rest = divmod(p * (len(gaps) - 1), 1)
         return gaps[int(low)] * (1 - rest) + gaps[int(low) + 1] * rest
 
-    found = gap_interval(dense, sparse, resamples=200)
+    found = gap_interval(dense, sparse, resamples=200, max_elements=at_once)
     assert found == pytest.approx((percentile(0.025), percentile(0.975)), rel=1e-9)
 
 

@@ -23,6 +23,8 @@ from lightning_dsmoe.routing import (
     TopP,
 )
 
+from ...pairwise import pairwise
+
 ROUTER = partial(LinearRouter, init_std=0.3)
 BIASED: dict[str, Any] = {
     "attention": partial(
@@ -72,9 +74,9 @@ def make(parts: dict[str, Any], seed: int) -> Decoder:
     return decoder.eval()
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("parts", [BIASED, PLAIN], ids=["biased", "plain"])
+@pytest.mark.parametrize(
+    ("parts", "plan", "seed"), pairwise(parts=[BIASED, PLAIN], plan=PLANS, seed=range(3))
+)
 def test_the_bound_holds(parts: dict[str, Any], plan: SelectionPlan, seed: int) -> None:
     decoder, tokens = make(parts, seed), torch.randint(29, (3, 12))
     in_double = token_errors(copy.deepcopy(decoder).double(), tokens, plan)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.plans import divergence as module
-from lightning_dsmoe.analysis.plans.divergence import divergence
+from lightning_dsmoe.analysis.plans.divergence import _most_probable, divergence
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
@@ -35,11 +34,8 @@ def naive(model: SparseModel, text: HeldOut, most: int) -> list[float]:
 
 
 @pytest.mark.parametrize("most", [64, 3])
-def test_it_is_that_of_a_plain_loop(
-    most: int, model: SparseModel, text: HeldOut, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "PROBABLE", most)
-    diverge = divergence(model, text)
+def test_it_is_that_of_a_plain_loop(most: int, model: SparseModel, text: HeldOut) -> None:
+    diverge = divergence(model, text, n_probable=most)
     expected = naive(model, text, most)
     assert len(expected) == 12
     assert min(expected) > 0
@@ -53,9 +49,8 @@ def test_all_experts_are_no_way_off(model: SparseModel, text: HeldOut) -> None:
     assert max(map(abs, found)) < 1e-4
 
 
-def test_rounding_hides_no_improbable_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROBABLE", 2)
+def test_rounding_hides_no_improbable_token() -> None:
     logits_BTV = torch.tensor([[[0.0, -30.0, -1.0]]])
-    tokens_BTK, log_p_BTK = module._most_probable(logits_BTV)
-    assert tokens_BTK.tolist() == [[[0, 2]]]
-    torch.testing.assert_close(log_p_BTK, logits_BTV.log_softmax(-1)[..., [0, 2, 1]])
+    tokens_BTP, log_p_BTP = _most_probable(logits_BTV, 2)
+    assert tokens_BTP.tolist() == [[[0, 2]]]
+    torch.testing.assert_close(log_p_BTP, logits_BTV.log_softmax(-1)[..., [0, 2, 1]])

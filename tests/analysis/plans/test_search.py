@@ -9,9 +9,17 @@ import pytest
 from lightning_dsmoe.analysis import PlanResult
 from lightning_dsmoe.analysis.plans.divergence import Diverge
 from lightning_dsmoe.analysis.plans.routing_statistics import Statistics
-from lightning_dsmoe.analysis.plans.search import search, sensitivities, sparsest
-from lightning_dsmoe.analysis.plans.solvers import alike, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform, uniform_mixed, uniform_numbers
+from lightning_dsmoe.analysis.plans.search import PlanSearch, Score, sensitivities
+from lightning_dsmoe.analysis.plans.solvers import (
+    FIXED_NUMBERS,
+    THRESHOLDS,
+    PlanFamily,
+    alike,
+    best_uniform,
+    thresholds,
+    uniform_mixed,
+    uniform_numbers,
+)
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
 from ..conftest import share_of
@@ -21,7 +29,11 @@ EVEN = (1.0,) * 4
 
 def test_sensitivity_is_loss_for_dropped_mass(statistics: Statistics, measure: Any) -> None:
     plan = SelectionPlan.uniform(2, experts=Threshold(0.9), attention=Threshold(0.9))
-    found = sensitivities(statistics, plan, measure)
+
+    def score(plan: SelectionPlan) -> Score:
+        return Score(measure(plan).loss, ())
+
+    found = sensitivities(statistics, plan, score)
     alone = SelectionPlan((AllExperts(), Threshold(0.9)), (AllExperts(), AllExperts()))
     increase = measure(alone).loss - measure(SelectionPlan.uniform(2)).loss
     mass = statistics.experts[1].dropped_mass(0.9).item()
@@ -29,20 +41,20 @@ def test_sensitivity_is_loss_for_dropped_mass(statistics: Statistics, measure: A
     assert found[1] == pytest.approx(increase / mass)
 
 
-@pytest.mark.parametrize(("solve", "budget"), [(thresholds, 0.55), (fixed_numbers, 0.7)])
+@pytest.mark.parametrize(("family", "budget"), [(THRESHOLDS, 0.55), (FIXED_NUMBERS, 0.7)])
 def test_the_search_is_no_worse_than_where_it_starts(
-    solve: Any, budget: float, statistics: Statistics, measure: Any
+    family: PlanFamily, budget: float, statistics: Statistics, measure: Any
 ) -> None:
-    found = search(statistics, budget, solve, measure)
+    found = PlanSearch(statistics, measure, family).within(budget)
     again = measure(found.plan)
     assert found.result == again._replace(tokens_per_second=found.result.tokens_per_second)
     starts = [
-        solve(statistics, EVEN, budget),
-        solve(statistics, alike(statistics), budget),
+        family.solve(statistics, EVEN, budget),
+        family.solve(statistics, alike(statistics), budget),
         *uniform_numbers(statistics, budget),
     ]
     assert not any(measure(plan).clearly_below(found.result) for plan in starts)
-    if solve is thresholds:
+    if family is THRESHOLDS:
         best = best_uniform(statistics, budget, measure)
         assert best is not None
         assert not best.result.clearly_below(found.result)
@@ -66,7 +78,7 @@ def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics)
         return router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
 
     start = thresholds(statistics, EVEN, 0.6).attention[1]
-    found = search(statistics, 0.6, thresholds, made_up(loss)).plan.attention[1]
+    found = PlanSearch(statistics, made_up(loss)).within(0.6).plan.attention[1]
     assert found.eps < start.eps / 2
 
 
@@ -100,7 +112,7 @@ def test_the_search_moves_on_for_clear_gains_alone(spread: float, statistics: St
         dropped = router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
         return result(1 + (0.01 + spread) * dropped, 1 + (0.01 - spread) * dropped)
 
-    found = search(statistics, 0.6, thresholds, measure).plan
+    found = PlanSearch(statistics, measure).within(0.6).plan
     starts = [thresholds(statistics, sensitivity, 0.6) for sensitivity in (EVEN, alike(statistics))]
     moved = found.attention[1].eps < min(plan.attention[1].eps for plan in starts) / 2
     assert moved == (spread == 0)
@@ -121,8 +133,8 @@ def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
     def loss(plan: SelectionPlan) -> float:
         return 9.0 if finished and plan == SelectionPlan.uniform(2) else dropped(plan, 1)
 
-    by_loss = search(statistics, 0.6, thresholds, made_up(loss))
-    by_divergence = search(statistics, 0.6, thresholds, made_up(lambda plan: dropped(plan, 0)))
+    by_loss = PlanSearch(statistics, made_up(loss)).within(0.6)
+    by_divergence = PlanSearch(statistics, made_up(lambda plan: dropped(plan, 0))).within(0.6)
     assert by_loss.plan != by_divergence.plan
     made: list[str] = []
 
@@ -130,7 +142,7 @@ def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
         made.append("once")
         return lambda plan: (dropped(plan, 0),)
 
-    found = search(statistics, 0.6, thresholds, made_up(loss), make_diverge)
+    found = PlanSearch(statistics, made_up(loss), make_divergence=make_diverge).within(0.6)
     assert made == ([] if finished else ["once"])
     assert found.plan == (by_loss if finished else by_divergence).plan
     assert found.result.loss == loss(found.plan)
@@ -138,7 +150,7 @@ def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
 
 def test_the_search_takes_the_uniform_plan_if_nothing_beats_it(statistics: Statistics) -> None:
     best = uniform_numbers(statistics, 0.7)[1]
-    found = search(statistics, 0.7, thresholds, made_up(lambda plan: float(plan != best)))
+    found = PlanSearch(statistics, made_up(lambda plan: float(plan != best))).within(0.7)
     assert found.plan == best
 
 
@@ -151,19 +163,17 @@ def test_the_last_uniform_plan_that_is_clearly_better_is_taken(statistics: Stati
     }
     usual = result(3.0, 5.0, 4.0, 6.0)
     assert results[by_chance].loss < results[best].loss
-    found = search(statistics, 0.9, thresholds, lambda plan: results.get(plan, usual))
+    found = PlanSearch(statistics, lambda plan: results.get(plan, usual)).within(0.9)
     assert found.plan == best
 
 
 def test_a_uniform_plan_can_win_by_divergence(statistics: Statistics) -> None:
     best = uniform_numbers(statistics, 0.7)[1]
-    found = search(
+    found = PlanSearch(
         statistics,
-        0.7,
-        thresholds,
         made_up(lambda plan: 1.0),
-        lambda: lambda plan: (float(plan != best),),
-    )
+        make_divergence=lambda: lambda plan: (float(plan != best),),
+    ).within(0.7)
     assert found.plan == best
     assert found.result.loss == 1
 
@@ -173,8 +183,8 @@ def test_numbers_beside_a_threshold_are_tried_unless_numbers_are_wanted(
 ) -> None:
     best = uniform_mixed(statistics, 0.7)[1]
     measure = made_up(lambda plan: float(plan != best))
-    assert search(statistics, 0.7, thresholds, measure).plan == best
-    numbers = search(statistics, 0.7, fixed_numbers, measure).plan
+    assert PlanSearch(statistics, measure).within(0.7).plan == best
+    numbers = PlanSearch(statistics, measure, FIXED_NUMBERS).within(0.7).plan
     assert {type(selection) for selection in numbers.experts + numbers.attention} == {TopK}
 
 
@@ -187,22 +197,22 @@ def test_no_plan_is_measured_twice(guided: bool, statistics: Statistics, measure
         return measure(plan)
 
     make_diverge = (lambda: lambda plan: measure(plan).window_losses) if guided else None
-    search(statistics, 0.7, thresholds, counted, make_diverge)
+    PlanSearch(statistics, counted, make_divergence=make_diverge).within(0.7)
     assert len(seen) == len(set(seen)) >= 2
     seen.clear()
-    sparsest(statistics, 0.1, thresholds, counted)
+    PlanSearch(statistics, counted).sparsest(0.1)
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.parametrize("solve", [thresholds, fixed_numbers])
+@pytest.mark.parametrize("family", [THRESHOLDS, FIXED_NUMBERS])
 def test_the_sparsest_plan_keeps_to_its_loss(
-    solve: Any, statistics: Statistics, measure: Any
+    family: PlanFamily, statistics: Statistics, measure: Any
 ) -> None:
-    found = sparsest(statistics, 0.02, solve, measure)
+    found = PlanSearch(statistics, measure, family).sparsest(0.02)
     most = measure(SelectionPlan.uniform(2)).loss * 1.02
     assert measure(found.plan).loss == pytest.approx(found.result.loss)
     assert found.result.loss <= most
-    assert found.result.share < 0.8
+    assert found.result.active_share_mean < 0.8
 
 
 def test_the_sparsest_plan_is_a_uniform_one_if_that_is_better(statistics: Statistics) -> None:
@@ -214,7 +224,7 @@ def test_the_sparsest_plan_is_a_uniform_one_if_that_is_better(statistics: Statis
         return 1 + max(0.0, 0.7 - share_of(statistics, plan))
 
     best = uniform_numbers(statistics, 0.72)[1]
-    found = sparsest(statistics, 0.0, thresholds, made_up(loss))
+    found = PlanSearch(statistics, made_up(loss)).sparsest(0.0)
     assert found.plan == best
     assert found.result.loss == 0
 
@@ -228,19 +238,19 @@ def test_the_share_is_the_least_that_the_loss_allows(
             return 2.0
         return 1 + max(0.0, 0.8 - share_of(statistics, plan))
 
-    found = sparsest(statistics, increase, thresholds, made_up(loss))
+    found = PlanSearch(statistics, made_up(loss)).sparsest(increase)
     assert found.result.loss <= 1 + increase
     assert expected <= share_of(statistics, found.plan) < expected + 0.02
 
 
 def test_what_costs_nothing_is_left_out(statistics: Statistics) -> None:
-    found = sparsest(statistics, 0.0, thresholds, made_up(lambda plan: 1.0))
+    found = PlanSearch(statistics, made_up(lambda plan: 1.0)).sparsest(0.0)
     assert share_of(statistics, found.plan) < statistics.least_share + 0.02
 
 
 def test_where_every_expert_counts_all_run(statistics: Statistics) -> None:
     dense = SelectionPlan.uniform(2)
-    found = sparsest(statistics, 0.1, thresholds, made_up(lambda plan: 1.0 + (plan != dense)))
+    found = PlanSearch(statistics, made_up(lambda plan: 1.0 + (plan != dense))).sparsest(0.1)
     assert found.plan == dense
 
 
@@ -251,7 +261,7 @@ def test_a_search_is_short_where_nothing_helps(statistics: Statistics) -> None:
         tried.append(plan)
         return 1.0 + len(tried)  # nothing ever helps
 
-    sparsest(statistics, 0.1, thresholds, made_up(loss))
+    PlanSearch(statistics, made_up(loss)).sparsest(0.1)
     assert tried.count(SelectionPlan.uniform(2)) == 1
     assert len(tried) < 40
 
@@ -262,4 +272,4 @@ def test_impossible_budgets(budget: float, statistics: Statistics) -> None:
         raise AssertionError("a plan was tried")
 
     with pytest.raises(ValueError, match="cannot be met: one expert in each layer is 0\\."):
-        search(statistics, budget, thresholds, measure)
+        PlanSearch(statistics, measure).within(budget)

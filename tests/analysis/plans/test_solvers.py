@@ -7,8 +7,14 @@ import torch
 
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
-from lightning_dsmoe.analysis.plans.solvers import alike, fixed_numbers, thresholds
-from lightning_dsmoe.analysis.plans.uniform import best_uniform, uniform_numbers, uniform_plans
+from lightning_dsmoe.analysis.plans.solvers import (
+    alike,
+    best_uniform,
+    fixed_numbers,
+    thresholds,
+    uniform_numbers,
+    uniform_plans,
+)
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
 from ..conftest import share_of
@@ -19,8 +25,8 @@ EVEN = (1.0,) * 4
 def test_statistics_tell_what_a_threshold_keeps_and_drops() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04], [0.34, 0.33, 0.33]])
     router = RouterStatistics(probs, per_expert=10)
-    assert router.kept(0.7).item() == pytest.approx((2 + 1 + 3) / 3)
-    assert router.kept(3.0).item() == 1
+    assert router.running(0.7).item() == pytest.approx((2 + 1 + 3) / 3)
+    assert router.running(3.0).item() == 1
     assert router.dropped_mass(0.7).item() == pytest.approx((0.2 + 0.1) / 3)
     assert router.dropped_mass(3.0).item() == pytest.approx((0.5 + 0.1 + 0.66) / 3)
     whole = Statistics([router], [None], always=5, hidden=35)
@@ -30,8 +36,8 @@ def test_statistics_tell_what_a_threshold_keeps_and_drops() -> None:
 def test_statistics_are_of_counted_tokens(statistics: Statistics, text: HeldOut) -> None:
     for router in statistics.experts + statistics.attention:
         assert router is not None
-        assert len(router.probs_XN) == text.n_tokens
-        assert (router.probs_XN.diff(dim=-1) <= 0).all()
+        assert len(router.probs_NE) == text.n_tokens
+        assert (router.probs_NE.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize("budget", [0.55, 0.7, 0.9])
@@ -40,7 +46,7 @@ def test_plans_keep_to_the_budget_and_use_it(
     solve: Any, budget: float, statistics: Statistics, measure: Any
 ) -> None:
     plan = solve(statistics, EVEN, budget)
-    share = measure(plan).share
+    share = measure(plan).active_share_mean
     largest = max(r.per_expert for r in statistics.experts + statistics.attention if r)
     step = largest / statistics.hidden
     if solve is fixed_numbers:
@@ -97,7 +103,7 @@ def test_uniform_plans_of_a_share(statistics: Statistics, measure: Any) -> None:
     for plan in plans:
         assert len(set(plan.experts)) == len(set(plan.attention)) == 1
     for plan in plans[1:4]:
-        assert measure(plan).share <= 0.7
+        assert measure(plan).active_share_mean <= 0.7
     for plan in plans[4:]:
         heads = plan.attention[0].k * sum(router.per_expert for router in statistics.attention)
         rest = statistics._replace(attention=[None, None], always=statistics.always + heads)

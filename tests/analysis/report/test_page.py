@@ -8,23 +8,23 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from markupsafe import escape
 from torch import Tensor
 
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
-from lightning_dsmoe.analysis.report.escaping import escaped, visible
-from lightning_dsmoe.analysis.report.heat_map import change, level
-from lightning_dsmoe.analysis.report.naming import plan_label, selection_label
+from lightning_dsmoe.analysis.report.lift import FrequentTokens
+from lightning_dsmoe.analysis.report.page import change, digits, level, percent, size
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
-from lightning_dsmoe.analysis.report.token_preferences import FrequentTokens
 from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
+from lightning_dsmoe.analysis.report.view import printable, visible
 from lightning_dsmoe.metrics import (
     ActiveShare,
     ParameterCounts,
     RoutedParameters,
     expert_utilization,
 )
-from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, ThresholdTopK, TopK, TopP
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
 VOID = {"meta", "br", "input"}
 HOSTILE = (
@@ -82,7 +82,7 @@ def router(n_experts: int, n_frequent: int) -> RouterUse:
     return RouterUse(used, together, gates, probs.argmax(-1))
 
 
-def made(
+def make_report(
     experts: list[int | None],
     attention: list[int | None],
     *,
@@ -126,51 +126,51 @@ def made(
 
 
 def test_every_part_is_there() -> None:
-    page = report_page(made([5, 5], [3, 3]))
+    page = report_page(make_report([5, 5], [3, 3]))
     for words in (
-        "Share of the gates",
+        "Gate share",
         "Layer by layer",
-        "Experts that run together",
-        "What each expert likes",
-        "Where experts are needed",
-        "Change from the other checkpoint",
-        "and 7 more tokens",
-        "1.5000",
-        "1.6000",
-        "+6.67%",
-        "30.0%",
-        "p50 25.0%, p95 40.0%",
+        "Co-activation",
+        "Most over-represented tokens",
+        "Experts per token",
+        "Difference from the other checkpoint",
+        "7 more tokens are not shown",
+        ">1.500<",
+        ">1.600<",
+        "6.67 % above all experts",
+        ">30.0 %<",
+        "median 25.0 %, 95th percentile 40.0 %",
     ):
         assert words in page
     links = re.findall(r'href="#(\w+)"', page)
     assert len(links) == 6
     assert all(f'id="{link}"' in page for link in links)
-    assert "Change from" not in report_page(made([5], [3], with_drift=False))
+    assert "Difference from" not in report_page(make_report([5], [3], with_drift=False))
 
 
 def test_numbers_of_the_heat_map() -> None:
-    report = made([5], [None])
+    report = make_report([5], [None])
     use = report.use.experts[0]
     assert use is not None
     titles = [v for _, name, v in Page(report_page(report)).attributes if name == "title"]
     for expert, share in enumerate(use.gates.share.tolist()):
-        expected = f"layer 0, expert {expert}: {share:.2%} of the gates"
+        expected = f"layer 0, expert {expert}: {percent(share)} of the gates"
         assert sum(str(title).startswith(expected) for title in titles) == 1
     for first in range(5):
         for second in range(first):
-            share = use.together_NN[first, second].item()
-            words = f"layer 0, experts {second} and {first} run together for {share:.2%}"
-            assert (words in titles) == (share > 0)
+            share = use.together_EE[first, second].item()
+            words = f"layer 0, experts {second} and {first} run together for {percent(share)} of"
+            assert sum(str(title).startswith(words) for title in titles) == (share > 0)
 
 
 def test_dead_experts_are_named() -> None:
-    report = made([6, 6], [3, None])
+    report = make_report([6, 6], [3, None])
     use = report.use.experts[1]
     assert use is not None
-    use.together_NN[:, 4] = use.together_NN[4, :] = 0
+    use.together_EE[:, 4] = use.together_EE[4, :] = 0
     page = " ".join("".join(Page(report_page(report)).texts).split())
     dead = ", ".join(
-        f"{e} ({use.gates.share[e].item():.2%}{'' if use.running_N[e] else ', never runs'})"
+        f"{e} ({percent(use.gates.share[e].item())}{'' if use.running_E[e] else ', never runs'})"
         for e in use.dead_experts
     )
     assert 4 in use.dead_experts
@@ -183,9 +183,11 @@ def test_dead_experts_are_named() -> None:
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
 def test_text_from_outside_stays_text(hostile: str) -> None:
-    plain = Page(report_page(made([4], [2], text=lambda token: "a", facts=(("a", "b"),))))
+    plain = Page(report_page(make_report([4], [2], text=lambda token: "a", facts=(("a", "b"),))))
     page = report_page(
-        made([4], [2], text=lambda token: hostile, title=hostile, facts=((hostile, hostile),))
+        make_report(
+            [4], [2], text=lambda token: hostile, title=hostile, facts=((hostile, hostile),)
+        )
     )
     page.encode("utf-8")
     found = Page(page)
@@ -195,11 +197,19 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
     assert not [n for _, n, _ in found.attributes if n.startswith("on")]
     printed = "".join(found.texts)
     assert not [c for c in printed if c != "\n" and not c.isprintable()]
-    assert escaped(hostile) in page
+    assert escape(printable(hostile)) in page
+
+
+def test_quotes_and_tags_stay_inside_an_attribute() -> None:
+    hostile = """"'><script>alert("x")</script>"""
+    found = Page(report_page(make_report([4], [2], text=lambda token: hostile)))
+    titles = [value or "" for _, name, value in found.attributes if name == "title"]
+    assert sum(title.startswith(f"{hostile}: ") for title in titles) == 11
+    assert len(found.scripts) == 1
 
 
 def test_nothing_is_loaded() -> None:
-    page = report_page(made([4, 40], [2, 2]))
+    page = report_page(make_report([4, 40], [2, 2]))
     found = Page(page)
     for tag, name, value in found.attributes:
         assert name not in {"src", "srcset", "action", "data", "poster"}, tag
@@ -221,7 +231,7 @@ def test_nothing_is_loaded() -> None:
     [([4, None], [None, 3]), ([None, None], [3, 3]), ([5], [None]), ([1], [1]), ([33, 2], [2, 9])],
 )
 def test_layers_without_experts(experts: list[int | None], attention: list[int | None]) -> None:
-    page = report_page(made(experts, attention))
+    page = report_page(make_report(experts, attention))
     Page(page)
     assert page.count("no experts") == 2 * sum(
         kind.count(None) for kind in (experts, attention) if set(kind) != {None}
@@ -229,28 +239,31 @@ def test_layers_without_experts(experts: list[int | None], attention: list[int |
 
 
 def test_many_experts_fit_in_a_page() -> None:
-    page = report_page(made([256] * 6, [256] * 6, n_frequent=60))
-    assert len(page.encode()) < 5_000_000
-    assert len(Page(page).tags) > 6 * 2 * 256
+    page = report_page(make_report([256] * 2, [256] * 2, n_frequent=60))
+    assert len(page.encode()) < 5_000_000 / 3
+    assert len(Page(page).tags) > 2 * 2 * 256
 
 
 def test_a_text_without_frequent_tokens() -> None:
-    report = made([4], [2])
+    report = make_report([4], [None])
+    [use] = report.use.experts
+    assert use is not None
+    unseen = report.use._replace(experts=[use._replace(token_gates_UE=torch.zeros(0, 4))])
     nothing = torch.zeros(0, dtype=torch.int64)
-    page = report_page(report._replace(frequent=FrequentTokens(nothing, nothing)))
-    assert "no token occurs often enough" in page
+    page = report_page(report._replace(use=unseen, frequent=FrequentTokens(nothing, nothing)))
+    assert "No token occurs often enough" in page
 
 
 def test_plans_that_differ_from_layer_to_layer() -> None:
     plan = SelectionPlan((TopK(2), Threshold(0.25)), (AllExperts(), AllExperts()))
-    page = report_page(made([4, 4], [2, 2], plan=plan))
-    assert "<td>TopK k=2</td>" in page
-    assert "<td>Threshold eps=0.25</td>" in page
-    assert "AllExperts" not in page
+    page = report_page(make_report([4, 4], [2, 2], plan=plan))
+    assert "<td>top 2</td>" in page
+    assert "<td>threshold 0.25</td>" in page
+    assert "<td>all</td>" not in page
 
 
 def test_many_experts_of_a_token_are_counted_not_named() -> None:
-    report = made([20], [2])
+    report = make_report([20], [2])
     mask = torch.zeros(11, 20, dtype=torch.bool)
     mask[0, :7], mask[1, 3:5] = True, True
     sample = report.sample._replace(experts=[mask])
@@ -279,9 +292,8 @@ def test_tokens_are_visible(token: str, shown: str) -> None:
     assert visible(token, 7) == shown
 
 
-def test_escaping() -> None:
-    assert escaped("<a href=\"x\" & 'y'>") == "&lt;a href=&quot;x&quot; &amp; &#x27;y&#x27;&gt;"
-    assert escaped("a\nb\u2028\udcff") == "a\\nb\\u2028\\udcff"
+def test_what_cannot_be_printed() -> None:
+    assert printable("a\nb\u2028\udcff <é>") == "a\\nb\\u2028\\udcff <é>"
 
 
 def test_colours() -> None:
@@ -297,13 +309,16 @@ def test_colours() -> None:
     assert level(1, 0) == change(1, 0) == "s0"
 
 
-def test_names_of_selections() -> None:
-    selections = (TopK(3), Threshold(0.25, renormalize=True), TopP(0.9), ThresholdTopK(1.0))
-    assert [selection_label(selection) for selection in selections] == [
-        "TopK k=3",
-        "Threshold renormalize=True eps=0.25",
-        "TopP p=0.9",
-        "ThresholdTopK eps=1",
+def test_three_significant_digits() -> None:
+    assert [digits(n) for n in (0, 0.0206, 0.5, 2.0947, 99.96, 1234567, -3.4, 1e-9)] == [
+        "0",
+        "0.0206",
+        "0.500",
+        "2.09",
+        "100.0",
+        "1,230,000",
+        "-3.40",
+        "<0.001",
     ]
-    assert plan_label((TopK(3), TopK(3))) == "TopK k=3"
-    assert plan_label((TopK(3), TopK(2))) == "a selection for each layer"
+    assert (percent(0.1234), percent(1), percent(0)) == ("12.3 %", "100 %", "0 %")
+    assert [size(n) for n in (999, 1500, 2.34e6, 1e9)] == ["999", "1.50 k", "2.34 M", "1.00 G"]

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.analysis import HeldOut, evaluate_plan
 from lightning_dsmoe.analysis.report.drift import drift
-from lightning_dsmoe.analysis.report.expert_pairs import strongest_pairs
-from lightning_dsmoe.analysis.report.sample_routing import sample_routing
-from lightning_dsmoe.analysis.report.token_preferences import (
+from lightning_dsmoe.analysis.report.lift import (
     FrequentTokens,
     frequent_tokens,
-    preferences,
+    over_represented,
+    strongest_pairs,
 )
+from lightning_dsmoe.analysis.report.sample_routing import sample_routing
 from lightning_dsmoe.analysis.report.utilization import (
     ModelUse,
     RouterUse,
@@ -62,7 +62,7 @@ def counted(text: HeldOut) -> list[tuple[int, int, int]]:
 
 
 def seen(decoder: Decoder, text: HeldOut, plan: SelectionPlan) -> dict[str, list[Tensor]]:
-    """Probabilities `[N]` of every token that counts, by router."""
+    """Probabilities `[E]` of every token that counts, by router."""
     with torch.no_grad():
         routings = [decoder(inputs, plan).routings for inputs, _ in text.batches]
     return {
@@ -89,7 +89,7 @@ def test_gates_are_those_of_all_experts(decoder: Decoder, text: HeldOut, use: Mo
         router = by_name(use)[name]
         for found, value in zip(router.gates, expected, strict=True):
             torch.testing.assert_close(found, value)
-        assert router.best_X.tolist() == [int(p.argmax()) for p in probs]
+        assert router.best_N.tolist() == [int(p.argmax()) for p in probs]
 
 
 def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUse) -> None:
@@ -105,8 +105,8 @@ def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUs
                     together[first][second] += 1
         router = by_name(use)[name]
         expected = torch.tensor(together, dtype=torch.float64) / len(probs)
-        torch.testing.assert_close(router.together_NN, expected)
-        assert router.running_N.tolist() == pytest.approx(expected.diagonal().tolist())
+        torch.testing.assert_close(router.together_EE, expected)
+        assert router.running_E.tolist() == pytest.approx(expected.diagonal().tolist())
 
 
 def test_losses_and_active_share_are_those_of_the_plans(
@@ -117,17 +117,17 @@ def test_losses_and_active_share_are_those_of_the_plans(
         evaluate_plan(model, SelectionPlan.uniform(2), text, counts).loss
     )
     assert use.plan_loss == pytest.approx(plan.loss)
-    assert use.active.mean.item() == pytest.approx(plan.share)
-    assert use.active.p95.item() == pytest.approx(plan.share_p95)
+    assert use.active.mean.item() == pytest.approx(plan.active_share_mean)
+    assert use.active.p95.item() == pytest.approx(plan.active_share_p95)
     assert use.plan_loss != use.loss
 
 
 def test_each_batch_is_told_of(
     model: SparseModel, text: HeldOut, counts: ParameterCounts, frequent: FrequentTokens
 ) -> None:
-    told: list[int] = []
-    utilization(model, PLAN, text, counts, frequent, lambda: told.append(1))
-    assert len(told) == len(text.batches)
+    calls: list[int] = []
+    utilization(model, PLAN, text, counts, frequent, lambda: calls.append(1))
+    assert len(calls) == len(text.batches)
 
 
 def test_tokens_that_experts_like(
@@ -136,12 +136,12 @@ def test_tokens_that_experts_like(
     tokens = [int(text.batches[b][0][row, column]) for b, row, column in counted(text)]
     often = [t for t in range(29) if tokens.count(t) >= LEAST]
     assert 1 < len(often) < 29
-    assert frequent.numbers_K.tolist() == often
-    assert frequent.counts_K.tolist() == [tokens.count(t) for t in often]
+    assert frequent.numbers_U.tolist() == often
+    assert frequent.counts_U.tolist() == [tokens.count(t) for t in often]
     for name, probs in seen(decoder, text, SelectionPlan.uniform(2)).items():
         router = by_name(use)[name]
-        liked = preferences(router.token_gates_KN, router.gates.share, frequent, most=3)
-        for expert, found in enumerate(liked):
+        top = over_represented(router.token_gates_UE, router.gates.share, frequent, most=3)
+        for expert, found in enumerate(top):
             mean = sum(p[expert].item() for p in probs) / len(probs)
             lifts = {}
             for token in often:
@@ -151,7 +151,7 @@ def test_tokens_that_experts_like(
             assert [each.token for each in found] == [t for t in best if lifts[t] > 1]
             for each in found:
                 assert each.lift == pytest.approx(lifts[each.token], rel=1e-4)
-                assert each.seen == tokens.count(each.token)
+                assert each.occurrences == tokens.count(each.token)
 
 
 def test_without_frequent_tokens_nothing_is_liked(
@@ -160,8 +160,8 @@ def test_without_frequent_tokens_nothing_is_liked(
     nothing = frequent_tokens(text, 10_000)
     router = utilization(model, PLAN, text, counts, nothing).experts[0]
     assert router is not None
-    liked = preferences(router.token_gates_KN, router.gates.share, nothing, most=3)
-    assert liked == [[]] * 5
+    top = over_represented(router.token_gates_UE, router.gates.share, nothing, most=3)
+    assert top == [[]] * 5
 
 
 def router_use(together: list[list[float]], share: list[float]) -> RouterUse:
@@ -179,14 +179,13 @@ def test_dead_experts_have_no_share_or_never_run() -> None:
 
 def test_strongest_pairs() -> None:
     together = [[0.5, 0.1, 0.0], [0.1, 0.4, 0.3], [0.0, 0.3, 0.6]]
-    use = router_use(together, [0.3, 0.3, 0.4])
-    first, second = strongest_pairs(use, 3)
+    first, second = strongest_pairs(torch.tensor(together), 3)
     assert (first.first, first.second) == (1, 2)
     assert first.share == pytest.approx(0.3)
     assert first.lift == pytest.approx(0.3 / (0.4 * 0.6))
     assert (second.first, second.second) == (0, 1)
-    assert strongest_pairs(use, 1) == [first]
-    assert strongest_pairs(router_use([[1.0]], [1.0]), 3) == []
+    assert strongest_pairs(torch.tensor(together), 1) == [first]
+    assert strongest_pairs(torch.ones(1, 1), 3) == []
 
 
 def test_drift(
@@ -200,21 +199,21 @@ def test_drift(
         for name, parameter in decoder.named_parameters():
             if "router" in name:
                 parameter.mul_(-2)
-    changed = compile_sparse(
+    other_model = compile_sparse(
         decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
     )
-    other = utilization(changed, PLAN, text, counts, frequent)
+    other = utilization(other_model, PLAN, text, counts, frequent)
     found = drift(use, other)
     assert (found.loss, found.plan_loss) == (other.loss, other.plan_loss)
     for kind in ("experts", "attention"):
         for layer, router in enumerate(getattr(found, kind)):
             own, before = getattr(use, kind)[layer], getattr(other, kind)[layer]
-            torch.testing.assert_close(router.change_N, own.gates.share - before.gates.share)
-            moved = [a != b for a, b in zip(own.best_X, before.best_X, strict=True)]
-            assert router.moved == pytest.approx(sum(moved) / len(moved))
-            assert router.moved > 0
+            torch.testing.assert_close(router.change_E, own.gates.share - before.gates.share)
+            changed = [a != b for a, b in zip(own.best_N, before.best_N, strict=True)]
+            assert router.changed == pytest.approx(sum(changed) / len(changed))
+            assert router.changed > 0
     still = drift(use, use)
-    assert [router.moved for router in still.experts if router is not None] == [0.0, 0.0]
+    assert [router.changed for router in still.experts if router is not None] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("context", [4, 7, 100])
@@ -240,7 +239,7 @@ def test_an_empty_sample(model: SparseModel) -> None:
         sample_routing(model, PLAN, torch.zeros(0, dtype=torch.int64), context=4, most=5)
 
 
-def made(attention: object, feed_forward: object) -> SparseModel:
+def small_model(attention: object, feed_forward: object) -> SparseModel:
     decoder = Decoder(29, 16, 2, attention=attention, feed_forward=feed_forward)  # type: ignore[arg-type]
     return compile_sparse(
         decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
@@ -254,7 +253,7 @@ def test_layers_without_mixtures(text: HeldOut, frequent: FrequentTokens) -> Non
     heads = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4)
     plan = SelectionPlan.uniform(2)
     for attention, feed_forward in ((plain_attention, experts), (heads, plain_layer)):
-        model = made(attention, feed_forward)
+        model = small_model(attention, feed_forward)
         counts = count_parameters(
             Decoder(29, 16, 2, attention=attention, feed_forward=feed_forward)
         )
@@ -264,7 +263,7 @@ def test_layers_without_mixtures(text: HeldOut, frequent: FrequentTokens) -> Non
         assert drift(use, use).loss == use.loss
         sample = sample_routing(model, plan, torch.arange(9), context=4, most=9)
         assert sample.n_running_T.tolist() == [2 * (5 if feed_forward is experts else 3)] * 9
-    model = made(plain_attention, plain_layer)
+    model = small_model(plain_attention, plain_layer)
     with pytest.raises(ValueError, match="no mixture of experts or of attention heads"):
         utilization(model, plan, text, counts, frequent)
 

@@ -46,7 +46,7 @@ def test_an_endless_json(float_artifact: Path) -> None:
     [
         ("format_version", 3, r"has format 3, this version reads 2; another version of"),
         ("format_version", 1, "has format 1, this version reads 2"),
-        ("format_version", "x" * 999, "has format 'x{0,19}, this version reads 2"),
+        ("format_version", "x" * 999, "has format 'x+[.]{3}x+', this version reads 2"),
         ("format_version", ..., "must be an object with a format_version"),
         ("context", ..., "must have the fields"),
         ("surprise", 1, "must have the fields"),
@@ -54,16 +54,20 @@ def test_an_endless_json(float_artifact: Path) -> None:
         ("quantization", ["int8"], "quantization must be null or int8, got"),
         ("quantize_head", 1, "quantize_head must be true or false"),
         ("quantize_head", ..., "must have the fields"),
-        ("switch_points", [8, 9, None], "switch_points must have the fields"),
+        ("switch_points", [8, 9, None], "switch_points must be an object, got"),
         ("switch_points", {"gather_up_to": 8}, "switch_points must have the fields"),
-        ("switch_points", points(gather_up_to=-1), "gather_up_to must be a whole .*, got -1"),
-        ("switch_points", points(gather_up_to=True), "gather_up_to must be a whole .*, got True"),
-        ("switch_points", points(grouped_from=9.0), "grouped_from must be a whole .*, got 9.0"),
-        ("switch_points", points(measured_on=3), "measured_on must be null or a text"),
-        ("context", 0, "context must be null or at least 1, got 0"),
-        ("context", 8.5, r"context must be null or at least 1, got 8\.5"),
+        ("switch_points", points(gather_up_to=-1), "gather_up_to must be an integer .*, got -1"),
+        (
+            "switch_points",
+            points(gather_up_to=True),
+            "gather_up_to must be an integer .*, got True",
+        ),
+        ("switch_points", points(grouped_from=9.0), "grouped_from must be an integer .*, got 9.0"),
+        ("switch_points", points(measured_on=3), "measured_on must be null or a string"),
+        ("context", 0, "context must be null or an integer from 1 to .*, got 0"),
+        ("context", 8.5, r"context must be null or an integer from 1 to .*, got 8\.5"),
         ("tokenizer", "gpt2", "tokenizer must be null or an object, got 'gpt2'"),
-        ("architecture", None, "an architecture is an object"),
+        ("architecture", None, "architecture must be an object, got None"),
         ("quantization", "int8", r"missing .*w_in\.scales; .*w_in\.weight is torch\.float32, not"),
         ("quantize_head", True, r"missing head\.rows\.weight; missing head\.rows\.scales$"),
     ],
@@ -91,7 +95,7 @@ def test_eight_bit_weights_for_a_float_model(originals: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("wrong", ['["os.system"]', "3", "null"])
 def test_configurations_that_are_no_objects(wrong: str, float_artifact: Path) -> None:
-    for name, message in (("config.json", "must be an object"), ("plan.json", "is an object")):
+    for name, message in (("config.json", "must be an object"), ("plan.json", "must be an object")):
         whole = (float_artifact / name).read_text()
         (float_artifact / name).write_text(wrong)
         sign(float_artifact)

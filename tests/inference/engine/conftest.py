@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.inference.engine.weights.packing import pack
@@ -53,7 +53,7 @@ def rotary_mlp() -> Decoder:
 
 
 def learned_positions_glu(*, max_positions: int = 90) -> Decoder:
-    """Rows enough to be summed side by side, norms of heads, and gates of the paper's size."""
+    """Rows enough to unroll loops over them, norms of heads, and gates of the paper's size."""
     glu = partial(GLUExperts, activation="silu")
     return uneven(
         Decoder(
@@ -117,19 +117,19 @@ class Steps:
         self.blocks = [BlockStep(*arguments) for arguments in selections]
 
     @torch.no_grad()
-    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
+    def __call__(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
         slots = cache.next_slots()
-        x_TD, *by = self.embed(tokens_T, slots.seen_ST)
+        x_BD, *rotary = self.embed(tokens_B, slots.seen_ST)
         for block, keys, values in zip(self.blocks, slots.keys, slots.values, strict=True):
-            x_TD = block(x_TD, keys, values, slots.seen_ST, slots.at_1, *by)
-        return self.predict(x_TD)
+            x_BD = block(x_BD, keys, values, slots.seen_ST, slots.at_1, *rotary)
+        return self.predict(x_BD)
 
 
 @torch.no_grad()
 def token_by_token(
     decoder: Decoder, plan: SelectionPlan, tokens: Tensor, prompt: int, mask: Tensor | None = None
 ) -> Tensor:
-    """What the plain decoder says of each token, the first `prompt` at once."""
+    """Logits of the plain decoder for each token, the first `prompt` of them in one call."""
     caches = decoder.new_caches(*tokens.shape)
     first = None if mask is None else mask[:, :prompt]
     logits = []
@@ -144,17 +144,20 @@ def token_by_token(
 def in_steps(
     decoder: Decoder, plan: SelectionPlan, tokens: Tensor, prompt: int, mask: Tensor | None = None
 ) -> Tensor:
-    """What the parts of a packed decoder say of each token after the prompt."""
+    """Logits of the steps of a packed decoder for each token after the prompt."""
     cache = DecoderCache(decoder, *tokens.shape)
     if prompt:
         first = None if mask is None else mask[:, :prompt]
         start = tokens[:, :prompt]
-        run_many(decoder, start, plan, grouped=False, mask=first, caches=cache.layers)
+        forward_tokens(decoder, start, plan, grouped=False, mask=first, caches=cache.layers)
     step = Steps(decoder, plan)
-    return torch.stack([step(tokens_T, cache) for tokens_T in tokens[:, prompt:].T], 1)
+    return torch.stack([step(tokens_B, cache) for tokens_B in tokens[:, prompt:].T], 1)
 
 
-@pytest.fixture(params=[rotary_mlp, learned_positions_glu, without_routers])
+DECODERS = [rotary_mlp, learned_positions_glu, without_routers]
+
+
+@pytest.fixture(params=DECODERS)
 def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
     return request.param
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine.batched.forward import run_many
+from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.routing import AllExperts
 
@@ -32,7 +32,7 @@ def test_one_token_after_another(one_decoder: Decoder) -> None:
     assert cache.length == 150
 
 
-def test_views_are_made_anew_only_when_the_part_in_use_grows(one_decoder: Decoder) -> None:
+def test_views_change_only_when_the_part_in_use_grows(one_decoder: Decoder) -> None:
     cache = DecoderCache(one_decoder, 1, 130)
     slots = [cache.next_slots() for _ in range(130)]
     assert len({id(some) for some in slots}) == 3
@@ -62,8 +62,8 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
     mask = torch.ones(2, prompt, dtype=torch.bool)
     mask[1, : prompt // 2] = False
     plan = uniform(AllExperts())
-    run_many(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
-    kept = [layer.keys[:, :, :prompt].clone() for layer in cache.layers]
+    forward_tokens(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
+    prompt_keys = [layer.keys[:, :, :prompt].clone() for layer in cache.layers]
     for new in range(2):
         slots = cache.next_slots()
         assert slots.at_1.tolist() == [prompt + new]
@@ -73,7 +73,7 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
         expected[prompt : prompt + new + 1] = True
         assert torch.equal(slots.seen_ST, expected)
         for layer, keys in enumerate(slots.keys):
-            assert torch.equal(keys[:prompt].permute(1, 2, 0, 3), kept[layer])
+            assert torch.equal(keys[:prompt].permute(1, 2, 0, 3), prompt_keys[layer])
             assert keys[:prompt].abs().amin((2, 3)).min() > 0
             assert not keys[prompt:].any()
 
@@ -82,9 +82,9 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
 def test_a_prompt_that_does_not_fit(one_decoder: Decoder, tokens: Tensor) -> None:
     cache = DecoderCache(one_decoder, 3, 20)
     twin, plan = packed(one_decoder), uniform(AllExperts())
-    run_many(twin, tokens, plan, grouped=False, caches=cache.layers)
+    forward_tokens(twin, tokens, plan, grouped=False, caches=cache.layers)
     with pytest.raises(ValueError, match="28 tokens do not fit a cache of 20"):
-        run_many(twin, tokens, plan, grouped=False, caches=cache.layers)
+        forward_tokens(twin, tokens, plan, grouped=False, caches=cache.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1,4 +1,4 @@
-"""Which way runs when, and that prompts in pieces and in batches are what they are alone."""
+"""Which method runs when, and that prompts in pieces and in batches are what they are alone."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,18 @@ from lightning_dsmoe.routing import (
     TopP,
 )
 
-from .conftest import Steps, V, assert_near, packed, rotary_mlp, uniform
+from ...pairwise import pairwise
+from .conftest import (
+    SELECTIONS,
+    Steps,
+    V,
+    assert_near,
+    learned_positions_glu,
+    packed,
+    rotary_mlp,
+    uniform,
+    without_routers,
+)
 
 UNCOMPILED = SwitchPoints(gather_up_to=0)
 # ThresholdTopK counts over all tokens of a call, so it may choose others for another batch.
@@ -37,19 +48,25 @@ OF_ONE_TOKEN = [AllExperts(), TopK(1), TopK(2, renormalize=True), Threshold(0.8)
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of what the decoder is run on."""
     seen = []
-    run_many = engine_module.run_many
+    forward_tokens = engine_module.forward_tokens
 
     def recorded(decoder: Decoder, tokens_BT: Tensor, *args: Any, **options: Any) -> Any:
         seen.append(tokens_BT.shape[1])
-        return run_many(decoder, tokens_BT, *args, **options)
+        return forward_tokens(decoder, tokens_BT, *args, **options)
 
-    monkeypatch.setattr(engine_module, "run_many", recorded)
+    monkeypatch.setattr(engine_module, "forward_tokens", recorded)
     return seen
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 13])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("chosen", OF_ONE_TOKEN, ids=str)
+@pytest.mark.parametrize(
+    ("chosen", "padded", "chunk", "make_decoder"),
+    pairwise(
+        chosen=OF_ONE_TOKEN,
+        padded=[False, True],
+        chunk=[1, 3, 5, 13],
+        make_decoder=[rotary_mlp, learned_positions_glu, without_routers],
+    ),
+)
 @torch.no_grad()
 def test_a_prompt_in_pieces_is_the_prompt_at_once(
     chosen: Selection,
@@ -59,31 +76,30 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(
     tokens: Tensor,
     mask: Tensor,
     lengths: list[int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine, some = Engine(packed(decoder), UNCOMPILED), mask if padded else None
     whole = engine.open(3, 14, uniform(chosen)).read(tokens, some)
     assert lengths == [14]
-    monkeypatch.setattr(engine_module, "_CHUNK", 3 * chunk + 2)
+    engine.max_tokens = 3 * chunk + 2
     pieces = engine.open(3, 14, uniform(chosen))
-    found = pieces.read(tokens, some)
+    actual = pieces.read(tokens, some)
     assert lengths[1:] == [chunk] * (14 // chunk) + ([14 % chunk] if 14 % chunk else [])
     assert pieces.length == 14
-    assert_near(found, whole)
-    assert_near(found, decoder(tokens, uniform(chosen), mask=some).logits[:, -1])
+    assert_near(actual, whole)
+    assert_near(actual, decoder(tokens, uniform(chosen), mask=some).logits[:, -1])
 
 
 def test_more_sequences_than_a_chunk_holds(
-    one_decoder: Decoder, tokens: Tensor, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    one_decoder: Decoder, tokens: Tensor, lengths: list[int]
 ) -> None:
-    monkeypatch.setattr(engine_module, "_CHUNK", 2)
-    Engine(packed(one_decoder), UNCOMPILED).open(3, 4, uniform(TopK(1))).read(tokens[:, :4])
+    engine = Engine(packed(one_decoder), UNCOMPILED, max_tokens=2)
+    engine.open(3, 4, uniform(TopK(1))).read(tokens[:, :4])
     assert lengths == [1] * 4
 
 
 @pytest.mark.parametrize("chosen", OF_ONE_TOKEN, ids=str)
 @torch.no_grad()
-def test_a_prompt_does_not_feel_its_batch(
+def test_a_prompt_is_independent_of_its_batch(
     chosen: Selection, decoder: Decoder, tokens: Tensor, mask: Tensor
 ) -> None:
     engine, plan = Engine(packed(decoder), UNCOMPILED), uniform(chosen)
@@ -95,7 +111,14 @@ def test_a_prompt_does_not_feel_its_batch(
             assert_near(logits[row : row + 1], alone)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("selection", "batch", "make_decoder"),
+    pairwise(
+        selection=SELECTIONS,
+        batch=[1, 3],
+        make_decoder=[rotary_mlp, learned_positions_glu, without_routers],
+    ),
+)
 @torch.no_grad()
 def test_reading_is_that_of_the_plain_decoder(
     batch: int, selection: Selection, decoder: Decoder, tokens: Tensor
@@ -109,12 +132,12 @@ def test_reading_is_that_of_the_plain_decoder(
 
 
 class FakeStep:
-    """Stands in for a compiled step; says which token it was given."""
+    """Stands in for a compiled step; its logits say which token it was given."""
 
-    made: list[tuple[SelectionPlan, int]]
+    compilations: list[tuple[SelectionPlan, int]]
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
-        self.made.append((plan, n_sequences))
+        self.compilations.append((plan, n_sequences))
 
     def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
         cache.next_slots()
@@ -122,10 +145,10 @@ class FakeStep:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SelectionPlan, int]]:
-    monkeypatch.setattr(FakeStep, "made", [], raising=False)
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SelectionPlan, int]]:
+    monkeypatch.setattr(FakeStep, "compilations", [], raising=False)
     monkeypatch.setattr(engine_module, "CompiledStep", FakeStep)
-    return FakeStep.made
+    return FakeStep.compilations
 
 
 def decoded(engine: Engine, plan: SelectionPlan, batch: int) -> bool:
@@ -138,36 +161,36 @@ def decoded(engine: Engine, plan: SelectionPlan, batch: int) -> bool:
 
 @pytest.mark.parametrize("most", [0, 1, 3, 8])
 def test_up_to_the_first_switch_point_the_step_is_compiled(
-    most: int, one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+    most: int, one_decoder: Decoder, compilations: list[tuple[SelectionPlan, int]]
 ) -> None:
     engine, plan = Engine(packed(one_decoder), SwitchPoints(gather_up_to=most)), uniform(TopK(1))
     for batch in (1, 3, 8, 9):
         assert decoded(engine, plan, batch) == (batch <= most)
-    assert made == [(plan, n) for n in (1, 3, 8) if n <= most]
+    assert compilations == [(plan, n) for n in (1, 3, 8) if n <= most]
 
 
-def test_a_step_is_made_once_for_each_plan_and_number_of_sequences(
-    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+def test_a_step_is_compiled_once_for_each_plan_and_number_of_sequences(
+    one_decoder: Decoder, compilations: list[tuple[SelectionPlan, int]]
 ) -> None:
     engine = Engine(packed(one_decoder), SwitchPoints())
     plans = [uniform(TopK(1)), uniform(TopK(2)), uniform(TopK(1))]
     for plan in plans:
         for batch in (2, 1, 2):
             assert decoded(engine, plan, batch)
-    assert made == [(plan, batch) for plan in plans[:2] for batch in (2, 1)]
+    assert compilations == [(plan, batch) for plan in plans[:2] for batch in (2, 1)]
 
 
 def test_only_single_tokens_after_others_go_through_the_step(
-    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]]
+    one_decoder: Decoder, compilations: list[tuple[SelectionPlan, int]]
 ) -> None:
     context = Engine(packed(one_decoder), SwitchPoints()).open(2, 9, uniform(TopK(1)))
     one = torch.zeros(2, 1, dtype=torch.long)
     context.read(one)
     context.read(one.expand(2, 2))
     context.read(one, torch.ones(2, 1, dtype=torch.bool))
-    assert not made
+    assert not compilations
     context.read(one)
-    assert len(made) == 1
+    assert len(compilations) == 1
     assert context.length == 5
 
 
@@ -178,10 +201,10 @@ def test_only_single_tokens_after_others_go_through_the_step(
 def test_many_sequences_decode_in_groups(
     batch: int, sizes: list[int], one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    compilations = []
 
     def uncompiled_step(decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> Steps:
-        made.append(n_sequences)
+        compilations.append(n_sequences)
         return Steps(decoder, plan)
 
     monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_step)
@@ -193,11 +216,11 @@ def test_many_sequences_decode_in_groups(
         expected = one_decoder(tokens[:, part], plan, mask=some, caches=caches).logits[:, -1]
         assert_near(context.read(tokens[:, part], some), expected)
     assert context.length == 8
-    assert sorted(made) == sizes
+    assert sorted(compilations) == sizes
 
 
 def test_a_model_moved_to_another_type_gets_new_steps(
-    one_decoder: Decoder, tokens: Tensor, made: list[tuple[SelectionPlan, int]]
+    one_decoder: Decoder, tokens: Tensor, compilations: list[tuple[SelectionPlan, int]]
 ) -> None:
     plan = uniform(TopK(1))
     model = compile_sparse(one_decoder, plan)
@@ -206,7 +229,7 @@ def test_a_model_moved_to_another_type_gets_new_steps(
     model.bfloat16()
     for n_sequences in (1, 3):
         model.generate(tokens[:n_sequences, :4], 3)
-    assert made == [(plan, 1), (plan, 3)] * 2
+    assert compilations == [(plan, 1), (plan, 3)] * 2
 
 
 @pytest.mark.parametrize("first", [0, 1, 6, 9])
@@ -214,13 +237,13 @@ def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
     first: int, one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    run_many = engine_module.run_many
+    forward_tokens = engine_module.forward_tokens
 
     def recorded(*args: Any, grouped: bool, **options: Any) -> Any:
         seen.append(grouped)
-        return run_many(*args, grouped=grouped, **options)
+        return forward_tokens(*args, grouped=grouped, **options)
 
-    monkeypatch.setattr(engine_module, "run_many", recorded)
+    monkeypatch.setattr(engine_module, "forward_tokens", recorded)
     engine = Engine(packed(one_decoder), SwitchPoints(gather_up_to=0, grouped_from=first))
     shapes = [(1, 1), (1, 5), (5, 1), (1, 6), (2, 3), (3, 3)]
     for shape in shapes:
@@ -228,26 +251,28 @@ def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
     assert seen == [batch * length >= first for batch, length in shapes]
 
 
-def test_what_cannot_be_compiled_is_said_once_and_not_tried_again(
+def test_what_cannot_be_compiled_warns_once_and_is_not_tried_again(
     one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = []
+    attempts = []
 
     def refuse(*args: Any) -> None:
-        tried.append(args)
+        attempts.append(args)
         raise CannotCompile("no compiler here")
 
     monkeypatch.setattr(engine_module, "CompiledStep", refuse)
     engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
     with pytest.warns(UserWarning, match="runs uncompiled, more slowly: no compiler here"):
-        found = [decoded(engine, plan, 1)]
-    found += [decoded(engine, uniform(TopK(2)), 1), decoded(engine, plan, 2)]
-    assert found == [False] * 3
-    assert len(tried) == 1
+        actual = [decoded(engine, plan, 1)]
+    actual += [decoded(engine, uniform(TopK(2)), 1), decoded(engine, plan, 2)]
+    assert actual == [False] * 3
+    assert len(attempts) == 1
 
 
-def test_threads_that_meet_a_plan_together_make_one_step(
-    one_decoder: Decoder, made: list[tuple[SelectionPlan, int]], monkeypatch: pytest.MonkeyPatch
+def test_threads_that_meet_a_plan_together_compile_one_step(
+    one_decoder: Decoder,
+    compilations: list[tuple[SelectionPlan, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     together, at_work = Barrier(4), []
 
@@ -271,7 +296,7 @@ def test_threads_that_meet_a_plan_together_make_one_step(
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(decode, [1, 1, 2, 2])) == [True] * 4
-    assert sorted(n for _, n in made) == [1, 2, 3]
+    assert sorted(n for _, n in compilations) == [1, 2, 3]
 
 
 def test_a_full_context(tokens: Tensor) -> None:

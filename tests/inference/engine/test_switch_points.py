@@ -1,4 +1,4 @@
-"""Where one way of running experts gives way to the next, and measuring it."""
+"""Where one method of running experts gives way to the next, and measuring it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from lightning_dsmoe import TopK, compile_sparse, load_sparse
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine import tuning as calibration
+from lightning_dsmoe.inference.engine import tuning
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here, place_of
 
 from .conftest import learned_positions_glu, packed, rotary_mlp, uniform
 
 PLAN = uniform(TopK(1))
-WAYS = {(2**31, 1): "gathered", (0, 1): "grouped", (0, 2**31): "masked"}
+METHODS = {(2**31, 1): "gathered", (0, 1): "grouped", (0, 2**31): "masked"}
 SECONDS = {"gathered": 5.0, "grouped": 5.0, "masked": 5.0}
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
-    """Replace the work by seconds that tests choose for a way and a number of sequences."""
+    """Replace the work by seconds that tests choose for a method and a number of sequences."""
     chosen: dict[tuple[str, int], float] = {}
 
     def seconds(engine: Engine, plan: Any, n_sequences: int) -> float:
-        name = WAYS[engine.switch_points[:2]]
+        name = METHODS[engine.switch_points[:2]]
         return chosen.get((name, n_sequences), SECONDS[name])
 
-    monkeypatch.setattr(calibration, "_seconds", seconds)
-    monkeypatch.setattr(calibration.Engine, "compiled_step", lambda *args: "a step")
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning.Engine, "compiled_step", lambda *args: "a step")
     return chosen
 
 
@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
         ({("masked", 1): 5.5, ("masked", 4): 4.5, ("gathered", 4): 4.0}, 64, 5),
     ],
 )
-def test_the_fastest_way_is_taken(
+def test_the_fastest_method_is_taken(
     faster: dict[tuple[str, int], float],
     gather_up_to: int,
     grouped_from: int,
@@ -56,24 +56,24 @@ def test_the_fastest_way_is_taken(
 ) -> None:
     clock.update(faster)
     twin = packed(one_decoder)
-    found = calibration.calibrate(twin, PLAN)
-    assert found == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
+    actual = tuning.tune(twin, PLAN)
+    assert actual == SwitchPoints(gather_up_to, grouped_from, place_of(twin))
 
 
 @pytest.mark.parametrize("make", [rotary_mlp, lambda: learned_positions_glu(max_positions=6)])
-def test_each_way_is_what_is_timed(
+def test_each_method_is_what_is_timed(
     make: Callable[[], Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways = []
+    calls = []
     forward, length = Engine.forward, make().max_positions or 8
 
     def recorded(self: Engine, tokens: Tensor, *args: Any, **options: Any) -> Any:
-        ways.append((WAYS[self.switch_points[:2]], tuple(tokens.shape)))
+        calls.append((METHODS[self.switch_points[:2]], tuple(tokens.shape)))
         return forward(self, tokens, *args, **options)
 
     def step(self: Engine, plan: Any, n_sequences: int) -> Any:
         def run(tokens: Tensor, cache: Any) -> Tensor:
-            ways.append(("compiled", tuple(tokens.shape)))
+            calls.append(("compiled", tuple(tokens.shape)))
             cache.next_slots()
             return torch.zeros(n_sequences, 1)
 
@@ -81,25 +81,33 @@ def test_each_way_is_what_is_timed(
 
     monkeypatch.setattr(Engine, "forward", recorded)
     monkeypatch.setattr(Engine, "compiled_step", step)
-    calibration.calibrate(packed(make()), PLAN)
-    assert ways.count(("compiled", (1,))) == 6 * (length - 4)
-    assert ways.count(("compiled", (16,))) == 6 * (1 + 2 + 4) * (length - 4)
+    tuning.tune(packed(make()), PLAN, batch_sizes=(1, 20))
+    assert calls.count(("compiled", (1,))) == 6 * (length - 4)
+    assert calls.count(("compiled", (10,))) == 6 * 2 * (length - 4)
     for name in ("grouped", "masked"):
-        assert ways.count((name, (64, 4))) == 6
-        assert ways.count((name, (64, 1))) == 6 * (length - 4)
+        assert calls.count((name, (20, 4))) == 6
+        assert calls.count((name, (20, 1))) == 6 * (length - 4)
 
 
 def test_a_model_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
     twin = packed(learned_positions_glu(max_positions=3))
-    assert calibration.calibrate(twin, PLAN).gather_up_to == 0
+    assert tuning.tune(twin, PLAN, batch_sizes=(1, 4)).gather_up_to == 0
 
 
 def test_what_cannot_be_compiled_is_not_timed(
     one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    timed = []
+
+    def seconds(engine: Engine, *args: Any) -> float:
+        timed.append(METHODS[engine.switch_points[:2]])
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
     monkeypatch.setattr(Engine, "compiled_step", lambda *args: None)
-    assert calibration.calibrate(packed(one_decoder), PLAN).gather_up_to == 0
+    assert tuning.tune(packed(one_decoder), PLAN).gather_up_to == 0
+    assert set(timed) == {"grouped", "masked"}
 
 
 def test_a_model_keeps_what_it_has_measured(

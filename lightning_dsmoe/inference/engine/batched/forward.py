@@ -1,6 +1,7 @@
-"""A packed decoder on many tokens.
+"""A packed decoder on many tokens: prompts, evaluation, and decoding of large batches.
 
-Shapes: B batch, T new tokens, X = B T, D width, E experts, V vocabulary.
+Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, D width,
+E experts, H KV heads, C head width, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,24 +11,29 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.attention import Scope, causal_scope
-from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.decoder import Block, Decoder, DecoderOutput, Routings
-from lightning_dsmoe.experts import Experts, FeedForward, MixtureOfExperts
+from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
 from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     Pairs,
     add_grouped_experts,
     add_grouped_heads,
     grouping_pays,
-    pair_up,
+    sort_by_expert,
 )
-from lightning_dsmoe.inference.engine.batched.masked_layers import add_wide_experts, add_wide_heads
-from lightning_dsmoe.inference.engine.weights.row_major import rows_of
-from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.inference.engine.batched.masked_layers import (
+    add_masked_experts,
+    add_masked_heads,
+)
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
+from lightning_dsmoe.routing import AllExperts, MixtureOutput, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.removed import select
-from lightning_dsmoe.routing.routing import MixtureOutput
+
+# These very classes: a subclass may have a forward of its own, which is then called as it is.
+_ATTENTION = (GroupedQueryAttention, MixtureOfAttentionHeads)
+_FEED_FORWARD = (FeedForward, MixtureOfExperts)
 
 
-def run_many(
+def forward_tokens(
     decoder: Decoder,
     tokens_BT: Tensor,
     plan: SelectionPlan,
@@ -43,110 +49,129 @@ def run_many(
         decoder: the packed decoder.
         tokens_BT: new tokens, those that follow what the caches hold.
         plan: the experts that run in each layer.
-        grouped: run each expert on its own tokens only, in layers where that pays, instead of all
-            on all under zero gates.
+        grouped: run each expert on its own tokens only, in layers where that is estimated to be
+            faster, instead of all experts on all tokens under gates of zero.
         mask: bool `[B, T]`, false for padding (on the left); None for no padding.
         caches: one KV cache per layer, to which the new tokens are added.
-        only_last: give the logits of the last position only, `[B, 1, V]`.
+        only_last: compute the logits of the last position only, `[B, 1, V]`.
     """
-    x = decoder.embed(tokens_BT, mask=mask, caches=caches)
-    scope = causal_scope(x, mask, caches[0] if caches else None)
+    # The residual stream is updated in place: experts add their outputs to its rows one after
+    # another, without a tensor of outputs for each layer that is zeroed first and added afterwards.
+    residual_BTD = decoder.embed(tokens_BT, mask=mask, caches=caches)
+    scope = causal_scope(residual_BTD, mask, caches[0] if caches else None)
     experts, attention = [], []
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
-        cache = None if caches is None else caches[layer]
-        attention.append(_attend(x, block, plan.attention[layer], grouped, scope, cache, mask))
-        experts.append(_feed(x, block, plan.experts[layer], grouped))
-    x = decoder.norm(x[:, -1:] if only_last else x)
-    return DecoderOutput(decoder.head(x), Routings(tuple(experts), tuple(attention)))
+        attention.append(
+            _add_attention(
+                residual_BTD,
+                block,
+                plan.attention[layer],
+                grouped=grouped,
+                scope=scope,
+                mask=mask,
+                cache=None if caches is None else caches[layer],
+            )
+        )
+        experts.append(_add_feed_forward(residual_BTD, block, plan.experts[layer], grouped=grouped))
+    x_BTD = decoder.norm(residual_BTD[:, -1:] if only_last else residual_BTD)
+    return DecoderOutput(decoder.head(x_BTD), Routings(tuple(experts), tuple(attention)))
 
 
-def _attend(
-    into_BTD: Tensor,
+def _add_attention(
+    residual_BTD: Tensor,
     block: Block,
     selection: Selection,
+    *,
     grouped: bool,
     scope: Scope,
-    cache: KVCache | None,
     mask: Tensor | None,
+    cache: KVCache | None,
 ) -> Routing | None:
-    """Add the attention of a block to the residual stream, in place."""
-    layer, x_BTD = block.attention, _normed(block.attention_norm, into_BTD)
-    if type(layer) not in (MixtureOfAttentionHeads, GroupedQueryAttention):
-        mixture: MixtureOutput = layer(x_BTD, selection, mask=mask, cache=cache)
-        into_BTD += mixture.output
-        return mixture.routing
-    into_XD = into_BTD.view(-1, into_BTD.shape[-1])
-    heads = cast(HeadGroups, layer.heads)
-    keys, values = heads.keys_and_values(x_BTD, scope, cache, mask)
-    attended = heads, x_BTD, scope, keys, values
-    if not isinstance(layer, MixtureOfAttentionHeads):
-        add_wide_heads(into_XD, *attended, None)
-        return None
-    routing: Routing = layer.router(x_BTD)
-    work = _weights_of_one(heads.w_q, heads.w_o)
-    work += 2 * keys.shape[2] * heads.n_heads * heads.d_head
-    gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
-    if pairs is None:
-        add_wide_heads(into_XD, *attended, gates_XE)
+    layer = cast(MixtureOfAttentionHeads, block.attention)
+    x_BTD = _normalized(block.attention_norm, residual_BTD)
+    if type(layer) not in _ATTENTION:
+        return _add_output(residual_BTD, layer(x_BTD, selection, mask=mask, cache=cache))
+    heads = layer.heads
+    keys_BHSC, values_BHSC = heads.keys_and_values(x_BTD, scope, cache, mask)
+    attended = heads, x_BTD, scope, keys_BHSC, values_BHSC
+    scores_and_sums = 2 * keys_BHSC.shape[2] * heads.n_heads * heads.d_head
+    macs = _weights_per_expert(heads.w_q, heads.w_o) + scores_and_sums
+    routing, gates = _route(layer, x_BTD, selection, grouped=grouped, macs=macs)
+    residual_ND = residual_BTD.view(-1, residual_BTD.shape[-1])
+    if isinstance(gates, Pairs):
+        add_grouped_heads(residual_ND, *attended, gates)
     else:
-        add_grouped_heads(into_XD, *attended, pairs)
+        add_masked_heads(residual_ND, *attended, gates)
     return routing
 
 
-def _normed(norm: nn.Module, stream_BTD: Tensor) -> Tensor:
-    """The normalised stream in memory of its own, also from a norm that gives out what it gets."""
-    x_BTD: Tensor = norm(stream_BTD)
-    return x_BTD.clone() if x_BTD.data_ptr() == stream_BTD.data_ptr() else x_BTD
-
-
-def _feed(into_BTD: Tensor, block: Block, selection: Selection, grouped: bool) -> Routing | None:
-    """Add the feed-forward layer of a block to the residual stream, in place."""
-    layer, x_BTD = block.feed_forward, _normed(block.feed_forward_norm, into_BTD)
-    if type(layer) not in (MixtureOfExperts, FeedForward):
-        mixture: MixtureOutput = layer(x_BTD, selection)
-        into_BTD += mixture.output
-        return mixture.routing
-    into_XD, x_XD = into_BTD.view(-1, into_BTD.shape[-1]), x_BTD.flatten(0, 1)
-    if not isinstance(layer, MixtureOfExperts):
-        add_wide_experts(into_XD, cast(Experts, layer.experts), x_XD, None)
-        return None
-    routing: Routing = layer.router(x_BTD)
-    work = _weights_of_one(layer.experts.w_in, layer.experts.w_out)
-    gates_XE, pairs = _gates(routing, selection, layer, grouped, work, into_XD.shape[1])
-    if pairs is None:
-        add_wide_experts(into_XD, layer.experts, x_XD, gates_XE)
+def _add_feed_forward(
+    residual_BTD: Tensor, block: Block, selection: Selection, *, grouped: bool
+) -> Routing | None:
+    layer = cast(MixtureOfExperts, block.feed_forward)
+    x_BTD = _normalized(block.feed_forward_norm, residual_BTD)
+    if type(layer) not in _FEED_FORWARD:
+        return _add_output(residual_BTD, layer(x_BTD, selection))
+    macs = _weights_per_expert(layer.experts.w_in, layer.experts.w_out)
+    routing, gates = _route(layer, x_BTD, selection, grouped=grouped, macs=macs)
+    residual_ND, x_ND = residual_BTD.view(-1, residual_BTD.shape[-1]), x_BTD.flatten(0, 1)
+    if isinstance(gates, Pairs):
+        add_grouped_experts(residual_ND, layer.experts, x_ND, gates)
     else:
-        add_grouped_experts(into_XD, layer.experts, x_XD, pairs)
-    if layer.shared is not None:
-        add_wide_experts(into_XD, layer.shared.experts, x_XD, None)
+        add_masked_experts(residual_ND, layer.experts, x_ND, gates)
+    if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
+        add_masked_experts(residual_ND, layer.shared.experts, x_ND, None)
     return routing
 
 
-def _weights_of_one(*weights: nn.Module) -> int:
-    """The number of weights of one expert."""
-    return sum(rows_of(weight).weight.shape[1:].numel() for weight in weights)
+def _normalized(norm: nn.Module, residual_BTD: Tensor) -> Tensor:
+    """The normalized tokens, in memory of their own.
 
-
-def _gates(
-    routing: Routing,
-    selection: Selection,
-    layer: MixtureOfExperts | MixtureOfAttentionHeads,
-    grouped: bool,
-    work: int,
-    width: int,
-) -> tuple[Tensor, Pairs | None]:
-    """Gates `[X, E]`, and the pairs that run if only those are to run.
-
-    Work is the number of multiplications of one expert for one token.
+    Layers read them while they add to the residual stream, so after a norm that returns its input,
+    such as `nn.Identity`, they would read their own outputs.
     """
+    x_BTD: Tensor = norm(residual_BTD)
+    storages = (tensor.untyped_storage().data_ptr() for tensor in (x_BTD, residual_BTD))
+    return x_BTD.clone() if len({*storages}) == 1 else x_BTD
+
+
+def _add_output(residual_BTD: Tensor, output: MixtureOutput) -> Routing | None:
+    """Add what a layer of another class computes by itself."""
+    residual_BTD += output.output
+    return output.routing
+
+
+def _weights_per_expert(*weights: nn.Module) -> int:
+    return sum(as_row_major(weight).weight.shape[1:].numel() for weight in weights)
+
+
+def _route(
+    layer: nn.Module, x_BTD: Tensor, selection: Selection, *, grouped: bool, macs: int
+) -> tuple[Routing | None, Tensor | Pairs | None]:
+    """The routing of a layer's tokens, and the gates under which its experts run.
+
+    Args:
+        layer: a layer with or without a router.
+        x_BTD: its tokens, normalized.
+        selection: the experts that run.
+        grouped: whether each expert may run on its own tokens only.
+        macs: multiply-accumulates of one expert for one token.
+
+    Returns:
+        Gates `[N, E]` to run all experts, `Pairs` to run each expert on its own tokens, and None
+        for a layer without a router.
+    """
+    if not isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
+        return None, None
+    routing: Routing = layer.router(x_BTD)
     gates, active = select(selection, routing, layer.remaining)
-    gates_XE = (layer.gate_factor * gates).flatten(0, -2)
+    gates_NE = (layer.gate_factor * gates).flatten(0, -2)
     if isinstance(selection, AllExperts) or not grouped:
-        return gates_XE, None
-    active_XE = active.flatten(0, -2)
-    counts = active_XE.sum(0).tolist()
+        return routing, gates_NE
+    active_NE = active.flatten(0, -2)
+    counts = active_NE.sum(0).tolist()
     n_experts = routing.probs.shape[-1]
-    on_cpu = active_XE.device.type == "cpu"
-    if on_cpu and not grouping_pays(counts, len(active_XE), n_experts, work, width):
-        return gates_XE, None
-    return gates_XE, pair_up(gates_XE, active_XE, counts)
+    on_cpu = active_NE.device.type == "cpu"
+    if on_cpu and not grouping_pays(counts, len(active_NE), n_experts, macs, x_BTD.shape[-1]):
+        return routing, gates_NE
+    return routing, sort_by_expert(gates_NE, active_NE, counts)

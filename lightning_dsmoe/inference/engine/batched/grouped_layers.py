@@ -1,14 +1,15 @@
-"""Layers on many tokens that run each expert on just its own tokens.
+"""Layers that run each expert on its own tokens only.
 
-Experts are taken two by two, those with the most tokens first: a batch of two matrix products keeps
-more cores busy than one does, and two experts are always evenly spaced in memory, so that nothing
-is copied. Of two experts the one with fewer tokens is given some of its neighbour's at the end,
-whose results are dropped.
+Tokens are sorted by expert, and experts run two by two: one `torch.bmm` of two matrices keeps more
+cores busy than two products do (161 to 187 GFLOP/s rather than 126 to 183, see
+docs/lab_notes/batched.md), and the weights of any two experts are evenly spaced in memory, so they
+are read where they are, as one strided view. The two that run together have about as many tokens:
+experts are ordered by their number of tokens, and the second is padded to the first.
 
-Shapes: X tokens, E experts, P pairs of a token and an expert, in the order in which they run; G
-experts taken together (one or two), M tokens of each, R rows of one expert, F hidden units, D
-width; B batch, T new tokens, K most groups of heads of one token, H KV heads, S tokens so far,
-C head width.
+Shapes: N tokens, E experts, D model width, R rows of one expert, F expert width; P (token, expert)
+pairs in the order in which they run, padding included; G experts that run together (one or two),
+M rows of each, padding included; B sequences, T new positions, S positions so far, H KV heads,
+C head width, K active groups of query heads, at most, of one token, Q = N·K.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,30 +17,30 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
 from lightning_dsmoe.inference.engine.batched.masked_layers import attend_groups
-from lightning_dsmoe.inference.engine.weights.row_major import rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 
-# In multiplications, fitted to times on two cores of an AMD EPYC in float32.
-_READING = 20
-"""For each weight that is read."""
-_MOVING = 50
-"""For each channel of a token that is brought to an expert and back."""
-_STARTING = 8_000_000
-"""For each expert that is run by itself."""
+# Costs in multiply-accumulates, fitted to times on two cores of an AMD EPYC in float32. Over ten
+# sizes of layers and 4 to 8,192 tokens the estimate is 1.0 % slower than the better method on
+# average, see docs/lab_notes/batched.md.
+_MACS_PER_WEIGHT = 20  # for reading it
+_MACS_PER_CHANNEL = 50  # for gathering a token for an expert, and adding its output
+_MACS_PER_EXPERT = 8_000_000  # for starting its kernels
 
 
 class Group(NamedTuple):
-    """Experts taken together.
+    """One or two experts that run together.
 
     Shape:
         experts: their numbers, ascending.
-        counts: how many tokens each runs on, M at the most.
-        pairs: where their G M pairs stand among all.
+        counts: tokens of each, at most M.
+        pairs: where their G·M pairs stand among all.
     """
 
     experts: list[int]
@@ -48,13 +49,13 @@ class Group(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which token runs which expert under which gate, one entry a pair.
+    """Which token runs which expert under which gate, in the order in which they run.
 
     Shape:
         token_P: token of each pair.
         gate_P: its gate.
-        slot_P: a number that no other pair of its token has.
-        n_slots: how many such numbers there are.
+        slot_P: which of the experts of its token it is, from 0 to n_slots - 1.
+        n_slots: active experts, at most, of one token.
         groups: the experts with at least one token.
     """
 
@@ -66,80 +67,89 @@ class Pairs(NamedTuple):
 
 
 def grouping_pays(
-    counts: Sequence[int], n_tokens: int, n_experts: int, work: int, width: int
+    counts: Sequence[int], n_tokens: int, n_experts: int, macs: int, d_model: int
 ) -> bool:
-    """Whether each expert on its own tokens is faster than all experts on all, by an estimate.
+    """Whether each expert on its own tokens is estimated to be faster than all experts on all.
 
-    The estimate is one for CPUs. Where tokens run different numbers of heads, grouped attention
-    takes a little longer than it says.
-
-    Args:
-        counts: how many tokens each expert runs on.
-        n_tokens: how many there are.
-        n_experts: how many experts there are, those included that were removed, so that a model
-            takes the same way without them.
-        work: multiplications of one expert for one token, about the number of its weights.
-        width: channels of a token.
-    """
-    everything = n_experts * work * (n_tokens + _READING)
-    running = [count for count in counts if count]
-    alone = len(running) * (work * _READING + _STARTING)
-    return alone + sum(running) * (work + width * _MOVING) < everything
-
-
-def pair_up(gates_XE: Tensor, active_XE: Tensor, counts: Sequence[int]) -> Pairs:
-    """List the pairs of tokens and experts that run, in groups of one or two experts.
+    The estimate is one for CPUs. Where tokens run different numbers of attention experts, grouped
+    attention takes a little longer than estimated.
 
     Args:
-        gates_XE: gates.
-        active_XE: whether a token runs an expert.
-        counts: how many tokens each expert runs on.
+        counts: tokens of each expert.
+        n_tokens: tokens N.
+        n_experts: experts E, removed ones included, so that a model takes the same method without
+            them.
+        macs: multiply-accumulates of one expert for one token, about the number of its weights.
+        d_model: width D.
     """
-    expert_P, token_P = active_XE.T.nonzero(as_tuple=True)
-    so_far_XE = active_XE.cumsum(1)
+    masked = n_experts * macs * (n_tokens + _MACS_PER_WEIGHT)
+    n_running = sum(count > 0 for count in counts)
+    grouped = n_running * (macs * _MACS_PER_WEIGHT + _MACS_PER_EXPERT)
+    return grouped + sum(counts) * (macs + d_model * _MACS_PER_CHANNEL) < masked
+
+
+def sort_by_expert(gates_NE: Tensor, active_NE: Tensor, counts: Sequence[int]) -> Pairs:
+    """Sort (token, expert) pairs by expert, in groups of one or two experts.
+
+    Args:
+        gates_NE: gate of each expert.
+        active_NE: the experts that run, bool.
+        counts: tokens of each expert.
+    """
+    busiest_first = sorted((e for e, n in enumerate(counts) if n), key=lambda e: -counts[e])
+    together = [sorted(busiest_first[i : i + 2]) for i in range(0, len(busiest_first), 2)]
+    # Every expert of a group gets M rows in a row, whatever its own count, so that one view
+    # [G, M, D] holds the group's tokens.
+    order = [e for experts in together for e in experts]
+    n_rows = [max(counts[e] for e in experts) for experts in together for _ in experts]
+    begins = [0, *accumulate(n_rows)]
+
+    # `nonzero` lists all pairs by expert, those of expert e from `starts[e]` on. One gather brings
+    # them into the order of the groups, where a loop over experts would start kernels for each.
+    # Padding holds whichever pairs come next in the list; nobody reads what they compute.
+    expert_P, token_P = active_NE.T.nonzero(as_tuple=True)
     starts = [0, *accumulate(counts)]
-    order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
-    groups: list[Group] = []
-    shifts: list[int] = []
-    lengths: list[int] = []
-    for first in range(0, len(order), 2):
-        experts = sorted(order[first : first + 2])
-        most = max(counts[e] for e in experts)
-        at = sum(lengths)
-        for expert in experts:
-            shifts.append(starts[expert] - sum(lengths))
-            lengths.append(most)
-        pairs = slice(at, at + most * len(experts))
-        groups.append(Group(experts, [counts[e] for e in experts], pairs))
-    shift_P = torch.tensor(shifts).repeat_interleave(torch.tensor(lengths))
-    at_P = torch.arange(len(shift_P)).add_(shift_P).clamp_(max=len(token_P) - 1)
-    at_P = at_P.to(token_P.device)
-    token_P, expert_P = token_P[at_P], expert_P[at_P]
+    shifts = [starts[e] - begin for e, begin in zip(order, begins, strict=False)]
+    shift_P = torch.tensor(shifts).repeat_interleave(torch.tensor(n_rows))
+    source_P = torch.arange(begins[-1]).add_(shift_P).clamp_(max=len(token_P) - 1)
+    source_P = source_P.to(token_P.device)
+    token_P, expert_P = token_P[source_P], expert_P[source_P]
+    slots_NE = active_NE.cumsum(1) - 1
     return Pairs(
         token_P,
-        gates_XE[token_P, expert_P],
-        so_far_XE[token_P, expert_P] - 1,
-        int(so_far_XE[:, -1].max()),
-        groups,
+        gates_NE[token_P, expert_P],
+        slots_NE[token_P, expert_P],
+        int(slots_NE[:, -1].max()) + 1,
+        [
+            Group(experts, [counts[e] for e in experts], slice(begins[i], begins[i + len(experts)]))
+            for i, experts in zip(range(0, len(order), 2), together, strict=True)
+        ],
     )
 
 
-def add_grouped_experts(into_XD: Tensor, experts: Experts, x_XD: Tensor, pairs: Pairs) -> None:
-    """Add the outputs of each token's experts under their gates, in place."""
-    for group, x_GMD, gate_GM1 in _tokens_of_each(pairs, x_XD):
-        projected_GMR = torch.bmm(x_GMD, rows_of(experts.w_in).some(group.experts).mT)
+def add_grouped_experts(residual_ND: Tensor, experts: Experts, x_ND: Tensor, pairs: Pairs) -> None:
+    """Add the outputs of each token's experts under their gates to the residual stream, in place.
+
+    Args:
+        residual_ND: the residual stream.
+        experts: the experts, packed.
+        x_ND: normalized tokens.
+        pairs: which token runs which expert under which gate.
+    """
+    for group, x_GMD, gate_GM1 in _grouped_tokens(pairs, x_ND):
+        projected_GMR = torch.bmm(x_GMD, as_row_major(experts.w_in).group(group.experts).mT)
         if experts.b_in is not None:
             projected_GMR += experts.b_in[group.experts][:, None]
         hidden_GMF = experts.hidden(projected_GMR)
         hidden_GMF *= gate_GM1.to(hidden_GMF.dtype)
-        out_GMD = torch.bmm(hidden_GMF, rows_of(experts.w_out).some(group.experts).mT)
-        _add(into_XD, pairs, group, out_GMD)
+        out_GMD = torch.bmm(hidden_GMF, as_row_major(experts.w_out).group(group.experts).mT)
+        _add_to_tokens(residual_ND, pairs, group, out_GMD)
     if experts.b_out is not None:
-        into_XD += experts.b_out
+        residual_ND += experts.b_out
 
 
 def add_grouped_heads(
-    into_XD: Tensor,
+    residual_ND: Tensor,
     heads: HeadGroups,
     x_BTD: Tensor,
     scope: Scope,
@@ -147,42 +157,60 @@ def add_grouped_heads(
     values_BHSC: Tensor,
     pairs: Pairs,
 ) -> None:
-    """Add the attention of each token's groups of heads under their gates, in place."""
+    """Add the attention of each token's groups of heads under their gates, in place.
+
+    Args:
+        residual_ND: the residual stream.
+        heads: the groups of query heads, packed.
+        x_BTD: normalized tokens.
+        scope: which positions attend to which.
+        keys_BHSC: keys of all positions so far.
+        values_BHSC: their values.
+        pairs: which token runs which group under which gate.
+    """
     batch, length, _ = x_BTD.shape
-    x_XD = x_BTD.flatten(0, 1)
+    x_ND = x_BTD.flatten(0, 1)
     n_rows = heads.n_heads * heads.d_head
+    # Queries are computed expert by expert, but attention is one call for all tokens: the active
+    # groups of a token take its K slots, whichever they are, since keys and values are shared.
+    # Slots that a token does not fill have queries of zero, and nobody reads what they attend to.
     place_P = pairs.token_P * pairs.n_slots + pairs.slot_P
-    q_ZR = x_XD.new_zeros(len(x_XD) * pairs.n_slots, n_rows)
-    for group, x_GMD, _ in _tokens_of_each(pairs, x_XD):
-        q_GMR = torch.bmm(x_GMD, rows_of(heads.w_q).some(group.experts).mT)
+    q_QR = x_ND.new_zeros(len(x_ND) * pairs.n_slots, n_rows)
+    for group, x_GMD, _ in _grouped_tokens(pairs, x_ND):
+        q_GMR = torch.bmm(x_GMD, as_row_major(heads.w_q).group(group.experts).mT)
         if heads.b_q is not None:
             q_GMR += heads.b_q[group.experts][:, None]
         place_GM = place_P[group.pairs].view(q_GMR.shape[:2])
         for place_M, q_MR, count in zip(place_GM, q_GMR, group.counts, strict=True):
-            q_ZR.index_copy_(0, place_M[:count], q_MR[:count])
-    q_BTKHC = q_ZR.view(batch, length, -1, heads.n_heads, heads.d_head)
-    heads_ZR = attend_groups(heads, q_BTKHC, scope, keys_BHSC, values_BHSC).flatten(0, 2)
+            q_QR.index_copy_(0, place_M[:count], q_MR[:count])
+    q_BTKHC = q_QR.view(batch, length, -1, heads.n_heads, heads.d_head)
+    heads_BTKR = attend_groups(heads, q_BTKHC, scope, keys_BHSC, values_BHSC)
+    heads_QR = rearrange(heads_BTKR, "b t k r -> (b t k) r")
     for group in pairs.groups:
-        heads_MR = heads_ZR.index_select(0, place_P[group.pairs])
+        heads_MR = heads_QR.index_select(0, place_P[group.pairs])
         heads_MR *= pairs.gate_P[group.pairs, None].to(heads_MR.dtype)
         heads_GMR = heads_MR.view(len(group.experts), -1, n_rows)
-        _add(into_XD, pairs, group, torch.bmm(heads_GMR, rows_of(heads.w_o).some(group.experts).mT))
+        out_GMD = torch.bmm(heads_GMR, as_row_major(heads.w_o).group(group.experts).mT)
+        _add_to_tokens(residual_ND, pairs, group, out_GMD)
     if heads.b_o is not None:
-        into_XD += heads.b_o
+        residual_ND += heads.b_o
 
 
-def _tokens_of_each(pairs: Pairs, x_XD: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
+def _grouped_tokens(pairs: Pairs, x_ND: Tensor) -> Iterator[tuple[Group, Tensor, Tensor]]:
     """Each group, its tokens `[G, M, D]`, overwritten by the next one's, and gates `[G, M, 1]`."""
     sizes = [group.pairs.stop - group.pairs.start for group in pairs.groups]
-    room = x_XD.new_empty(max(sizes, default=0), x_XD.shape[1])
+    buffer = x_ND.new_empty(max(sizes, default=0), x_ND.shape[1])
     for group, size in zip(pairs.groups, sizes, strict=True):
         shape = len(group.experts), size // len(group.experts), -1
-        picked = torch.index_select(x_XD, 0, pairs.token_P[group.pairs], out=room[:size])
+        picked = torch.index_select(x_ND, 0, pairs.token_P[group.pairs], out=buffer[:size])
         yield group, picked.view(shape), pairs.gate_P[group.pairs].view(shape)
 
 
-def _add(into_XD: Tensor, pairs: Pairs, group: Group, out_GMD: Tensor) -> None:
-    """Add outputs at their tokens."""
-    tokens_GM = pairs.token_P[group.pairs].view(out_GMD.shape[:2])
-    for tokens_M, out_MD, count in zip(tokens_GM, out_GMD, group.counts, strict=True):
-        into_XD.index_add_(0, tokens_M[:count], out_MD[:count].to(into_XD.dtype))
+def _add_to_tokens(residual_ND: Tensor, pairs: Pairs, group: Group, out_GMD: Tensor) -> None:
+    """Add each expert's outputs to its tokens, without those of padding.
+
+    One expert at a time, for a token may run both of a group.
+    """
+    token_GM = pairs.token_P[group.pairs].view(out_GMD.shape[:2])
+    for token_M, out_MD, count in zip(token_GM, out_GMD, group.counts, strict=True):
+        residual_ND.index_add_(0, token_M[:count], out_MD[:count].to(residual_ND.dtype))

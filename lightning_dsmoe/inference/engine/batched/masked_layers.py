@@ -1,9 +1,11 @@
-"""Layers on many tokens that read all weights: for plans of all experts, and as the masked path.
+"""Layers that run all experts on all tokens; those that a selection drops have gates of zero.
 
-Experts that a selection drops have gate zero.
+They read all weights, in a few large matrix products: the fastest way for plans of all experts,
+for layers without a router, and where experts or batches are too small to sort tokens by expert.
 
-Shapes: X tokens, E experts, R rows of one expert, F hidden units, D width; B batch, T new tokens,
-H KV heads, S tokens so far, C head width; I and O inputs and outputs of a matrix, N parts of it.
+Shapes: N tokens, E experts, R rows of one expert, F expert width, D model width; B sequences,
+T new positions, S positions so far, H KV heads, C head width; P products in one `torch.bmm`,
+I and O the inputs and outputs of a matrix, o = O / P.
 """
 
 import torch
@@ -14,47 +16,78 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.weights.row_major import Rows, rows_of
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, as_row_major
 
-_FEW_TOKENS = 256
-_MANY_WEIGHTS = 2**19
-_TOGETHER = 4
-"""Products taken together for few tokens on a CPU: one of few rows leaves cores and memory idle."""
+# A matrix product of few tokens leaves cores and memory channels of a CPU idle. Four in one
+# `torch.bmm` are 1.4 to 2 times as fast with 2 threads and up to 64 tokens; smaller matrices in
+# four parts are up to 1.3 times slower. See docs/lab_notes/batched.md.
+_PRODUCTS_AT_ONCE = 4
+_PRODUCTS_MAX_TOKENS = 256
+_PRODUCTS_MIN_WEIGHTS = 2**19
 
 
-def add_wide_experts(
-    into_XD: Tensor, experts: Experts, x_XD: Tensor, gates_XE: Tensor | None
+def add_masked_experts(
+    residual_ND: Tensor, experts: Experts, x_ND: Tensor, gates_NE: Tensor | None
 ) -> None:
-    """Add all experts' outputs under their gates, None for gates of 1, in place."""
-    rows_ERD = rows_of(experts.w_in).rows(slice(None))
+    """Add all experts' outputs under their gates to the residual stream, in place.
+
+    Args:
+        residual_ND: the residual stream.
+        experts: the experts, packed.
+        x_ND: normalized tokens.
+        gates_NE: gate of each expert, zero for those not chosen; None for gates of 1.
+    """
+    rows_ERD = as_row_major(experts.w_in).rows(slice(None))
     b_in = None if experts.b_in is None else experts.b_in.flatten()
-    projected_XR = _linear(x_XD, rows_ERD.flatten(0, 1), b_in)
-    hidden_XEF = experts.hidden(projected_XR.unflatten(1, (experts.n_experts, -1)))
-    _add_wide_sum(into_XD, rows_of(experts.w_out), hidden_XEF, gates_XE, experts.b_out)
+    projected_NR = _linear(x_ND, rows_ERD.flatten(0, 1), b_in)
+    hidden_NEF = experts.hidden(projected_NR.unflatten(1, (experts.n_experts, -1)))
+    _add_gated_products(
+        residual_ND, as_row_major(experts.w_out), hidden_NEF, gates_NE, experts.b_out
+    )
 
 
-def add_wide_heads(
-    into_XD: Tensor,
+def add_masked_heads(
+    residual_ND: Tensor,
     heads: HeadGroups,
     x_BTD: Tensor,
     scope: Scope,
     keys_BHSC: Tensor,
     values_BHSC: Tensor,
-    gates_XE: Tensor | None,
+    gates_NE: Tensor | None,
 ) -> None:
-    """Add the attention of all groups of heads under their gates, in place."""
+    """Add the attention of all groups of heads under their gates to the residual stream, in place.
+
+    Args:
+        residual_ND: the residual stream.
+        heads: the groups of query heads, packed.
+        x_BTD: normalized tokens.
+        scope: which positions attend to which.
+        keys_BHSC: keys of all positions so far.
+        values_BHSC: their values.
+        gates_NE: gate of each group, zero for those not chosen; None for gates of 1.
+    """
     b_q = None if heads.b_q is None else heads.b_q.flatten()
-    q_XR = _linear(x_BTD.flatten(0, 1), rows_of(heads.w_q).rows(slice(None)).flatten(0, 1), b_q)
-    q_BTR = q_XR.unflatten(0, x_BTD.shape[:2])
+    q_NR = _linear(
+        x_BTD.flatten(0, 1), as_row_major(heads.w_q).rows(slice(None)).flatten(0, 1), b_q
+    )
+    q_BTR = q_NR.unflatten(0, x_BTD.shape[:2])
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
-    _add_wide_sum(into_XD, rows_of(heads.w_o), heads_BTER.flatten(0, 1), gates_XE, heads.b_o)
+    heads_NER = heads_BTER.flatten(0, 1)
+    _add_gated_products(residual_ND, as_row_major(heads.w_o), heads_NER, gates_NE, heads.b_o)
 
 
 def attend_groups(
     heads: HeadGroups, q_BTEHC: Tensor, scope: Scope, keys_BHSC: Tensor, values_BHSC: Tensor
 ) -> Tensor:
-    """Attention of several groups of queries per token over shared keys and values.
+    """Attention of groups of query heads over shared keys and values, before any gate.
+
+    Args:
+        heads: the layer's heads, for norms and rotary positions.
+        q_BTEHC: queries of all groups, or of those that each token runs.
+        scope: which positions attend to which.
+        keys_BHSC: keys of all positions so far.
+        values_BHSC: their values.
 
     Returns:
         `[B, T, E, H C]`.
@@ -63,7 +96,8 @@ def attend_groups(
     q_BTEHC = heads.place(heads.q_norm(q_BTEHC), scope.positions_BT[:, :, None, None])
     attend = scope.attend_BTS
     if attend is not None and q_BTEHC.shape[1] == 1:
-        # Groups of one token see the same keys, so that they can be rows of one product.
+        # The groups of a single token attend to the same keys, so they can be the rows of one
+        # product per KV head rather than heads with one row each.
         q_BHEC = rearrange(q_BTEHC, "b 1 e h c -> b h e c")
         heads_BHEC = F.scaled_dot_product_attention(
             q_BHEC, keys_BHSC, values_BHSC, attn_mask=attend[:, None]
@@ -80,44 +114,53 @@ def attend_groups(
     return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)
 
 
-def _few(tokens_X: Tensor) -> bool:
-    return tokens_X.device.type == "cpu" and len(tokens_X) <= _FEW_TOKENS
+def _in_several_products(x: Tensor) -> bool:
+    return x.device.type == "cpu" and len(x) <= _PRODUCTS_MAX_TOKENS
 
 
-def _linear(x_XI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    if not _few(x_XI) or rows_OI.numel() < _MANY_WEIGHTS or len(rows_OI) % _TOGETHER:
-        return F.linear(x_XI, rows_OI, bias_O)
-    out_NXO = torch.bmm(x_XI.expand(_TOGETHER, -1, -1), rows_OI.unflatten(0, (_TOGETHER, -1)).mT)
-    out_XO = rearrange(out_NXO, "n x o -> x (n o)")
-    return out_XO if bias_O is None else out_XO + bias_O
+def _linear(x_NI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """A linear layer, its outputs in several products where that is faster."""
+    large = rows_OI.numel() >= _PRODUCTS_MIN_WEIGHTS and len(rows_OI) % _PRODUCTS_AT_ONCE == 0
+    if not (large and _in_several_products(x_NI)):
+        return F.linear(x_NI, rows_OI, bias_O)
+    rows_PoI = rows_OI.unflatten(0, (_PRODUCTS_AT_ONCE, -1))
+    out_PNo = torch.bmm(x_NI.expand(_PRODUCTS_AT_ONCE, -1, -1), rows_PoI.mT)
+    out_NO = rearrange(out_PNo, "p n o -> n (p o)")
+    return out_NO if bias_O is None else out_NO + bias_O
 
 
-def _add_wide_sum(
-    into_XD: Tensor,
-    w_out: Rows,
-    hidden_XEF: Tensor,
-    gates_XE: Tensor | None,
-    bias: Tensor | None,
+def _add_gated_products(
+    residual_ND: Tensor,
+    w_out: RowMajorWeights,
+    hidden_NEF: Tensor,
+    gates_NE: Tensor | None,
+    bias_D: Tensor | None,
 ) -> None:
-    if gates_XE is not None:
-        hidden_XEF = hidden_XEF * gates_XE[..., None].to(hidden_XEF.dtype)
-    n_experts = hidden_XEF.shape[1]
-    if not _few(hidden_XEF):
+    """Add the hidden units of all experts under their gates, times their output weights."""
+    if gates_NE is not None:
+        hidden_NEF = hidden_NEF * gates_NE[..., None].to(hidden_NEF.dtype)
+    n_experts = hidden_NEF.shape[1]
+    if not _in_several_products(hidden_NEF):
+        # One expert after another. One product over all E F hidden units is 1.2 to 1.5 times as
+        # fast for small experts, but rounds differently once unused experts are removed, where
+        # adding their zeros here changes no bit of the logits. See docs/lab_notes/batched.md.
         matrices = w_out.of(range(n_experts))
-        for hidden_XF, matrix_FD in zip(hidden_XEF.unbind(1), matrices, strict=True):
-            into_XD.addmm_(hidden_XF, matrix_FD)
+        for hidden_NF, matrix_FD in zip(hidden_NEF.unbind(1), matrices, strict=True):
+            residual_ND.addmm_(hidden_NF, matrix_FD)
     elif n_experts == 1:
-        into_XD += _linear(hidden_XEF[:, 0], w_out.rows(0), None)
+        residual_ND += _linear(hidden_NEF[:, 0], w_out.rows(0), None)
     else:
-        into_XD += _sum_of_products(hidden_XEF.transpose(0, 1), w_out())
-    if bias is not None:
-        into_XD += bias
+        residual_ND += _sum_of_products(hidden_NEF.transpose(0, 1), w_out())
+    if bias_D is not None:
+        residual_ND += bias_D
 
 
-def _sum_of_products(hidden_EXF: Tensor, matrices_EFD: Tensor) -> Tensor:
-    """The sum over experts of each one's hidden units times its matrix."""
-    first, *others = zip(hidden_EXF.split(_TOGETHER), matrices_EFD.split(_TOGETHER), strict=True)
-    sums_NXD = torch.bmm(*first)
+def _sum_of_products(hidden_ENF: Tensor, matrices_EFD: Tensor) -> Tensor:
+    """The sum over experts of hidden units times output weights, several experts in one product."""
+    first, *others = zip(
+        hidden_ENF.split(_PRODUCTS_AT_ONCE), matrices_EFD.split(_PRODUCTS_AT_ONCE), strict=True
+    )
+    sums_PND = torch.bmm(*first)
     for factors in others:
-        sums_NXD[: len(factors[0])].baddbmm_(*factors)
-    return sums_NXD.sum(0)
+        sums_PND[: len(factors[0])].baddbmm_(*factors)
+    return sums_PND.sum(0)

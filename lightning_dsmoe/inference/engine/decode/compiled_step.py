@@ -1,14 +1,14 @@
 """The compiled decode step.
 
-Shapes: T sequences, one new token of each; L layers, S tokens in the cache, H KV heads, C head
-width, D width, V vocabulary.
+Shapes: B sequences, one new token of each; S positions so far (slots of the cache in use), D model
+width, V vocabulary.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -21,17 +21,17 @@ from lightning_dsmoe.inference.engine.decode.aot_cache import (
     Kernel,
     Part,
     compile_kernel,
+    ensure_private_folder,
     export_part,
     kernel_folder,
     kernel_path,
     load_kernel,
-    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
-_EXAMPLE_LENGTH = 64
+EXAMPLE_CAPACITY = 64  # of the cache that graphs are traced with; they take any
 
 
 class CannotCompile(RuntimeError):
@@ -41,6 +41,8 @@ class CannotCompile(RuntimeError):
 @contextmanager
 def compiling() -> Iterator[None]:
     """What tracing and compiling need around them.
+
+    The caller's autocast would become part of a graph, and of the name of its kernel.
 
     Raises:
         CannotCompile: if anything goes wrong.
@@ -62,13 +64,14 @@ def compiling() -> Iterator[None]:
 class CompiledStep:
     """One new token of each of a few sequences: the embedding, each block, and the head, compiled.
 
-    Blocks that differ in their weights alone share one kernel. Kernels are kept on disk, so that
-    the next process starts in seconds.
+    Blocks that differ in their weights alone share one kernel: 12 s to compile rather than 110 s
+    for the whole model (docs/lab_notes/decoding.md). Kernels are kept on disk, so that the next
+    process starts in seconds.
 
     Args:
-        decoder: the packed decoder, whose blocks are made alike but for removed experts.
+        decoder: the packed decoder, whose blocks are alike but for removed experts.
         plan: the experts that run in each layer.
-        n_sequences: number of sequences T.
+        n_sequences: number of sequences B.
 
     Raises:
         CannotCompile: if there is no working compiler, or a layer is not one of this library.
@@ -78,16 +81,25 @@ class CompiledStep:
         selections = list(zip(plan.experts, plan.attention, strict=True))
         blocks = list(cast(Iterable[Block], decoder.blocks))
         with compiling():
-            steps = [BlockStep(b, *kind) for b, kind in zip(blocks, selections, strict=True)]
+            steps = [BlockStep(b, *some) for b, some in zip(blocks, selections, strict=True)]
             layouts = [
                 tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors_of(step))
                 for step in steps
             ]
+            # Blocks of a kind have the same graph, of which one is traced: tracing takes seconds.
             kinds = list(zip(selections, layouts, strict=True))
+            step_of_kind = dict(zip(kinds, steps, strict=True))
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
-            different = dict(zip(kinds, steps, strict=True))
-            parts = _parts(decoder, embed, different, predict, n_sequences)
-            kernels = _kernels(parts, n_sequences, decoder.embedding.weight.device)
+            slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
+            tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
+            x_BD, *rotary = embed(tokens_B, slots.seen_ST)
+            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *rotary)
+            parts: dict[object, Part] = {
+                "embed": Part(embed, (tokens_B, slots.seen_ST), frozenset({1})),
+                **{k: Part(step, inputs, frozenset({1, 2, 3})) for k, step in step_of_kind.items()},
+                "predict": Part(predict, (x_BD,), frozenset()),
+            }
+            kernels = _kernels(parts, n_sequences, tokens_B.device)
         self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
         self._blocks = [
             (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
@@ -95,43 +107,25 @@ class CompiledStep:
         self._predict, self._predict_weights = kernels["predict"], tensors_of(predict)
 
     @torch.inference_mode()
-    def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
-        """Add one token to each sequence of a cache; gives logits `[T, V]`."""
+    def __call__(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
+        """Append one token to each sequence of a cache; returns logits `[B, V]`."""
         slots = cache.next_slots()
-        x_TD, *by = self._embed([tokens_T.long().contiguous(), slots.seen_ST, *self._embed_weights])
-        place = (slots.seen_ST, slots.at_1, *by)
+        tokens_B = tokens_B.long().contiguous()  # a kernel reads memory without checks
+        x_BD, *rotary = self._embed([tokens_B, slots.seen_ST, *self._embed_weights])
+        place = (slots.seen_ST, slots.at_1, *rotary)
         for (run, weights), keys, values in zip(
             self._blocks, slots.keys, slots.values, strict=True
         ):
-            (x_TD,) = run([x_TD, keys, values, *place, *weights])
-        (logits_TV,) = self._predict([x_TD, *self._predict_weights])
-        return logits_TV
-
-
-def _parts(
-    decoder: Decoder,
-    embed: EmbedStep,
-    steps: Mapping[Any, BlockStep],
-    predict: PredictStep,
-    n_sequences: int,
-) -> dict[object, Part]:
-    """What to compile, with example inputs."""
-    slots = DecoderCache(decoder, n_sequences, _EXAMPLE_LENGTH).next_slots()
-    tokens_T = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
-    x_TD, *by = embed(tokens_T, slots.seen_ST)
-    inputs = (x_TD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by)
-    return {
-        "embed": Part(embed, (tokens_T, slots.seen_ST), frozenset({1})),
-        **{kind: Part(step, inputs, frozenset({1, 2, 3})) for kind, step in steps.items()},
-        "predict": Part(predict, (x_TD,), frozenset()),
-    }
+            (x_BD,) = run([x_BD, keys, values, *place, *weights])
+        (logits_BV,) = self._predict([x_BD, *self._predict_weights])
+        return logits_BV
 
 
 def _kernels(
     parts: dict[object, Part], n_sequences: int, device: torch.device
 ) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
-    own_folder(kernel_folder())
+    ensure_private_folder(kernel_folder())
     programs = {name: export_part(part) for name, part in parts.items()}
     paths = {name: kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
@@ -146,7 +140,7 @@ def _kernels(
 
 
 def _loaded(path: Path, device: torch.device) -> Kernel | None:
-    """A kernel that is on disk; None if there is none, or none that is whole and ours."""
+    """A kernel from disk; None if there is none, it is damaged, or others can write to it."""
     if not path.is_file():
         return None
     try:

@@ -1,6 +1,6 @@
 """The decode step as one file that PyTorch runs by itself.
 
-Shapes: T sequences, one new token of each; S tokens in the cache, H KV heads, C head width, V
+Shapes: B sequences, one new token of each; S slots of the cache, H KV heads, C head width, V
 vocabulary.
 """
 
@@ -16,7 +16,7 @@ from torch.export import Dim
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.aot_cache import compile_kernel
-from lightning_dsmoe.inference.engine.decode.compiled_step import compiling
+from lightning_dsmoe.inference.engine.decode.compiled_step import EXAMPLE_CAPACITY, compiling
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -40,37 +40,37 @@ class WholeStep(nn.Module):
 
     def forward(
         self,
-        tokens_T: Tensor,
+        tokens_B: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
-        seen_ST: Tensor,
+        seen_SB: Tensor,
         at_1: Tensor,
     ) -> Tensor:
-        """Logits `[T, V]`; the caches of each layer, `[S, T, H, C]`, are added to at slot `at_1`.
+        """Logits `[B, V]`; keys and values `[S, B, H, C]` of each layer are written to slot `at_1`.
 
         Args:
-            tokens_T: int64.
+            tokens_B: int64.
             keys: of each layer.
             values: of each layer.
-            seen_ST: bool, the slots that hold a token; that of the new ones is added.
+            seen_SB: bool, the slots that hold a token; that of the new ones is set.
             at_1: int64, where the new tokens go.
         """
-        seen_ST.index_fill_(0, at_1, True)
-        x_TD, *by = self.embed(tokens_T, seen_ST)
-        for block, keys_STHC, values_STHC in zip(self.blocks, keys, values, strict=True):
-            x_TD = block(x_TD, keys_STHC, values_STHC, seen_ST, at_1, *by)
-        logits_TV: Tensor = self.predict(x_TD)
-        return logits_TV
+        seen_SB.index_fill_(0, at_1, True)
+        x_BD, *rotary = self.embed(tokens_B, seen_SB)
+        for block, keys_SBHC, values_SBHC in zip(self.blocks, keys, values, strict=True):
+            x_BD = block(x_BD, keys_SBHC, values_SBHC, seen_SB, at_1, *rotary)
+        logits_BV: Tensor = self.predict(x_BD)
+        return logits_BV
 
 
 def export_step(decoder: Decoder, plan: SelectionPlan, path: Path, n_sequences: int) -> None:
     """Compile the decode step with its weights into a `.pt2` file, whole or not at all.
 
     Args:
-        decoder: the packed decoder, its weights as the step likes them.
+        decoder: the packed decoder, its weights in the layout for so many sequences.
         plan: the experts that run in each layer.
         path: the file.
-        n_sequences: number of sequences T.
+        n_sequences: number of sequences B.
 
     Raises:
         CannotCompile: if there is no working compiler, or a layer is not one of this library.
@@ -81,12 +81,12 @@ def export_step(decoder: Decoder, plan: SelectionPlan, path: Path, n_sequences: 
 
 
 def _exported(step: WholeStep, decoder: Decoder, n_sequences: int) -> torch.export.ExportedProgram:
-    slots = DecoderCache(decoder, n_sequences, 64).next_slots()
-    tokens_T = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
+    slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
+    tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
     size = {0: Dim("capacity", min=2, max=2**30)}
     layers = [size] * decoder.n_layers
     return torch.export.export(
         step,
-        (tokens_T, slots.keys, slots.values, slots.seen_ST, slots.at_1),
+        (tokens_B, slots.keys, slots.values, slots.seen_ST, slots.at_1),
         dynamic_shapes=(None, layers, layers, size, None),
     )

@@ -1,7 +1,7 @@
-"""Layers on one new token of each of a few sequences, reading only the chosen experts' weights.
+"""Layers on one new token of each of a few sequences, reading the active experts' weights only.
 
-Shapes: T tokens, D width, K chosen experts, R rows, F hidden units, H KV heads, S tokens in the
-cache, C head width.
+Shapes: B sequences, one new token of each; D model width, K active experts, R rows of a weight,
+F expert width, H KV heads, S positions so far, C head width.
 """
 
 from typing import NamedTuple
@@ -12,82 +12,92 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import Rotation, rotate
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.decode.expert_choice import Choice
-from lightning_dsmoe.inference.engine.weights.matvec import kept, spelled_out
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
-from lightning_dsmoe.inference.engine.weights.tiled import Tiles
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts
+from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, take_experts
+from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
 
 
 class LayerSlots(NamedTuple):
-    """The keys and values of one layer, and where those of the new tokens go.
+    """The KV cache of one layer, and the slot that the new tokens are written to.
 
     Shape:
-        keys_STHC: keys.
-        values_STHC: values.
-        seen_ST: bool, the slots that hold a token and not padding, the new ones among them.
+        keys_SBHC: keys.
+        values_SBHC: values.
+        seen_SB: bool, the slots that hold a token and not padding, the new ones among them.
         at_1: int64, the slot of the new tokens.
     """
 
-    keys_STHC: Tensor
-    values_STHC: Tensor
-    seen_ST: Tensor
+    keys_SBHC: Tensor
+    values_SBHC: Tensor
+    seen_SB: Tensor
     at_1: Tensor
 
 
-def gather_experts(experts: Experts, x_TD: Tensor, choice: Choice) -> Tensor:
-    """Sum of the chosen experts' outputs under their gates: `[T, D]`."""
-    projected_KTR = _packed(experts.w_in).products(x_TD, choice.experts_K)
+def gather_experts(experts: Experts, x_BD: Tensor, chosen: ChosenExperts) -> Tensor:
+    """Sum of the active experts' outputs times their gates: `[B, D]`.
+
+    Every expert that any token needs runs for all tokens, under gates of zero where a token does
+    not need it: its weights are read anyway, and decoding takes the time of reading them.
+    """
+    projected_KBR = _packed(experts.w_in).project(x_BD, chosen.experts_K)
     if experts.b_in is not None:
-        projected_KTR = projected_KTR + _of(experts.b_in, choice.experts_K)[:, None]
-    hidden_KTF = experts.hidden(kept(projected_KTR)) * choice.gates_KT[..., None]
-    y_TD = _packed(experts.w_out).summed_products(hidden_KTF, choice.experts_K)
-    return y_TD if experts.b_out is None else y_TD + experts.b_out
+        projected_KBR = projected_KBR + take_experts(experts.b_in, chosen.experts_K)[:, None]
+    hidden_KBF = experts.hidden(materialize(projected_KBR)) * chosen.gates_KB[..., None]
+    y_BD = _packed(experts.w_out).project_and_sum(hidden_KBF, chosen.experts_K)
+    return y_BD if experts.b_out is None else y_BD + experts.b_out
 
 
 def gather_heads(
-    heads: HeadGroups, x_TD: Tensor, choice: Choice, by: Rotation | None, slots: LayerSlots
+    heads: HeadGroups,
+    x_BD: Tensor,
+    chosen: ChosenExperts,
+    rotary: Rotation | None,
+    slots: LayerSlots,
 ) -> Tensor:
-    """Attention with the chosen groups of heads: `[T, D]`.
+    """Attention with the active groups of heads: `[B, D]`.
 
     Args:
         heads: the layer's heads.
-        x_TD: new tokens.
-        choice: the groups that run.
-        by: rotation of queries and keys, `[T, 1, C]`; None for none.
+        x_BD: new tokens.
+        chosen: the groups that run.
+        rotary: rotation of queries and keys, `[B, 1, C]`; None for none.
         slots: what the tokens attend to, to which their own keys and values are written.
     """
-    kv_T2HC = spelled_out(heads.kv, x_TD).unflatten(-1, (2, heads.n_heads, heads.d_head))
-    keys_THC = heads.k_norm(kv_T2HC[:, 0])
-    q_KTR = _packed(heads.w_q).products(x_TD, choice.experts_K)
+    kv_B2HC = with_matvec_linears(heads.kv, x_BD).unflatten(-1, (2, heads.n_heads, heads.d_head))
+    keys_BHC = heads.k_norm(kv_B2HC[:, 0])
+    q_KBR = _packed(heads.w_q).project(x_BD, chosen.experts_K)
     if heads.b_q is not None:
-        q_KTR = q_KTR + _of(heads.b_q, choice.experts_K)[:, None]
-    q_KTHC = heads.q_norm(q_KTR.unflatten(-1, (heads.n_heads, heads.d_head)))
-    if by is not None:
-        keys_THC, q_KTHC = rotate(keys_THC, by), rotate(q_KTHC, by)
-    slots.keys_STHC.index_copy_(0, slots.at_1, keys_THC[None].to(slots.keys_STHC.dtype))
-    slots.values_STHC.index_copy_(0, slots.at_1, kv_T2HC[None, :, 1].to(slots.values_STHC.dtype))
-    heads_KTHC = _attend(kept(q_KTHC), slots)
-    gated_KTR = (heads_KTHC * choice.gates_KT[..., None, None]).flatten(-2)
-    y_TD = _packed(heads.w_o).summed_products(gated_KTR, choice.experts_K)
-    return y_TD if heads.b_o is None else y_TD + heads.b_o
+        q_KBR = q_KBR + take_experts(heads.b_q, chosen.experts_K)[:, None]
+    q_KBHC = heads.q_norm(q_KBR.unflatten(-1, (heads.n_heads, heads.d_head)))
+    if rotary is not None:
+        keys_BHC, q_KBHC = rotate(keys_BHC, rotary), rotate(q_KBHC, rotary)
+    slots.keys_SBHC.index_copy_(0, slots.at_1, keys_BHC[None].to(slots.keys_SBHC.dtype))
+    slots.values_SBHC.index_copy_(0, slots.at_1, kv_B2HC[None, :, 1].to(slots.values_SBHC.dtype))
+    heads_KBHC = _attend(materialize(q_KBHC), slots)
+    gated_KBR = (heads_KBHC * chosen.gates_KB[..., None, None]).flatten(-2)
+    y_BD = _packed(heads.w_o).project_and_sum(gated_KBR, chosen.experts_K)
+    return y_BD if heads.b_o is None else y_BD + heads.b_o
 
 
-def _attend(q_KTHC: Tensor, slots: LayerSlots) -> Tensor:
-    """Softmax attention to all tokens seen."""
-    keys_THSC = slots.keys_STHC.permute(1, 2, 0, 3)
-    values_THSC = slots.values_STHC.permute(1, 2, 0, 3)
-    products_KTHS = kept((q_KTHC[..., None, :] * keys_THSC).sum(-1))
-    scores_KTHS = products_KTHS * q_KTHC.shape[-1] ** -0.5
-    scores_KTHS = scores_KTHS.masked_fill(~slots.seen_ST.T[:, None], -torch.inf)
-    weights_KTHS = kept((scores_KTHS - kept(scores_KTHS.amax(-1, keepdim=True))).exp())
-    total_KTH = kept(weights_KTHS.sum(-1))
-    return (weights_KTHS[..., None] * values_THSC).sum(-2) / total_KTH[..., None]
+def _attend(q_KBHC: Tensor, slots: LayerSlots) -> Tensor:
+    """Softmax attention to all positions seen.
+
+    As sums over broadcast products, like all products here: `scaled_dot_product_attention` is a
+    call that nothing fuses with, and wants keys and a mask for every group of heads, which share
+    them. What is materialized would be computed again for every channel or position.
+    """
+    keys_BHSC = slots.keys_SBHC.permute(1, 2, 0, 3)
+    values_BHSC = slots.values_SBHC.permute(1, 2, 0, 3)
+    products_KBHS = materialize((q_KBHC[..., None, :] * keys_BHSC).sum(-1))
+    scores_KBHS = products_KBHS * q_KBHC.shape[-1] ** -0.5
+    scores_KBHS = scores_KBHS.masked_fill(~slots.seen_SB.T[:, None], -torch.inf)
+    max_KBH1 = materialize(scores_KBHS.amax(-1, keepdim=True))
+    weights_KBHS = materialize((scores_KBHS - max_KBH1).exp())
+    total_KBH = materialize(weights_KBHS.sum(-1))
+    return (weights_KBHS[..., None] * values_BHSC).sum(-2) / total_KBH[..., None]
 
 
-def _packed(weight: nn.Module) -> Rows | Tiles:
-    assert isinstance(weight, Rows | Tiles)
+def _packed(weight: nn.Module) -> RowMajorWeights | TiledWeights:
+    assert isinstance(weight, RowMajorWeights | TiledWeights)
     return weight
-
-
-def _of(weight_EX: Tensor, experts_K: Tensor | None) -> Tensor:
-    return weight_EX if experts_K is None else weight_EX[experts_K]

@@ -1,7 +1,9 @@
 """One new token of each of a few sequences, through the parts of a decoder.
 
-Shapes: T sequences, one new token of each; D width, H KV heads, S tokens in the cache, C head
-width, V vocabulary.
+What enters a matrix-vector product or a norm is materialized before it: see `materialize`.
+
+Shapes: B sequences, one new token of each; D model width, H KV heads, S positions so far (slots of
+the cache in use), C head width, V vocabulary.
 """
 
 from typing import cast
@@ -13,14 +15,14 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.attention.rotary import Rotation, rotation
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
-from lightning_dsmoe.inference.engine.decode.expert_choice import Choice, choose
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts, choose_experts
 from lightning_dsmoe.inference.engine.decode.gathered_layers import (
     LayerSlots,
     gather_experts,
     gather_heads,
 )
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
-from lightning_dsmoe.inference.engine.weights.matvec import kept, spelled_out
+from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
 from lightning_dsmoe.routing import AllExperts, Selection
 
 _ATTENTION = (GroupedQueryAttention, MixtureOfAttentionHeads)
@@ -28,7 +30,7 @@ _FEED_FORWARD = (FeedForward, MixtureOfExperts)
 
 
 class EmbedStep(nn.Module):
-    """Embeds tokens and turns their positions into angles.
+    """Embeds tokens and turns their positions into angles, once for all blocks.
 
     Args:
         decoder: the decoder.
@@ -41,15 +43,15 @@ class EmbedStep(nn.Module):
         layer = cast(GroupedQueryAttention, cast(Block, decoder.blocks[0]).attention)
         self.d_head, self.rope_theta = layer.d_head, layer.rope_theta
 
-    def forward(self, tokens_T: Tensor, seen_ST: Tensor) -> tuple[Tensor, ...]:
-        """The tokens `[T, D]`, and with rotary positions a `Rotation` of `[T, 1, C]`."""
-        positions_T = kept(seen_ST.sum(0) - 1)
-        x_TD = self.embedding(tokens_T)
+    def forward(self, tokens_B: Tensor, seen_SB: Tensor) -> tuple[Tensor, ...]:
+        """The tokens `[B, D]`, and with rotary positions a `Rotation` of `[B, 1, C]`."""
+        positions_B = materialize(seen_SB.sum(0) - 1)
+        x_BD = self.embedding(tokens_B)
         if self.positions is not None:
-            x_TD = x_TD + self.positions(positions_T)
+            x_BD = x_BD + self.positions(positions_B)
         if self.rope_theta is None:
-            return (x_TD,)
-        return (x_TD, *rotation(positions_T[:, None], self.d_head, self.rope_theta))
+            return (x_BD,)
+        return (x_BD, *rotation(positions_B[:, None], self.d_head, self.rope_theta))
 
 
 class BlockStep(nn.Module):
@@ -66,6 +68,7 @@ class BlockStep(nn.Module):
 
     def __init__(self, block: Block, experts: Selection, attention: Selection) -> None:
         super().__init__()
+        # Exact classes: the `forward` of a subclass, which is not called here, may be another one.
         for layer, known in ((block.attention, _ATTENTION), (block.feed_forward, _FEED_FORWARD)):
             if type(layer) not in known:
                 raise TypeError(f"a {type(layer).__name__} has no decode step of its own")
@@ -75,31 +78,31 @@ class BlockStep(nn.Module):
 
     def forward(
         self,
-        x_TD: Tensor,
-        keys_STHC: Tensor,
-        values_STHC: Tensor,
-        seen_ST: Tensor,
+        x_BD: Tensor,
+        keys_SBHC: Tensor,
+        values_SBHC: Tensor,
+        seen_SB: Tensor,
         at_1: Tensor,
-        *by: Tensor,
+        *rotary: Tensor,
     ) -> Tensor:
-        """Transform tokens `[T, D]`, whose keys and values are written to a cache."""
-        slots = LayerSlots(keys_STHC, values_STHC, seen_ST, at_1)
+        """Transform tokens `[B, D]`; their keys and values are written to slot `at_1`."""
+        slots = LayerSlots(keys_SBHC, values_SBHC, seen_SB, at_1)
         attention = cast(MixtureOfAttentionHeads, self.block.attention)
-        normed_TD = kept(self.block.attention_norm(x_TD))
-        choice = _choice(attention, self.attention, normed_TD)
-        rotation_by = Rotation(*by) if by else None
-        attended_TD = gather_heads(attention.heads, normed_TD, choice, rotation_by, slots)
-        x_TD = kept(x_TD + attended_TD.to(x_TD.dtype))
-        fed_TD = self._feed_forward(kept(self.block.feed_forward_norm(x_TD)))
-        return kept(x_TD + fed_TD.to(x_TD.dtype))
+        normed_BD = materialize(self.block.attention_norm(x_BD))
+        chosen = _choose(attention, self.attention, normed_BD)
+        angles = Rotation(*rotary) if rotary else None
+        attended_BD = gather_heads(attention.heads, normed_BD, chosen, angles, slots)
+        x_BD = materialize(x_BD + attended_BD.to(x_BD.dtype))
+        fed_BD = self._feed_forward(materialize(self.block.feed_forward_norm(x_BD)))
+        return materialize(x_BD + fed_BD.to(x_BD.dtype))
 
-    def _feed_forward(self, x_TD: Tensor) -> Tensor:
+    def _feed_forward(self, x_BD: Tensor) -> Tensor:
         layer = cast(MixtureOfExperts, self.block.feed_forward)
-        y_TD = gather_experts(layer.experts, x_TD, _choice(layer, self.experts, x_TD))
+        y_BD = gather_experts(layer.experts, x_BD, _choose(layer, self.experts, x_BD))
         if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
-            every = _choice(layer.shared, AllExperts(), x_TD)
-            y_TD = y_TD + gather_experts(layer.shared.experts, x_TD, every)
-        return y_TD
+            all_shared = _choose(layer.shared, AllExperts(), x_BD)
+            y_BD = y_BD + gather_experts(layer.shared.experts, x_BD, all_shared)
+        return y_BD
 
 
 class PredictStep(nn.Module):
@@ -114,18 +117,18 @@ class PredictStep(nn.Module):
         self.norm = decoder.norm
         self.head: nn.Module = decoder.head
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Logits `[T, V]`."""
-        normed_TD = kept(self.norm(x_TD))
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """Logits `[B, V]`."""
+        normed_BD = materialize(self.norm(x_BD))
         if isinstance(self.head, Int8Head):
-            return self.head.few(normed_TD)
-        logits_TV: Tensor = spelled_out(self.head, normed_TD)
-        return logits_TV
+            return self.head.matvec(normed_BD)
+        logits_BV: Tensor = with_matvec_linears(self.head, normed_BD)
+        return logits_BV
 
 
-def _choice(layer: nn.Module, selection: Selection, x_TD: Tensor) -> Choice:
+def _choose(layer: nn.Module, selection: Selection, x_BD: Tensor) -> ChosenExperts:
     if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
-        chosen = choose(selection, spelled_out(layer.router, x_TD), layer.remaining)
-        return Choice(chosen.experts_K, chosen.gates_KT * layer.gate_factor)
+        chosen = choose_experts(selection, with_matvec_linears(layer.router, x_BD), layer.remaining)
+        return ChosenExperts(chosen.experts_K, chosen.gates_KB * layer.gate_factor)
     n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
-    return Choice(None, torch.ones(n_groups, x_TD.shape[0], device=x_TD.device))
+    return ChosenExperts(None, torch.ones(n_groups, x_BD.shape[0], device=x_BD.device))

@@ -1,15 +1,14 @@
-"""Expressions spelled so that the compiler makes one fast loop of each.
+"""Matrix-vector products, written so that Inductor makes one loop of each and no call to a BLAS.
 
-A matrix-vector product is a sum over a broadcast product, with the summed axis last in memory. A
-few rows are summed side by side, which keeps as many reads from memory under way. What goes into a
-product is computed once and kept, not again for every row.
+A product is a sum over a broadcast product with the summed axis last in memory: `F.linear` read
+weights at 6 to 9 GB/s for 2 to 32 tokens, these sums at 25 to 35 (docs/lab_notes/decoding.md).
 
-Shapes: T tokens, R rows, C columns, J parts of the rows, summed side by side, r = R / J; Z rows of
-a part, of any number of matrices.
+Shapes: N tokens, R rows of a weight, I columns (inputs) of a weight, J rows of an unrolled loop,
+r = R / J, Z rows of any number of matrices.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,36 +18,44 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.precision import at_least_float32
 
-_SIDE_BY_SIDE = 4
-_MANY_ROWS = 16
+# Several rows in one loop keep several reads from memory under way. 8-bit weights took 4.20, 4.27,
+# 4.89 and 5.87 ms with 2, 4, 8 and 16 rows (docs/lab_notes/int8.md), 256 experts of only 16 rows
+# 8.1 ms with 4 rows and 8.6 with one (docs/lab_notes/decoding.md).
+_UNROLL = 4
+_MIN_ROWS_TO_UNROLL = 16
 
 
-def kept(x: Tensor) -> Tensor:
-    """The same values, held in memory instead of being computed again where they are used."""
+def materialize(x: Tensor) -> Tensor:
+    """The same values in memory of their own, computed once.
+
+    Inductor inlines whatever is cheap to compute into the loop that uses it. In a matrix-vector
+    product that is every row: without this, a norm or an activation of the input would be computed
+    R times in place of once. `as_strided` needs real memory, so fusion ends at its input.
+    """
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
 
 
-def side_by_side(n_rows: int, n_tokens: int) -> int:
-    """How many of a matrix's rows to sum at once: few if they meet many tokens or are few."""
-    if n_rows < _MANY_ROWS:
+def unroll_factor(n_rows: int, n_tokens: int) -> int:
+    """Rows of a weight to sum in one loop; fewer with more tokens, which have a sum each."""
+    if n_rows < _MIN_ROWS_TO_UNROLL:
         return 1
-    return math.gcd(n_rows, max(1, _SIDE_BY_SIDE // n_tokens))
+    return math.gcd(n_rows, max(1, _UNROLL // n_tokens))
 
 
-def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
-    """Sums of products of rows and a vector of every token.
+def row_dot_products(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
+    """Dot products of rows of a weight with a vector of every token.
 
     Args:
-        vectors: `[C]` or `[Z, C]` of each token.
-        rows: J parts `[Z, C]` of a matrix, in any type; they are read once for all tokens.
+        vectors: `[I]` or `[Z, I]` of each of N tokens.
+        rows: J parts `[Z, I]` of a weight, of any type; each is read once for all tokens.
 
     Returns:
-        `[Z, T, J]`, in the type of the vectors. Z comes first because it may be known only at run
-        time: the compiler lays nothing out along such a size.
+        `[Z, N, J]`, of the type of the vectors. Z comes first because it may be known only at run
+        time, and then no stride depends on it.
     """
     parts = list(rows)
-    return kept(
+    return materialize(
         torch.stack(
             [torch.stack([(x * part.to(x.dtype)).sum(-1) for part in parts], -1) for x in vectors],
             -2,
@@ -56,32 +63,36 @@ def row_sums(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
     )
 
 
-def rows_times(x_TC: Tensor, rows_RC: Tensor) -> Tensor:
-    """Product of a matrix and a vector of every token, `[T, R]`, reading the matrix once."""
-    rows_JrC = rows_RC.unflatten(0, (side_by_side(len(rows_RC), len(x_TC)), -1))
-    sums_rTJ = row_sums(kept(at_least_float32(x_TC)), rows_JrC)
-    return sums_rTJ.permute(1, 2, 0).flatten(1)
+def matvec(x_NI: Tensor, weight_RI: Tensor) -> Tensor:
+    """x Wᵀ `[N, R]` for a few tokens in at least float32, reading the weight once.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.inference.engine.weights.matvec import matvec
+        >>> matvec(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+        tensor([[11., 17.]])
+    """
+    rows_JrI = weight_RI.unflatten(0, (unroll_factor(len(weight_RI), len(x_NI)), -1))
+    sums_rNJ = row_dot_products(materialize(at_least_float32(x_NI)), rows_JrI)
+    return sums_rNJ.permute(1, 2, 0).flatten(1)
 
 
-def spelled_out(module: nn.Module, x: Tensor) -> Any:
-    """Call a module on few tokens, with every linear layer as a sum over a broadcast product."""
-    with _SpelledOut():
+def with_matvec_linears(module: nn.Module, x: Tensor) -> Any:
+    """Call a module on a few tokens with `matvec` in place of `F.linear`.
+
+    Inductor leaves `F.linear` to a BLAS, which is slow for a few tokens and which nothing fuses
+    with. The exchange happens under a mode while the graph is traced, so that routers, those of
+    users too, have a single forward, for training and decoding.
+    """
+    with _MatvecLinears():
         return module(x)
 
 
-class _SpelledOut(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+class _MatvecLinears(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = rows_times(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
-    return kept(y if bias is None else y + bias)
+    y = matvec(x.flatten(0, -2), weight).to(x.dtype).unflatten(0, x.shape[:-1])
+    return materialize(y if bias is None else y + bias)

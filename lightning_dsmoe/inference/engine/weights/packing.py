@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -13,18 +13,23 @@ from lightning_dsmoe.decoder import Decoder, TokenHead
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
 from lightning_dsmoe.inference.engine.weights.row_major import (
-    Int8Rows,
-    Rows,
+    Int8RowMajorWeights,
+    RowMajorWeights,
     quantize_int8,
-    rows_of,
 )
-from lightning_dsmoe.inference.engine.weights.tiled import Tiles
+from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
 from lightning_dsmoe.stacked import StackedWeight
 
-_SHORT_ROWS = 48  # whose sums one by one take longer than reading them
+# The dot product of so short a row ends in adding up the values of a register, which takes longer
+# than reading the row. Tiles have no such end: 256 experts of 16 units went from 8.5 to 8.0 ms
+# (docs/lab_notes/decoding.md).
+_SHORT_ROWS = 48
+
+# Weights of a layer, and whether decoding reads their columns, which are then stored as rows.
+_TRANSPOSED = {Experts: {"w_in": False, "w_out": True}, HeadGroups: {"w_q": False, "w_o": True}}
 
 Quantization = Literal["int8"]
-Quantizer = Callable[[Rows], Int8Rows]
+Quantizer = Callable[[RowMajorWeights], Int8RowMajorWeights]
 
 
 def pack(
@@ -33,90 +38,99 @@ def pack(
     """Store all expert and head weights row by row, as decoding reads them.
 
     Args:
-        decoder: the decoder.
+        decoder: the decoder, which is changed in place.
         quantization: "int8" puts the weights of all routed experts into 8 bits. Routers, norms,
             shared experts, embeddings and the projections of keys and values stay as they are.
         quantize_head: put the last projection into 8 bits too; tied embeddings stay beside it.
 
     Raises:
-        ImportError: if something is to be quantised and bitsandbytes is not installed.
+        ImportError: if something is to be quantized and bitsandbytes is not installed.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from lightning_dsmoe.inference.engine.weights.packing import pack
+        >>> attention = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)
+        >>> feed_forward = partial(MixtureOfExperts, n_experts=4, d_expert=6)
+        >>> decoder = Decoder(32, 8, 1, attention=attention, feed_forward=feed_forward)
+        >>> pack(decoder)
+        >>> decoder.blocks[0].feed_forward.experts.w_out
+        RowMajorWeights(shape=(4, 8, 6), transposed=True)
     """
     _pack(decoder, quantize_int8, quantization=quantization, quantize_head=quantize_head)
 
 
 def is_packed(decoder: Decoder) -> bool:
-    """Whether `pack` has been here."""
-    return any(isinstance(module, Rows | Int8Head) for module in decoder.modules())
+    """Whether `pack` has changed a decoder."""
+    return any(isinstance(module, RowMajorWeights | Int8Head) for module in decoder.modules())
 
 
-def expect_packed(
+def pack_empty(
     decoder: Decoder,
     *,
     dtype: torch.dtype,
     quantization: Quantization | None,
     quantize_head: bool,
 ) -> None:
-    """Give a decoder the empty weights that `pack` would, on its own device.
+    """Give a decoder the weights that `pack` would, on its own device and uninitialized.
 
     Args:
-        decoder: the decoder.
+        decoder: the decoder, which is changed in place.
         dtype: type of the matrices that 8-bit weights give out, which is that of the model.
         quantization: as in `pack`.
         quantize_head: as in `pack`.
     """
 
-    def empty(rows: Rows) -> Int8Rows:
-        shape, device = rows.weight.shape, rows.weight.device
+    def empty(weights: RowMajorWeights) -> Int8RowMajorWeights:
+        shape, device = weights.weight.shape, weights.weight.device
         codes = torch.empty(shape, dtype=torch.int8, device=device)
         scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
-        return Int8Rows(codes, scales, transposed=rows.transposed, dtype=dtype)
+        return Int8RowMajorWeights(codes, scales, transposed=weights.transposed, dtype=dtype)
 
     _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
 
 
-def tiled(decoder: Decoder, n_tokens: int) -> Decoder:
-    """A packed decoder with a copy of expert weights in tiles; all else is shared.
+def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
+    """A packed decoder with a copy of expert weights in tiles; all other weights are shared.
 
-    For one token only weights in 8 bits and very short rows are better off in tiles.
+    For one token only weights in 8 bits and very short rows gain: 8 bits took 4.06 ms in tiles and
+    4.27 in rows, float32 was 3 to 6 % slower in tiles (docs/lab_notes/int8.md, decoding.md).
 
     Args:
-        decoder: the packed decoder, which is given back if there is nothing to copy.
-        n_tokens: tokens that decode at once.
+        decoder: the packed decoder, which is returned itself if nothing gains.
+        n_tokens: tokens in a step, one of each sequence.
     """
 
-    def better(module: nn.Module) -> bool:
-        if not isinstance(module, Rows):
-            return False
-        short = module.weight.shape[-1] <= _SHORT_ROWS
-        return n_tokens > 1 or short or isinstance(module, Int8Rows)
+    def gaining(decoder: Decoder) -> list[tuple[nn.Module, str, RowMajorWeights]]:
+        return [
+            (layer, name, weights)
+            for layer in decoder.modules()
+            if isinstance(layer, Experts | HeadGroups)
+            for name, weights in layer.named_children()
+            if isinstance(weights, RowMajorWeights)
+            and (
+                n_tokens > 1
+                or weights.weight.shape[-1] <= _SHORT_ROWS
+                or isinstance(weights, Int8RowMajorWeights)
+            )
+        ]
 
-    layers = [m for m in decoder.modules() if isinstance(m, Experts | HeadGroups)]
-    if not any(better(child) for layer in layers for child in layer.children()):
+    if not gaining(decoder):
         return decoder
-    shared = {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]}
-    copied = copy.deepcopy(decoder, shared)
-    for module in list(copied.modules()):
-        for name, child in list(module.named_children()):
-            if better(child) and isinstance(module, Experts | HeadGroups):
-                setattr(module, name, Tiles.of(rows_of(child)))
+    # What is in the memo of `deepcopy` is not copied: here, all tensors.
+    copied = copy.deepcopy(decoder, {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]})
+    for layer, name, weights in gaining(copied):
+        setattr(layer, name, TiledWeights.of(weights))
     return copied
 
 
 def quantized_bytes(decoder: Decoder) -> dict[str, int]:
-    """Bytes of codes and scales of each quantised weight, by its name."""
+    """Bytes of codes and scales of each quantized weight, by its name."""
     return {
         name: module.weight.nbytes + module.scales.nbytes
         for name, module in decoder.named_modules()
-        if isinstance(module, Int8Rows)
+        if isinstance(module, Int8RowMajorWeights)
     }
-
-
-class _Stacked(NamedTuple):
-    owner: nn.Module
-    name: str
-    weight: StackedWeight
-    transposed: bool
-    routed: bool
 
 
 def _pack(
@@ -126,30 +140,26 @@ def _pack(
     quantization: Quantization | None,
     quantize_head: bool,
 ) -> None:
-    for owner, name, weight, transposed, routed in list(_stacked_weights(decoder)):
-        matrices = weight.weight.detach()
-        rows = Rows(matrices.mT if transposed else matrices, transposed=transposed)
-        setattr(owner, name, quantizer(rows) if routed and quantization == "int8" else rows)
+    for layer, name, transposed, is_routed in list(_stacked_weights(decoder)):
+        matrices = getattr(layer, name).weight.detach()
+        weights = RowMajorWeights(matrices.mT if transposed else matrices, transposed=transposed)
+        quantize = is_routed and quantization == "int8"
+        setattr(layer, name, quantizer(weights) if quantize else weights)
     if quantize_head:
-        rows = Rows(decoder.head.weight.detach()[None], transposed=False)
-        decoder.head = cast(TokenHead, Int8Head(quantizer(rows)))
+        weights = RowMajorWeights(decoder.head.weight.detach()[None], transposed=False)
+        decoder.head = cast(TokenHead, Int8Head(quantizer(weights)))
         decoder.tie_embeddings = False
 
 
-def _stacked_weights(decoder: Decoder) -> Iterator[_Stacked]:
-    """All stacked weights, and whether decoding reads their columns and a router gates them."""
+def _stacked_weights(decoder: Decoder) -> Iterator[tuple[nn.Module, str, bool, bool]]:
+    """Layer and name of each stacked weight, whether it is transposed, and whether it is routed."""
     routed: set[nn.Module] = set()
-    for module in decoder.modules():
+    for module in decoder.modules():  # a mixture comes before what it contains
         if isinstance(module, MixtureOfExperts):
             routed.add(module.experts)
         elif isinstance(module, MixtureOfAttentionHeads):
             routed.add(module.heads)
-        names = {}
-        if isinstance(module, Experts):
-            names = {"w_in": False, "w_out": True}
-        elif isinstance(module, HeadGroups):
-            names = {"w_q": False, "w_o": True}
-        for name, transposed in names.items():
-            weight = getattr(module, name)
-            if isinstance(weight, StackedWeight):
-                yield _Stacked(module, name, weight, transposed, module in routed)
+        for kind, names in _TRANSPOSED.items():
+            for name, transposed in names.items() if isinstance(module, kind) else ():
+                if isinstance(getattr(module, name), StackedWeight):
+                    yield module, name, transposed, module in routed

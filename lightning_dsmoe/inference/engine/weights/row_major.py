@@ -1,28 +1,41 @@
-"""Matrices of many experts, stored row by row as decoding reads them.
+"""Weights of all experts of a layer, stored row by row as decoding reads them.
 
-Shapes: E experts, R rows of one expert, C columns, K chosen experts, T tokens, J rows summed side
-by side, r = R / J, Z = K r.
+Shapes: E experts, R rows of one expert's weight, I columns (inputs), K active experts, N tokens,
+J rows of an unrolled loop, r = R / J, Z = K r, G experts of a group.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights.matvec import kept, row_sums, side_by_side
+from lightning_dsmoe.inference.engine.weights.matvec import (
+    materialize,
+    row_dot_products,
+    unroll_factor,
+)
 from lightning_dsmoe.precision import at_least_float32
 
 
-class Rows(nn.Module):
-    """One matrix per expert whose rows are contiguous and are summed over when decoding.
+class RowMajorWeights(nn.Module):
+    """One weight per expert, with contiguous rows that decoding takes dot products with.
 
-    The products suit one token; `Tiles` has the same for more.
+    Input weights are stored as they are, output weights transposed: in both cases an expert that
+    does not run is one piece of memory that is not read. For more than one token, see
+    `TiledWeights`.
 
     Args:
-        weight: `[E, R, C]`.
-        transposed: whether a row is a column of the matrix given out, as for output weights.
+        weight: `[E, R, I]`.
+        transposed: whether the layer's own weight is `[E, I, R]`, as output weights are.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
+        >>> weights = RowMajorWeights(torch.randn(8, 16, 4), transposed=False)
+        >>> weights.project(torch.randn(2, 4), torch.tensor([3, 5, 6])).shape
+        torch.Size([3, 2, 16])
     """
 
     weight: Tensor
@@ -33,87 +46,85 @@ class Rows(nn.Module):
         self.register_buffer("weight", weight.contiguous())
 
     def rows(self, experts: int | slice) -> Tensor:
-        """Rows `[..., R, C]` of one or more experts as floating point."""
+        """Rows `[..., R, I]` of one or more experts in floating point."""
         return self.weight[experts]
 
-    def some(self, experts: Sequence[int]) -> Tensor:
-        """Rows `[G, R, C]` of one or two experts, in ascending order; a view if in one piece."""
+    def group(self, experts: Sequence[int]) -> Tensor:
+        """Rows `[G, R, I]` of one or two experts, in ascending order: a view, nothing is copied."""
         first, *others = experts
         step = others[0] - first if others else 1
         return self.rows(slice(first, first + step * len(experts), step))
 
     def forward(self) -> Tensor:
-        """The matrices of all experts, `[E, R, C]` or transposed `[E, C, R]`."""
+        """The layer's own weights of all experts, `[E, R, I]` or transposed `[E, I, R]`."""
         return self._matrix(slice(None))
 
     def of(self, experts: Sequence[int]) -> list[Tensor]:
-        """The matrices of some experts, and only those."""
+        """The layer's own weights of some experts; no others are read."""
         return [self._matrix(e) for e in experts]
 
     def _matrix(self, experts: int | slice) -> Tensor:
         rows = self.rows(experts)
         return rows.mT if self.transposed else rows
 
-    def products(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
-        """Products of the chosen experts' rows with a vector that they share.
+    def project(self, x_NI: Tensor, experts_K: Tensor | None) -> Tensor:
+        """Products of the active experts' weights with an input that they share.
 
         Args:
-            x_TC: a vector for each token.
-            experts_K: numbers of the chosen experts; None for all of them.
+            x_NI: an input for each token.
+            experts_K: numbers of the active experts; None for all.
 
         Returns:
-            `[K, T, R]` in at least float32.
+            `[K, N, R]` in at least float32.
         """
-        rows_JKrC = self._beside(len(x_TC), experts_K)
-        sums_ZTJ = row_sums(kept(at_least_float32(x_TC)), [r.flatten(0, 1) for r in rows_JKrC])
-        sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
-        return self._scaled(sums_KrTJ, experts_K).permute(0, 2, 3, 1).flatten(2)
+        return self._row_dot_products(x_NI, experts_K).permute(0, 2, 3, 1).flatten(2)
 
-    def summed_products(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
-        """Products of the chosen experts' rows with a vector of each, summed over experts.
+    def project_and_sum(self, x_KNI: Tensor, experts_K: Tensor | None) -> Tensor:
+        """Products of the active experts' weights with an input for each, summed over experts.
 
         Args:
-            x_KTC: a vector for each chosen expert and token.
-            experts_K: numbers of the chosen experts; None for all of them.
+            x_KNI: an input for each active expert and token.
+            experts_K: numbers of the active experts; None for all.
 
         Returns:
-            `[T, R]` in at least float32.
+            `[N, R]` in at least float32.
         """
-        n_tokens = x_KTC.shape[1]
-        rows_JKrC = self._beside(n_tokens, experts_K)
-        n_rows = rows_JKrC[0].shape[1]
-        x_KTC = kept(at_least_float32(x_KTC))
-        x_TZC = [x_KTC[:, t, None].expand(-1, n_rows, -1).flatten(0, 1) for t in range(n_tokens)]
-        sums_ZTJ = row_sums(x_TZC, [r.flatten(0, 1) for r in rows_JKrC])
-        sums_KrTJ = sums_ZTJ.unflatten(0, rows_JKrC[0].shape[:2])
-        return self._scaled(sums_KrTJ, experts_K).sum(0).permute(1, 2, 0).flatten(1)
+        return self._row_dot_products(x_KNI, experts_K).sum(0).permute(1, 2, 0).flatten(1)
 
-    def _beside(self, n_tokens: int, experts_K: Tensor | None) -> list[Tensor]:
-        """The chosen experts' rows `[K, r, C]`, in as many parts as are summed side by side."""
-        beside = side_by_side(self.weight.shape[1], n_tokens)
-        rows_KJrC = _chosen(self.weight.unflatten(1, (beside, -1)), experts_K)
-        return [rows_KJrC[:, j] for j in range(beside)]
+    def _row_dot_products(self, x: Tensor, experts_K: Tensor | None) -> Tensor:
+        """Dot products `[K, r, N, J]` of rows with inputs `[N, I]` or `[K, N, I]`."""
+        n_rows, n_tokens = self.weight.shape[1], x.shape[-2]
+        unroll = unroll_factor(n_rows, n_tokens)
+        rows_KJrI = take_experts(self.weight.unflatten(1, (unroll, -1)), experts_K)
+        rows_JKrI = [rows_KJrI[:, j] for j in range(unroll)]
+        vectors: Iterable[Tensor] = (x := materialize(at_least_float32(x)))
+        if x.dim() == 3:  # an input for each expert, repeated for its rows
+            repeats = (-1, n_rows // unroll, -1)
+            vectors = [x[:, n, None].expand(repeats).flatten(0, 1) for n in range(n_tokens)]
+        sums_ZNJ = row_dot_products(vectors, [rows.flatten(0, 1) for rows in rows_JKrI])
+        return self._rescale(sums_ZNJ.unflatten(0, rows_JKrI[0].shape[:2]), experts_K)
 
-    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
+    def _rescale(self, sums_KrNJ: Tensor, experts_K: Tensor | None) -> Tensor:
         del experts_K
-        return sums_KrTJ
+        return sums_KrNJ
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
         return f"shape={tuple(self.weight.shape)}, transposed={self.transposed}"
 
 
-class Int8Rows(Rows):
-    """Rows as int8 codes with one float32 scale each, W = codes * scales / 127.
+class Int8RowMajorWeights(RowMajorWeights):
+    """Row-major weights as int8 codes with one float32 scale a row, W = codes * scales / 127.
 
-    The codes and scales are those of bitsandbytes' vector-wise quantisation of the rows; the scale
-    is the largest magnitude of its row. Moving the module to another type changes that of the
-    matrices given out; codes and scales stay exact.
+    The codes and scales are those of bitsandbytes' vector-wise quantization of the rows; a scale
+    is the largest magnitude of its row. Scales multiply the sums, once a row and not once a code.
+    Moving the module to another type changes that of the matrices given out; codes and scales stay
+    exact, since rounded scales would be an error that nobody measured.
 
     Args:
-        codes: int8 `[E, R, C]`.
+        codes: int8 `[E, R, I]`.
         scales: float32 `[E, R]`.
-        transposed: whether a row is a column of the matrix given out.
+        transposed: whether the layer's own weight is `[E, I, R]`.
         dtype: type of the matrices given out.
     """
 
@@ -127,16 +138,19 @@ class Int8Rows(Rows):
         self.register_buffer("scales", scales)
 
     def rows(self, experts: int | slice) -> Tensor:
-        """Rows `[..., R, C]`, made floating point when asked for."""
+        """Rows `[..., R, I]`, dequantized at each call."""
         exact = torch.promote_types(self.dtype, torch.float32)  # small scales vanish in float16
         scales = (self.scales[experts] / 127).to(exact)
         return (self.weight[experts].to(exact) * scales[..., None]).to(self.dtype)
 
-    def _scaled(self, sums_KrTJ: Tensor, experts_K: Tensor | None) -> Tensor:
-        scales_KJr: Tensor = _chosen(self.scales, experts_K).unflatten(1, (sums_KrTJ.shape[-1], -1))
-        return sums_KrTJ * (scales_KJr / 127).mT[:, :, None]
+    def _rescale(self, sums_KrNJ: Tensor, experts_K: Tensor | None) -> Tensor:
+        scales_KR = take_experts(self.scales, experts_K)
+        scales_KJr: Tensor = scales_KR.unflatten(1, (sums_KrNJ.shape[-1], -1))
+        return sums_KrNJ * (scales_KJr / 127).mT[:, :, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `fn` is what `.to()`, `.half()` or `.cuda()` does to every tensor: take its device for the
+        # scales but not its type, and ask it for the type of a tensor that has ours.
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scales.dtype != scales.dtype:
@@ -145,14 +159,26 @@ class Int8Rows(Rows):
         return self
 
 
-def rows_of(weight: nn.Module) -> Rows:
-    """A weight of a packed decoder, which has rows."""
-    assert isinstance(weight, Rows)
+# Their names in version 0.1, which models pickled whole still have; to go with version 0.3.
+Rows, Int8Rows = RowMajorWeights, Int8RowMajorWeights
+
+
+def as_row_major(weight: nn.Module) -> RowMajorWeights:
+    """A weight of a packed decoder, with the type that it has there."""
+    assert isinstance(weight, RowMajorWeights)
     return weight
 
 
-def quantize_int8(rows: Rows) -> Int8Rows:
-    """Quantise rows with bitsandbytes, on the CPU.
+def take_experts(weight_E: Tensor, experts_K: Tensor | None) -> Tensor:
+    """What belongs to the active experts, `[K, ...]` of `[E, ...]`; all of it for None.
+
+    None is no index, so that layers whose experts all run read weights in place.
+    """
+    return weight_E if experts_K is None else weight_E[experts_K]
+
+
+def quantize_int8(weights: RowMajorWeights) -> Int8RowMajorWeights:
+    """Quantize weights row by row with bitsandbytes, on the CPU.
 
     Raises:
         ImportError: if bitsandbytes is not installed.
@@ -163,15 +189,11 @@ def quantize_int8(rows: Rows) -> Int8Rows:
         from bitsandbytes.functional import int8_vectorwise_quant
     except ImportError as error:
         raise ImportError("8-bit weights need bitsandbytes: pip install bitsandbytes") from error
-    weight = rows.weight
+    weight = weights.weight
     codes, scales, _ = int8_vectorwise_quant(weight.flatten(0, 1).cpu().float())
-    return Int8Rows(
+    return Int8RowMajorWeights(
         codes.view(weight.shape).to(weight.device),
         scales.view(weight.shape[:-1]).to(weight.device),
-        transposed=rows.transposed,
+        transposed=weights.transposed,
         dtype=weight.dtype,
     )
-
-
-def _chosen(weight_EX: Tensor, experts_K: Tensor | None) -> Tensor:
-    return weight_EX if experts_K is None else weight_EX[experts_K]

@@ -1,10 +1,11 @@
-"""Matrices of many experts, stored in tiles of rows for several tokens at once.
+"""Weights of all experts of a layer, stored in tiles for several tokens at once.
 
-A tile holds some rows column by column, so that a sum over columns keeps one vector of results for
-every token and reads each weight once.
+A tile holds 16 rows column by column. The loop over columns then keeps one vector register of sums
+for every token and reads each weight once for all of them, where row-major weights would need a
+register for every row and token.
 
-Shapes: E experts, N tiles of one expert, C columns, t rows of one tile, R = N t rows of one expert,
-K chosen experts, T tokens, Z = K N.
+Shapes: E experts, M tiles of one expert, I columns (inputs), t rows of one tile, R = M t rows of
+one expert, K active experts, N tokens, Z = K M.
 """
 
 import math
@@ -13,21 +14,32 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights.matvec import kept
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
+from lightning_dsmoe.inference.engine.weights.matvec import materialize
+from lightning_dsmoe.inference.engine.weights.row_major import (
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    take_experts,
+)
 from lightning_dsmoe.precision import at_least_float32
 
-_TILE_ROWS = 16
-_FEW_TOKENS = 8
+_TILE_ROWS = 16  # float32 values in a register of AVX-512
+_MAX_TOKENS_EXPERT_BY_EXPERT = 8
 
 
-class Tiles(nn.Module):
-    """The matrices of `Rows` in tiles, with the same products.
+class TiledWeights(nn.Module):
+    """The weights of `RowMajorWeights` in tiles, with the same products.
 
     Args:
-        weight: floating point or int8 codes, `[E, N, C, t]`.
-        scales: what one unit of a code is worth in each row, float32 `[E, N, t]`; None for weights
+        weight: floating point or int8 codes, `[E, M, I, t]`.
+        scales: what one unit of a code is worth in each row, float32 `[E, M, t]`; None for weights
             in floating point.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
+        >>> from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
+        >>> TiledWeights.of(RowMajorWeights(torch.randn(8, 64, 4), transposed=False))
+        TiledWeights(shape=(8, 4, 4, 16))
     """
 
     weight: Tensor
@@ -39,80 +51,75 @@ class Tiles(nn.Module):
         self.register_buffer("scales", scales)
 
     @classmethod
-    def of(cls, rows: Rows) -> Self:
-        """A copy of rows in tiles."""
-        height = math.gcd(rows.weight.shape[1], _TILE_ROWS)
-        weight = rows.weight.unflatten(1, (-1, height)).mT.contiguous()
-        if not isinstance(rows, Int8Rows):
+    def of(cls, weights: RowMajorWeights) -> Self:
+        """A copy of row-major weights in tiles."""
+        height = math.gcd(weights.weight.shape[1], _TILE_ROWS)
+        weight = weights.weight.unflatten(1, (-1, height)).mT.contiguous()
+        if not isinstance(weights, Int8RowMajorWeights):
             return cls(weight, None)
-        return cls(weight, (rows.scales / 127).unflatten(1, (-1, height)))
+        return cls(weight, (weights.scales / 127).unflatten(1, (-1, height)))
 
-    def products(self, x_TC: Tensor, experts_K: Tensor | None) -> Tensor:
-        """Products of the chosen experts' rows with a vector that they share, `[K, T, R]`.
-
-        Args:
-            x_TC: a vector for each token.
-            experts_K: numbers of the chosen experts; None for all of them.
-        """
-        x_TC = kept(at_least_float32(x_TC))
-        tiles_KNCt, scales_KNt = self._chosen(experts_K)
-        tiles_ZCt = tiles_KNCt.flatten(0, 1)
-        sums_ZTt = kept(
-            torch.stack([(x_C[:, None] * tiles_ZCt.to(x_C.dtype)).sum(1) for x_C in x_TC], 1)
-        )
-        sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
-        if scales_KNt is not None:
-            sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
-        return sums_KNTt.transpose(1, 2).flatten(2)
-
-    def summed_products(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
-        """Products of the chosen experts' rows with a vector of each, summed: `[T, R]`.
+    def project(self, x_NI: Tensor, experts_K: Tensor | None) -> Tensor:
+        """Products of the active experts' weights with an input that they share, `[K, N, R]`.
 
         Args:
-            x_KTC: a vector for each chosen expert and token.
-            experts_K: numbers of the chosen experts; None for all of them.
+            x_NI: an input for each token.
+            experts_K: numbers of the active experts; None for all.
         """
-        x_KTC = kept(at_least_float32(x_KTC))
-        if x_KTC.shape[1] <= _FEW_TOKENS:
-            sums_NTt = self._summed_expert_by_expert(x_KTC, experts_K)
-        else:
-            sums_NTt = self._summed_at_once(x_KTC, experts_K)
-        return sums_NTt.transpose(0, 1).flatten(1)
-
-    def _summed_expert_by_expert(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
-        """Reads each expert in one go, at the price of a sum over experts afterwards."""
-        tiles_KNCt, scales_KNt = self._chosen(experts_K)
-        n_tiles = tiles_KNCt.shape[1]
-        tiles_ZCt = tiles_KNCt.flatten(0, 1).to(x_KTC.dtype)
-        x_TZC = [
-            x_KTC[:, t, None].expand(-1, n_tiles, -1).flatten(0, 1) for t in range(x_KTC.shape[1])
-        ]
-        sums_ZTt = kept(torch.stack([(x_ZC[..., None] * tiles_ZCt).sum(1) for x_ZC in x_TZC], 1))
-        sums_KNTt: Tensor = sums_ZTt.unflatten(0, tiles_KNCt.shape[:2])
-        if scales_KNt is not None:
-            sums_KNTt = sums_KNTt * scales_KNt[:, :, None]
-        return sums_KNTt.sum(0)
-
-    def _summed_at_once(self, x_KTC: Tensor, experts_K: Tensor | None) -> Tensor:
-        tiles_KNCt, scales_KNt = self._chosen(experts_K)
-        tiles_KNCt = tiles_KNCt.to(x_KTC.dtype)
-        if scales_KNt is not None:
-            tiles_KNCt = tiles_KNCt * scales_KNt[:, :, None]
-        return kept(
-            torch.stack(
-                [
-                    (x_KTC[:, t, None, :, None] * tiles_KNCt).sum((0, 2))
-                    for t in range(x_KTC.shape[1])
-                ],
-                1,
-            )
+        x_NI = materialize(at_least_float32(x_NI))
+        tiles_KMIt, scales_KMt = self._take(experts_K)
+        tiles_ZIt = tiles_KMIt.flatten(0, 1)
+        sums_ZNt = materialize(
+            torch.stack([(x_I[:, None] * tiles_ZIt.to(x_I.dtype)).sum(1) for x_I in x_NI], 1)
         )
+        sums_KMNt = _rescale(sums_ZNt.unflatten(0, tiles_KMIt.shape[:2]), scales_KMt)
+        return sums_KMNt.transpose(1, 2).flatten(2)
 
-    def _chosen(self, experts_K: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if experts_K is None:
-            return self.weight, self.scales
-        return self.weight[experts_K], None if self.scales is None else self.scales[experts_K]
+    def project_and_sum(self, x_KNI: Tensor, experts_K: Tensor | None) -> Tensor:
+        """Products of the active experts' weights with an input for each, summed: `[N, R]`.
+
+        Args:
+            x_KNI: an input for each active expert and token.
+            experts_K: numbers of the active experts; None for all.
+        """
+        x_KNI = materialize(at_least_float32(x_KNI))
+        few = x_KNI.shape[1] <= _MAX_TOKENS_EXPERT_BY_EXPERT
+        sum_products = _sum_expert_by_expert if few else _sum_in_one_loop
+        return sum_products(x_KNI, *self._take(experts_K)).transpose(0, 1).flatten(1)
+
+    def _take(self, experts_K: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scales = self.scales
+        return (
+            take_experts(self.weight, experts_K),
+            None if scales is None else take_experts(scales, experts_K),
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
         return f"shape={tuple(self.weight.shape)}"
+
+
+def _sum_expert_by_expert(x_KNI: Tensor, tiles_KMIt: Tensor, scales_KMt: Tensor | None) -> Tensor:
+    """One loop over experts and tiles, which are read in the order in which they are stored.
+
+    The price is a sum over experts afterwards, of K N values in every row; with many tokens it
+    costs more than the order of reads gains.
+    """
+    n_tiles = tiles_KMIt.shape[1]
+    tiles_ZIt = tiles_KMIt.flatten(0, 1).to(x_KNI.dtype)
+    x_NZI = [x_KNI[:, n, None].expand(-1, n_tiles, -1).flatten(0, 1) for n in range(x_KNI.shape[1])]
+    sums_ZNt = materialize(torch.stack([(x_ZI[..., None] * tiles_ZIt).sum(1) for x_ZI in x_NZI], 1))
+    return _rescale(sums_ZNt.unflatten(0, tiles_KMIt.shape[:2]), scales_KMt).sum(0)
+
+
+def _sum_in_one_loop(x_KNI: Tensor, tiles_KMIt: Tensor, scales_KMt: Tensor | None) -> Tensor:
+    """Every tile of the result summed over experts and columns at once."""
+    tiles_KMIt = tiles_KMIt.to(x_KNI.dtype)
+    if scales_KMt is not None:
+        tiles_KMIt = tiles_KMIt * scales_KMt[:, :, None]
+    sums = [(x_KNI[:, n, None, :, None] * tiles_KMIt).sum((0, 2)) for n in range(x_KNI.shape[1])]
+    return materialize(torch.stack(sums, 1))
+
+
+def _rescale(sums_KMNt: Tensor, scales_KMt: Tensor | None) -> Tensor:
+    return sums_KMNt if scales_KMt is None else sums_KMNt * scales_KMt[:, :, None]

@@ -12,7 +12,11 @@ from lightning_dsmoe.attention import KVCache
 from lightning_dsmoe.attention.attention import Scope, causal_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.weights.row_major import (
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    quantize_int8,
+)
 
 from ..conftest import assert_near
 
@@ -46,39 +50,39 @@ def drawn(layer: nn.Module, weights: str) -> None:
     into, out = ("w_in", "w_out") if isinstance(layer, Experts) else ("w_q", "w_o")
     for name, transposed in ((into, False), (out, True)):
         weight = getattr(layer, name).weight
-        rows = Rows(weight.mT if transposed else weight, transposed=transposed)
+        rows = RowMajorWeights(weight.mT if transposed else weight, transposed=transposed)
         setattr(layer, name, quantize_int8(rows) if weights == "int8" else rows)
 
 
-def assert_adds(add: Callable[[Tensor], None], sums_XD: Tensor, relative: float = 1e-6) -> None:
+def assert_adds(add: Callable[[Tensor], None], sums_ND: Tensor, relative: float = 1e-6) -> None:
     """The sums go into the rows of a residual stream that are given, and nowhere else."""
-    sums_XD = F.pad(sums_XD, (0, 0, 1, 1))
-    stream = torch.randn(sums_XD.shape)
-    before, idle = stream.clone(), (sums_XD == 0).all(1)
+    sums_ND = F.pad(sums_ND, (0, 0, 1, 1))
+    stream = torch.randn(sums_ND.shape)
+    before, idle = stream.clone(), (sums_ND == 0).all(1)
     add(stream[1:-1])
     assert torch.equal(stream[idle], before[idle])
-    assert_near(stream, (before + sums_XD).float(), relative)
+    assert_near(stream, (before + sums_ND).float(), relative)
 
 
 def exact(rows: nn.Module) -> Tensor:
-    """Rows `[E, R, C]` in double precision."""
-    if isinstance(rows, Int8Rows):
+    """RowMajorWeights `[E, R, C]` in double precision."""
+    if isinstance(rows, Int8RowMajorWeights):
         return rows.weight.double() * rows.scales.double()[..., None] / 127
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, RowMajorWeights)
     return rows.weight.double()
 
 
-def loop_over_experts(experts: Experts, x_XD: Tensor, gates_XE: Tensor) -> Tensor:
+def loop_over_experts(experts: Experts, x_ND: Tensor, gates_NE: Tensor) -> Tensor:
     """Sums over the experts whose gates are not zero, in double precision."""
     w_in, w_out = exact(experts.w_in), exact(experts.w_out)
-    sums = torch.zeros(x_XD.shape, dtype=torch.double)
-    for x, e in gates_XE.nonzero().tolist():
-        z = w_in[e] @ x_XD[x].double()
+    sums = torch.zeros(x_ND.shape, dtype=torch.double)
+    for x, e in gates_NE.nonzero().tolist():
+        z = w_in[e] @ x_ND[x].double()
         z = z if experts.b_in is None else z + experts.b_in[e].double()
         hidden = getattr(F, experts.activation)(z[: experts.d_expert])
         if isinstance(experts, GLUExperts):
             hidden = hidden * z[experts.d_expert :]
-        sums[x] += gates_XE[x, e].double() * (w_out[e] @ hidden)
+        sums[x] += gates_NE[x, e].double() * (w_out[e] @ hidden)
     return sums if experts.b_out is None else sums + experts.b_out.double()
 
 
@@ -127,7 +131,7 @@ def attended(heads: HeadGroups, context: Context, b: int, t: int, q_HC: Tensor) 
     """What the queries of one group find for a new token, in double precision."""
     at, first = context.x_BSD.shape[1] - context.x_BTD.shape[1] + t, context.firsts[b]
     seen = range(first, at + 1) if at >= first else [at]
-    found = []
+    outputs = []
     for h in range(heads.n_heads):
         query = placed(heads, heads.q_norm, q_HC[h], max(0, at - first))
         scores, values = [], []
@@ -138,18 +142,18 @@ def attended(heads: HeadGroups, context: Context, b: int, t: int, q_HC: Tensor) 
             key = placed(heads, heads.k_norm, key, max(0, s - first))
             scores.append(key @ query / heads.d_head**0.5)
             values.append(value)
-        found.append(torch.stack(scores).softmax(0) @ torch.stack(values))
-    return torch.stack(found)
+        outputs.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+    return torch.stack(outputs)
 
 
-def loop_over_heads(heads: HeadGroups, context: Context, gates_XE: Tensor) -> Tensor:
+def loop_over_heads(heads: HeadGroups, context: Context, gates_NE: Tensor) -> Tensor:
     """Sums over the groups of heads whose gates are not zero, in double precision."""
-    w_q, w_o, x_XD = exact(heads.w_q), exact(heads.w_o), context.x_BTD.flatten(0, 1)
-    sums = torch.zeros(x_XD.shape, dtype=torch.double)
-    for x, e in gates_XE.nonzero().tolist():
-        q_R = w_q[e] @ x_XD[x].double()
+    w_q, w_o, x_ND = exact(heads.w_q), exact(heads.w_o), context.x_BTD.flatten(0, 1)
+    sums = torch.zeros(x_ND.shape, dtype=torch.double)
+    for x, e in gates_NE.nonzero().tolist():
+        q_R = w_q[e] @ x_ND[x].double()
         q_R = q_R if heads.b_q is None else q_R + heads.b_q[e].double()
         b, t = divmod(x, context.x_BTD.shape[1])
         heads_HC = attended(heads, context, b, t, q_R.view(heads.n_heads, -1))
-        sums[x] += gates_XE[x, e].double() * (w_o[e] @ heads_HC.flatten())
+        sums[x] += gates_NE[x, e].double() * (w_o[e] @ heads_HC.flatten())
     return sums if heads.b_o is None else sums + heads.b_o.double()

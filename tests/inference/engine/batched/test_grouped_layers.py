@@ -12,10 +12,11 @@ from lightning_dsmoe.inference.engine.batched.grouped_layers import (
     add_grouped_experts,
     add_grouped_heads,
     grouping_pays,
-    pair_up,
+    sort_by_expert,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
+from lightning_dsmoe.inference.engine.weights.row_major import Int8RowMajorWeights, RowMajorWeights
 
+from ....pairwise import pairwise
 from .loops import (
     CONTEXTS,
     EXPERTS,
@@ -40,11 +41,6 @@ COUNTS = {
 }
 
 
-@pytest.fixture(params=COUNTS)
-def counts(request: pytest.FixtureRequest) -> list[int]:
-    return COUNTS[request.param]
-
-
 def active_of(counts: list[int], n_tokens: int) -> Tensor:
     active = torch.zeros(n_tokens, len(counts), dtype=torch.bool)
     for e, count in enumerate(counts):
@@ -60,15 +56,17 @@ def poison(layer: nn.Module, active: Tensor) -> None:
     """Make the experts that no token runs visible as NaN."""
     idle = ~active.any(0)
     for rows in layer.children():
-        if isinstance(rows, Rows):
-            (rows.scales if isinstance(rows, Int8Rows) else rows.weight)[idle] = torch.nan
+        if isinstance(rows, RowMajorWeights):
+            (rows.scales if isinstance(rows, Int8RowMajorWeights) else rows.weight)[idle] = (
+                torch.nan
+            )
     for name in ("b_in", "b_q"):
         if getattr(layer, name, None) is not None:
             getattr(layer, name)[idle] = torch.nan
 
 
 @pytest.mark.parametrize(
-    ("counts", "n_tokens", "multiplications", "width", "pays"),
+    ("counts", "n_tokens", "macs", "d_model", "pays"),
     [
         ([1, 0, 0, 0], 1, 10**8, 10**4, True),  # a quarter is read
         ([1, 1, 1, 1], 1, 10**8, 10**4, False),  # nothing is saved
@@ -82,16 +80,17 @@ def poison(layer: nn.Module, active: Tensor) -> None:
     ],
 )
 def test_grouping_pays_where_it_saves_more_than_it_costs(
-    counts: list[int], n_tokens: int, multiplications: int, width: int, pays: bool
+    counts: list[int], n_tokens: int, macs: int, d_model: int, pays: bool
 ) -> None:
-    assert grouping_pays(counts, n_tokens, len(counts), multiplications, width) == pays
+    assert grouping_pays(counts, n_tokens, len(counts), macs, d_model) == pays
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 23])
-def test_pairs(n_tokens: int, counts: list[int]) -> None:
-    active = active_of(counts, n_tokens)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_pairs(n_tokens: int, counts: str) -> None:
+    active = active_of(COUNTS[counts], n_tokens)
     gates = gates_like(active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
     end, sizes, running = 0, [], []
     slots: dict[int, list[int]] = {x: [] for x in range(n_tokens)}
     for group in pairs.groups:
@@ -117,35 +116,36 @@ def test_pairs(n_tokens: int, counts: list[int]) -> None:
     assert all(sorted(own) == sorted({*own} & {*range(pairs.n_slots)}) for own in slots.values())
 
 
-@pytest.mark.parametrize("n_tokens", [1, 4, 23])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "weights", "n_tokens", "counts"),
+    pairwise(make=EXPERTS, weights=WEIGHTS, n_tokens=[1, 4, 23], counts=COUNTS),
+)
 @torch.no_grad()
-def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: list[int]) -> None:
+def test_experts(make: ExpertsFactory, weights: str, n_tokens: int, counts: str) -> None:
     experts = make(24, 5, 7)
     drawn(experts, weights)
-    active = active_of(counts, n_tokens)
-    x_XD, gates = torch.randn(n_tokens, 24), gates_like(active)
-    expected = loop_over_experts(experts, x_XD, gates * active)
+    active = active_of(COUNTS[counts], n_tokens)
+    x_ND, gates = torch.randn(n_tokens, 24), gates_like(active)
+    expected = loop_over_experts(experts, x_ND, gates * active)
     poison(experts, active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
-    assert_adds(lambda into: add_grouped_experts(into, experts, x_XD, pairs), expected)
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
+    assert_adds(lambda into: add_grouped_experts(into, experts, x_ND, pairs), expected)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("n_groups", [3, 5])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("make", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "weights", "n_groups", "context", "counts"),
+    pairwise(make=HEADS, weights=WEIGHTS, n_groups=[3, 5], context=CONTEXTS, counts=COUNTS),
+)
 @torch.no_grad()
 def test_heads(
-    make: Callable[..., HeadGroups], weights: str, n_groups: int, context: str, counts: list[int]
+    make: Callable[..., HeadGroups], weights: str, n_groups: int, context: str, counts: str
 ) -> None:
     heads = make(24, n_groups, 2, 6)
     drawn(heads, weights)
     seen = read(heads, context)
-    active = active_of(counts[:n_groups], seen.x_BTD[..., 0].numel())
+    active = active_of(COUNTS[counts][:n_groups], seen.x_BTD[..., 0].numel())
     gates = gates_like(active)
     expected = loop_over_heads(heads, seen, gates * active)
     poison(heads, active)
-    pairs = pair_up(gates, active, active.sum(0).tolist())
+    pairs = sort_by_expert(gates, active, active.sum(0).tolist())
     assert_adds(lambda into: add_grouped_heads(into, heads, *seen.attended, pairs), expected, 3e-6)

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory
-from lightning_dsmoe.inference.engine.batched import masked_layers as wide
+from lightning_dsmoe.inference.engine.batched import masked_layers
 from lightning_dsmoe.inference.engine.batched.masked_layers import (
-    add_wide_experts,
-    add_wide_heads,
+    add_masked_experts,
+    add_masked_heads,
     attend_groups,
 )
-from lightning_dsmoe.inference.engine.weights.row_major import Rows
+from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 
+from ....pairwise import pairwise
 from ..conftest import assert_near
 from .loops import (
     CONTEXTS,
@@ -38,87 +39,124 @@ def gates_of(kind: str, n_tokens: int, n_experts: int) -> Tensor:
     return torch.ones_like(gates) if kind == "none" else gates
 
 
-@pytest.fixture(params=["none", "all", "some zero"])
-def gating(request: pytest.FixtureRequest) -> str:
-    return request.param
+GATINGS = ["none", "all", "some zero"]
+MAX_TOKENS = [0, 256]
+"""Of which matrix products are taken several at once: none, or as many as are in these tests."""
 
 
-@pytest.fixture(params=["few tokens", "many tokens"], autouse=True)
-def few_or_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take some tokens for many, so that their products are not split or summed up together."""
-    if request.param == "many tokens":
-        monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
-    monkeypatch.setattr(wide, "_MANY_WEIGHTS", 0)
+@pytest.fixture(autouse=True)
+def matrices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take several products at once for small matrices, too."""
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MIN_WEIGHTS", 0)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 9])
-@pytest.mark.parametrize("n_experts", [1, 4, 5])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "weights", "n_experts", "n_tokens", "gating", "max_tokens"),
+    pairwise(
+        make=EXPERTS,
+        weights=WEIGHTS,
+        n_experts=[1, 4, 5],
+        n_tokens=[1, 2, 9],
+        gating=GATINGS,
+        max_tokens=MAX_TOKENS,
+    ),
+)
 @torch.no_grad()
 def test_experts(
-    make: ExpertsFactory, weights: str, n_experts: int, n_tokens: int, gating: str
+    make: ExpertsFactory,
+    weights: str,
+    n_experts: int,
+    n_tokens: int,
+    gating: str,
+    max_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", max_tokens)
     experts = make(24, n_experts, 7)
     drawn(experts, weights)
-    x_XD, gates = torch.randn(n_tokens, 24), gates_of(gating, n_tokens, n_experts)
+    x_ND, gates = torch.randn(n_tokens, 24), gates_of(gating, n_tokens, n_experts)
     given = None if gating == "none" else gates
     assert_adds(
-        lambda into: add_wide_experts(into, experts, x_XD, given),
-        loop_over_experts(experts, x_XD, gates),
+        lambda into: add_masked_experts(into, experts, x_ND, given),
+        loop_over_experts(experts, x_ND, gates),
     )
 
 
 @torch.no_grad()
 def test_experts_under_zero_gates_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without them then gives the very same sums for many tokens."""
-    monkeypatch.setattr(wide, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", 0)
     weight, hidden, gates = torch.randn(5, 24, 7), torch.randn(9, 5, 7), torch.rand(9, 5)
     gates[:, [1, 4]] = 0
     sums = []
-    for kept in (range(5), [0, 2, 3]):
+    for remaining in (range(5), [0, 2, 3]):
         sums.append(torch.zeros(9, 24))
-        rows = Rows(weight[list(kept)], transposed=True)
-        wide._add_wide_sum(sums[-1], rows, hidden[:, list(kept)], gates[:, list(kept)], None)
+        rows = RowMajorWeights(weight[list(remaining)], transposed=True)
+        masked_layers._add_gated_products(
+            sums[-1], rows, hidden[:, list(remaining)], gates[:, list(remaining)], None
+        )
     assert torch.equal(*sums)
 
 
-@pytest.mark.parametrize("n_experts", [1, 4, 5])
-@pytest.mark.parametrize("make", EXPERTS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "n_experts", "gating", "max_tokens"),
+    pairwise(make=EXPERTS, n_experts=[1, 4, 5], gating=GATINGS, max_tokens=MAX_TOKENS),
+)
 @torch.no_grad()
-def test_experts_in_bfloat16(make: ExpertsFactory, n_experts: int, gating: str) -> None:
+def test_experts_in_bfloat16(
+    make: ExpertsFactory,
+    n_experts: int,
+    gating: str,
+    max_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", max_tokens)
     experts = make(24, n_experts, 7)
     drawn(experts, "float32")
     experts.bfloat16()
-    x_XD, gates = torch.randn(9, 24).bfloat16(), gates_of(gating, 9, n_experts)
-    into = torch.zeros_like(x_XD)
-    add_wide_experts(into, experts, x_XD, None if gating == "none" else gates)
-    assert_near(into.double(), loop_over_experts(experts, x_XD, gates), 2e-2)
+    x_ND, gates = torch.randn(9, 24).bfloat16(), gates_of(gating, 9, n_experts)
+    into = torch.zeros_like(x_ND)
+    add_masked_experts(into, experts, x_ND, None if gating == "none" else gates)
+    assert_near(into.double(), loop_over_experts(experts, x_ND, gates), 2e-2)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("n_groups", [1, 3])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("make", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "weights", "n_groups", "context", "gating", "max_tokens"),
+    pairwise(
+        make=HEADS,
+        weights=WEIGHTS,
+        n_groups=[1, 3],
+        context=CONTEXTS,
+        gating=GATINGS,
+        max_tokens=MAX_TOKENS,
+    ),
+)
 @torch.no_grad()
 def test_heads(
-    make: Callable[..., HeadGroups], weights: str, n_groups: int, context: str, gating: str
+    make: Callable[..., HeadGroups],
+    weights: str,
+    n_groups: int,
+    context: str,
+    gating: str,
+    max_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(masked_layers, "_PRODUCTS_MAX_TOKENS", max_tokens)
     heads = make(24, n_groups, 2, 6)
     drawn(heads, weights)
     seen = read(heads, context)
     gates = gates_of(gating, seen.x_BTD[..., 0].numel(), n_groups)
     given = None if gating == "none" else gates
     assert_adds(
-        lambda into: add_wide_heads(into, heads, *seen.attended, given),
+        lambda into: add_masked_heads(into, heads, *seen.attended, given),
         loop_over_heads(heads, seen, gates),
         3e-6,
     )
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("n_groups", [1, 2, 4])
-@pytest.mark.parametrize("make", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("make", "n_groups", "context"), pairwise(make=HEADS, n_groups=[1, 2, 4], context=CONTEXTS)
+)
 @torch.no_grad()
 def test_any_number_of_groups_attends(
     make: Callable[..., HeadGroups], n_groups: int, context: str
@@ -131,5 +169,5 @@ def test_any_number_of_groups_attends(
     expected = torch.zeros(batch, length, n_groups, 12)
     for b, t, e in torch.ones(batch, length, n_groups).nonzero().tolist():
         expected[b, t, e] = attended(heads, seen, b, t, q_BTEHC[b, t, e].double()).flatten()
-    found = attend_groups(heads, q_BTEHC, seen.scope, seen.keys, seen.values)
-    assert_near(found, expected, 2e-6)
+    actual = attend_groups(heads, q_BTEHC, seen.scope, seen.keys, seen.values)
+    assert_near(actual, expected, 2e-6)

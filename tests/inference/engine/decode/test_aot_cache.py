@@ -23,17 +23,18 @@ from lightning_dsmoe.inference.engine.decode import compiled_step as compiled
 from lightning_dsmoe.inference.engine.decode.aot_cache import (
     Part,
     compile_kernel,
+    ensure_private_folder,
     export_part,
     kernel_path,
     load_kernel,
-    own_folder,
     tensors_of,
 )
 from lightning_dsmoe.inference.engine.decode.compiled_step import CompiledStep
+from lightning_dsmoe.inference.engine.decode.expert_choice import choose_experts
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
-from lightning_dsmoe.routing import Selection, Threshold, TopK
+from lightning_dsmoe.routing import Routing, Selection, Threshold, TopK
 
-from ..conftest import assert_near, learned_positions_glu, packed, rotary_mlp, uniform
+from ..conftest import assert_near, packed, rotary_mlp, uniform
 
 PROGRAM = """
 from functools import partial
@@ -81,8 +82,8 @@ def package(path: Path) -> None:
 
 def inputs_of(decoder: Decoder, n_sequences: int) -> tuple[Tensor, ...]:
     slots = DecoderCache(decoder, n_sequences, 64).next_slots()
-    x_TD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_ST)
-    return x_TD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by
+    x_BD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_ST)
+    return x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by
 
 
 def block_part(decoder: Decoder, chosen: Selection, n_sequences: int, block: int = 0) -> Part:
@@ -105,9 +106,9 @@ def top_k(decoder: Decoder) -> ExportedProgram:
 def test_a_graph_takes_its_weights_as_inputs(decoder: Decoder, top_k: ExportedProgram) -> None:
     for block, size in ((0, 64), (1, 64), (1, 100)):
         step = BlockStep(decoder.blocks[block], TopK(2), TopK(2))
-        x_TD, _, _, _, at_1, *by = inputs_of(decoder, 1)
+        x_BD, _, _, _, at_1, *by = inputs_of(decoder, 1)
         keys, values = torch.randn(2, size, 1, 2, 8)
-        inputs = (x_TD, keys, values, torch.ones(size, 1, dtype=torch.bool), at_1, *by)
+        inputs = (x_BD, keys, values, torch.ones(size, 1, dtype=torch.bool), at_1, *by)
         found = top_k.module()(copy.deepcopy(inputs), tensors_of(step))
         assert_near(found, step(*inputs), 1e-6)
 
@@ -139,20 +140,31 @@ def test_blocks_of_other_types_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == second == 4  # the embedding, two kinds of blocks, and the head
 
 
+class Choosing(nn.Module):
+    """What blocks differ in under different selections, as a graph of its own that is small."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return choose_experts(self.selection, Routing(logits, logits.softmax(-1))).gates_KB
+
+
 @torch.no_grad()
 def test_what_a_kernel_depends_on(
     decoder: Decoder, top_k: ExportedProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    selections = [TopK(1), TopK(2), TopK(2, renormalize=True), Threshold(0.8), Threshold(0.9)]
+    square = torch.zeros(4, 4)
     parts = [
-        block_part(decoder, TopK(1), 1),
-        block_part(decoder, TopK(2, renormalize=True), 1),
-        block_part(decoder, Threshold(0.8), 1),
-        block_part(decoder, Threshold(0.9), 1),
-        block_part(decoder, TopK(2), 2),
-        block_part(decoder, TopK(2), 3),
-        block_part(packed(rotary_mlp()).bfloat16(), TopK(2), 1),
         block_part(packed(rotary_mlp(), int8=True), TopK(2), 1),
-        block_part(packed(learned_positions_glu()), TopK(2), 1),
+        *(Part(Choosing(some), (torch.zeros(1, 5),), frozenset()) for some in selections),
+        *(Part(Choosing(TopK(2)), (torch.zeros(n, 5),), frozenset()) for n in (2, 3)),
+        *(Part(nn.Linear(4, width), (square,), frozenset()) for width in (5, 6)),
+        Part(nn.Linear(4, 5), (square.mT,), frozenset()),
+        Part(nn.Linear(4, 5), (square,), frozenset({0})),
+        Part(nn.Linear(4, 5).bfloat16(), (square.bfloat16(),), frozenset()),
     ]
     paths = [kernel_path(top_k), *(kernel_path(export_part(part)) for part in parts)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
@@ -199,7 +211,7 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
     before = os.umask(0o002)
     try:
-        own_folder(path.parent)
+        ensure_private_folder(path.parent)
         compile_kernel("a graph", path)  # type: ignore[arg-type]
     finally:
         os.umask(before)
@@ -213,27 +225,27 @@ def test_a_kernel_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_folders_that_others_can_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "kernels"
     folder.mkdir()
-    own_folder(folder)
+    ensure_private_folder(folder)
     for mode in (0o770, 0o707):
         folder.chmod(mode)
         with pytest.raises(PermissionError, match=r"kernels is not yours alone .* chmod go-w it"):
-            own_folder(folder)
+            ensure_private_folder(folder)
     folder.chmod(0o700)
     (tmp_path / "link").symlink_to(folder)
-    own_folder(tmp_path / "link")
+    ensure_private_folder(tmp_path / "link")
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     for place in (folder, tmp_path / "link"):
         with pytest.raises(PermissionError, match=r"not yours alone .* set XDG_CACHE_HOME to"):
-            own_folder(place)
+            ensure_private_folder(place)
     monkeypatch.delattr(os, "getuid")  # as on Windows
-    own_folder(folder)
+    ensure_private_folder(folder)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "kernels"):
         with pytest.raises(PermissionError, match=r"cannot be kept in .*: set XDG_CACHE_HOME to"):
-            own_folder(folder)
+            ensure_private_folder(folder)
 
 
 def test_code_that_others_may_have_written_is_not_run(

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,13 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.inference import Remaining, SparseModel, compile_sparse, generate, prune
 from lightning_dsmoe.inference.engine.decode import compiled_step as compiled_module
-from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
+from lightning_dsmoe.inference.engine.decode.aot_cache import Part, export_part, kernel_path
+from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    CannotCompile,
+    CompiledStep,
+    compiling,
+)
+from lightning_dsmoe.inference.engine.decode.step import PredictStep
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import (
@@ -156,14 +163,22 @@ def test_tokens_of_any_whole_type(kernels: None, no_compiler: None, long_tokens:
 
 
 @pytest.mark.slow
-def test_damaged_kernels_are_made_anew(long_tokens: Tensor, no_kernels: None) -> None:
-    folder = Path(os.environ["XDG_CACHE_HOME"]) / "lightning_dsmoe" / "kernels"
+def test_a_damaged_kernel_is_made_anew(
+    kernels: None, long_tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    shutil.copytree(cache / "lightning_dsmoe", tmp_path / "lightning_dsmoe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     twin, prompt = packed(rotary_mlp()), long_tokens[:1, :4]
     expected = drawn(Engine(twin, SwitchPoints()), prompt, plan=TOP_K)
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:1000])
+    with compiling():
+        part = Part(PredictStep(twin), (torch.zeros(1, twin.d_model),), frozenset())
+        path = kernel_path(export_part(part))
+    path.write_bytes(path.read_bytes()[:1000])
+    others = {other: other.stat().st_mtime_ns for other in path.parent.iterdir() if other != path}
     assert torch.equal(drawn(Engine(twin, SwitchPoints()), prompt, plan=TOP_K), expected)
-    assert all(path.stat().st_size > 1000 for path in folder.iterdir())
+    assert path.stat().st_size > 1000
+    assert {other: other.stat().st_mtime_ns for other in others} == others
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ keys = [torch.zeros(20, 2, 2, 8) for _ in range(2)]
 values = [torch.zeros(20, 2, 2, 8) for _ in range(2)]
 seen = torch.zeros(20, 2, dtype=torch.bool)
 logits = []
-for at, tokens_T in enumerate(tokens.T.contiguous()):
-    logits.append(step(tokens_T, keys, values, seen, torch.tensor([at])))
+for at, tokens_B in enumerate(tokens.T.contiguous()):
+    logits.append(step(tokens_B, keys, values, seen, torch.tensor([at])))
 assert seen.sum(0).tolist() == [14, 14]
 torch.save(torch.stack(logits, 1), folder / "logits.pt")
 """
@@ -43,10 +43,10 @@ def test_the_whole_step_is_the_decoder(decoder: Decoder, tokens: Tensor) -> None
     cache = DecoderCache(twin, *tokens.shape)
     step = WholeStep(twin, PLAN)
     slots = cache.next_slots()
-    seen_ST = torch.zeros_like(slots.seen_ST)
+    seen_SB = torch.zeros_like(slots.seen_ST)
     found = [
-        step(tokens_T, slots.keys, slots.values, seen_ST, torch.tensor([at]))
-        for at, tokens_T in enumerate(tokens.T)
+        step(tokens_B, slots.keys, slots.values, seen_SB, torch.tensor([at]))
+        for at, tokens_B in enumerate(tokens.T)
     ]
     assert_near(torch.stack(found, 1), token_by_token(decoder, PLAN, tokens, 0))
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
-from lightning_dsmoe.inference.engine.weights.packing import expect_packed, pack, quantized_bytes
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows
+from lightning_dsmoe.inference.engine.weights.packing import pack, pack_empty, quantized_bytes
+from lightning_dsmoe.inference.engine.weights.row_major import Int8RowMajorWeights, RowMajorWeights
 from lightning_dsmoe.routing import Threshold, TopK
 
 from ..conftest import MakeDecoder, V, assert_near, rotary_mlp, uniform, without_routers
@@ -38,12 +38,12 @@ def names_of(decoder: Decoder) -> dict[str, bool]:
 def test_rows_are_packed_as_they_are_read(decoder: Decoder) -> None:
     before = copy.deepcopy(decoder)
     pack(decoder)
-    packed = {name for name, m in decoder.named_modules() if isinstance(m, Rows)}
+    packed = {name for name, m in decoder.named_modules() if isinstance(m, RowMajorWeights)}
     assert packed == set(names_of(decoder))
     for name, transposed in names_of(decoder).items():
         matrices = before.get_submodule(name).weight.detach()
         found = decoder.get_submodule(name)
-        assert type(found) is Rows
+        assert type(found) is RowMajorWeights
         assert torch.equal(found.weight, matrices.mT if transposed else matrices)
         assert found.weight.is_contiguous()
         assert torch.equal(found(), matrices)
@@ -84,7 +84,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(make_decoder: MakeDecoder) -
             rows = matrices.mT if WEIGHTS[name.split(".", 2)[2]] else matrices
         codes, scales, _ = int8_vectorwise_quant(rows.reshape(-1, rows.shape[-1]))
         found = decoder.get_submodule(name)
-        assert isinstance(found, Int8Rows)
+        assert isinstance(found, Int8RowMajorWeights)
         assert found.weight.dtype == torch.int8
         assert found.scales.dtype == torch.float32
         assert torch.equal(found.weight, codes.view(rows.shape))
@@ -96,7 +96,7 @@ def test_shared_experts_stay_in_full() -> None:
     decoder = rotary_mlp()
     pack(decoder, quantization="int8")
     for name in SHARED:
-        assert type(decoder.get_submodule(f"blocks.0.{name}")) is Rows
+        assert type(decoder.get_submodule(f"blocks.0.{name}")) is RowMajorWeights
 
 
 def test_a_model_without_routers_has_nothing_to_quantise() -> None:
@@ -121,7 +121,7 @@ def test_an_eight_bit_head_leaves_the_embeddings(dtype: torch.dtype, decoder: De
     x = torch.randn(2, 3, decoder.d_model, dtype=dtype)
     logits = decoder.head(x)
     assert torch.equal(logits, F.linear(x, rows))
-    few = decoder.head.few(x[0])
+    few = decoder.head.matvec(x[0])
     assert_near(few, logits[0], 1e-6 if dtype == torch.float32 else 1e-2)
     decoder.double()
     assert decoder.head(x.double()).dtype == torch.float64
@@ -157,7 +157,7 @@ def test_the_empty_weights_expected_are_those_that_packing_gives(
     state = decoder.state_dict()
     with torch.device("meta"):
         empty = make_decoder()
-    expect_packed(empty, dtype=torch.float32, **options)
+    pack_empty(empty, dtype=torch.float32, **options)
     expected = empty.state_dict()
     assert {n: (t.shape, t.dtype) for n, t in expected.items()} == {
         n: (t.shape, t.dtype) for n, t in state.items()

@@ -1,42 +1,51 @@
 """Products with the rows of some experts, and 8-bit rows."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant
 from torch import Tensor
 
-from lightning_dsmoe.inference.engine.weights.row_major import Int8Rows, Rows, quantize_int8
+from lightning_dsmoe.inference.engine.weights.row_major import (
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    quantize_int8,
+)
 
+from ....pairwise import pairwise
 from ..conftest import assert_near
 
-SIZES = [(5, 7, 3), (1, 1, 4), (3, 68, 5), (4, 66, 8), (2, 130, 1)]
-CHOSEN = [None, [3], [0, 2, 4], [4, 1], [2, 2]]
 
-
-def make(kind: str, size: tuple[int, int, int]) -> Rows:
-    rows = Rows(torch.randn(size), transposed=False)
+def make(kind: str, size: tuple[int, int, int]) -> RowMajorWeights:
+    rows = RowMajorWeights(torch.randn(size), transposed=False)
     if kind == "int8":
         return quantize_int8(rows)
     return rows.to(getattr(torch, kind))
 
 
-def exact(rows: Rows) -> Tensor:
+def exact(rows: RowMajorWeights) -> Tensor:
     """The matrices in double precision."""
-    if isinstance(rows, Int8Rows):
+    if isinstance(rows, Int8RowMajorWeights):
         return rows.weight.double() * rows.scales.double()[..., None] / 127
     return rows.weight.double()
 
 
-def numbers(rows: Rows, chosen: list[int] | None) -> Tensor | None:
+def numbers(rows: RowMajorWeights, chosen: list[int] | None) -> Tensor | None:
     return None if chosen is None else torch.tensor(chosen) % len(rows.weight)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 5])
-@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "float64"])
+@pytest.mark.parametrize(
+    ("kind", "size", "chosen", "n_tokens"),
+    pairwise(
+        kind=["float32", "bfloat16", "int8", "float64"],
+        size=[(5, 7, 3), (1, 1, 4), (3, 68, 5), (4, 66, 8), (2, 130, 1)],
+        chosen=[None, [3], [0, 2, 4], [4, 1], [2, 2]],
+        n_tokens=[1, 2, 3, 5],
+    ),
+)
 def test_products(
     kind: str, size: tuple[int, int, int], chosen: list[int] | None, n_tokens: int
 ) -> None:
@@ -44,12 +53,12 @@ def test_products(
     experts = numbers(rows, chosen)
     matrices = exact(rows) if experts is None else exact(rows)[experts]
     half = kind in ("bfloat16", "int8")
-    x_TC = torch.randn(n_tokens, size[2], dtype=torch.bfloat16 if half else rows.weight.dtype)
-    shared = rows.products(x_TC, experts)
-    expected = torch.einsum("tc,krc->ktr", x_TC.double(), matrices)
-    x_KTC = torch.randn(len(matrices), n_tokens, size[2], dtype=x_TC.dtype)
-    summed = rows.summed_products(x_KTC, experts)
-    expected_sum = torch.einsum("ktc,krc->tr", x_KTC.double(), matrices)
+    x_NI = torch.randn(n_tokens, size[2], dtype=torch.bfloat16 if half else rows.weight.dtype)
+    shared = rows.project(x_NI, experts)
+    expected = torch.einsum("ni,kri->knr", x_NI.double(), matrices)
+    x_KNI = torch.randn(len(matrices), n_tokens, size[2], dtype=x_NI.dtype)
+    summed = rows.project_and_sum(x_KNI, experts)
+    expected_sum = torch.einsum("kni,kri->nr", x_KNI.double(), matrices)
     dtype = torch.float64 if kind == "float64" else torch.float32
     relative = 1e-14 if kind == "float64" else 1e-6
     assert_near(shared, expected.to(dtype), relative)
@@ -59,24 +68,24 @@ def test_products(
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_only_the_chosen_rows_are_read(kind: str) -> None:
     rows = make(kind, (5, 68, 6))
-    x_TC, x_KTC, experts = torch.randn(2, 6), torch.randn(2, 2, 6), torch.tensor([1, 4])
-    clean = rows.products(x_TC, experts), rows.summed_products(x_KTC, experts)
-    poisoned = rows.scales if isinstance(rows, Int8Rows) else rows.weight
+    x_NI, x_KNI, experts = torch.randn(2, 6), torch.randn(2, 2, 6), torch.tensor([1, 4])
+    clean = rows.project(x_NI, experts), rows.project_and_sum(x_KNI, experts)
+    poisoned = rows.scales if isinstance(rows, Int8RowMajorWeights) else rows.weight
     poisoned[[0, 2, 3]] = torch.nan
-    assert torch.equal(rows.products(x_TC, experts), clean[0])
-    assert torch.equal(rows.summed_products(x_KTC, experts), clean[1])
-    assert rows.products(x_TC, None).isnan().any()
+    assert torch.equal(rows.project(x_NI, experts), clean[0])
+    assert torch.equal(rows.project_and_sum(x_KNI, experts), clean[1])
+    assert rows.project(x_NI, None).isnan().any()
 
 
 def test_rows_lie_side_by_side_in_memory() -> None:
     matrices = torch.randn(3, 4, 6)
-    rows = Rows(matrices.mT, transposed=True)
+    rows = RowMajorWeights(matrices.mT, transposed=True)
     assert rows.weight.shape == (3, 6, 4)
     assert rows.weight.is_contiguous()
     assert torch.equal(rows(), matrices)
     assert torch.equal(rows.of([2])[0], matrices[2])
     assert torch.equal(rows.rows(slice(None)), matrices.mT)
-    assert torch.equal(Rows(matrices, transposed=False)(), matrices)
+    assert torch.equal(RowMajorWeights(matrices, transposed=False)(), matrices)
 
 
 @pytest.fixture
@@ -85,17 +94,19 @@ def matrices() -> Tensor:
 
 
 @pytest.fixture(params=[False, True], ids=["rows", "columns"])
-def quantized(request: pytest.FixtureRequest, matrices: Tensor) -> Int8Rows:
+def quantized(request: pytest.FixtureRequest, matrices: Tensor) -> Int8RowMajorWeights:
     return quantize(matrices, transposed=request.param)
 
 
-def quantize(matrices: Tensor, *, transposed: bool) -> Int8Rows:
-    return quantize_int8(Rows(matrices.mT if transposed else matrices, transposed=transposed))
+def quantize(matrices: Tensor, *, transposed: bool) -> Int8RowMajorWeights:
+    return quantize_int8(
+        RowMajorWeights(matrices.mT if transposed else matrices, transposed=transposed)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_codes_and_scales_are_those_of_bitsandbytes(dtype: torch.dtype, matrices: Tensor) -> None:
-    rows = quantize_int8(Rows(matrices.to(dtype), transposed=False))
+    rows = quantize_int8(RowMajorWeights(matrices.to(dtype), transposed=False))
     codes, scales, _ = int8_vectorwise_quant(matrices.to(dtype).float().view(15, 8))
     assert rows.weight.dtype == torch.int8
     assert rows.scales.dtype == torch.float32
@@ -104,7 +115,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(dtype: torch.dtype, matrices
     assert rows().dtype == dtype
 
 
-def test_matrices_are_within_half_a_step(matrices: Tensor, quantized: Int8Rows) -> None:
+def test_matrices_are_within_half_a_step(matrices: Tensor, quantized: Int8RowMajorWeights) -> None:
     steps = matrices.abs().amax(-2 if quantized.transposed else -1) / 127
     error = (quantized() - matrices).abs()
     half = steps.unsqueeze(-2 if quantized.transposed else -1) / 2
@@ -112,7 +123,7 @@ def test_matrices_are_within_half_a_step(matrices: Tensor, quantized: Int8Rows) 
     assert error.max() > 0
 
 
-def test_an_expert_alone_is_the_same_as_among_all(quantized: Int8Rows) -> None:
+def test_an_expert_alone_is_the_same_as_among_all(quantized: Int8RowMajorWeights) -> None:
     everything = quantized()
     assert everything.shape == (3, 5, 8)
     for expert, matrix in zip((2, 0), quantized.of([2, 0]), strict=True):
@@ -128,7 +139,7 @@ def test_an_expert_of_zeros_stays_zero(matrices: Tensor) -> None:
         assert quantized.of([0])[0].any()
 
 
-def test_small_weights_do_not_vanish_in_half_precision(quantized: Int8Rows) -> None:
+def test_small_weights_do_not_vanish_in_half_precision(quantized: Int8RowMajorWeights) -> None:
     quantized.scales.mul_(1e-5)
     expected = quantized()
     assert 1e-7 < expected.abs().max() < 1e-4
@@ -137,7 +148,9 @@ def test_small_weights_do_not_vanish_in_half_precision(quantized: Int8Rows) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_types_change_the_matrices_only(dtype: torch.dtype, quantized: Int8Rows) -> None:
+def test_other_types_change_the_matrices_only(
+    dtype: torch.dtype, quantized: Int8RowMajorWeights
+) -> None:
     before = copy.deepcopy(quantized)
     quantized.to(dtype)
     assert quantized().dtype == quantized.of([0])[0].dtype == dtype
@@ -148,3 +161,10 @@ def test_other_types_change_the_matrices_only(dtype: torch.dtype, quantized: Int
         assert twin.scales.dtype == torch.float32
         assert torch.equal(twin.scales, before.scales)
     assert torch.equal(quantized.float()(), before())
+
+
+def test_names_of_version_0_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_dsmoe.inference.engine.rows", raising=False)
+    with pytest.warns(DeprecationWarning, match="goes with version 0.3"):
+        rows = importlib.import_module("lightning_dsmoe.inference.engine.rows")
+    assert (rows.Rows, rows.Int8Rows) == (RowMajorWeights, Int8RowMajorWeights)

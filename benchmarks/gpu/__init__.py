@@ -1,0 +1,1 @@
+"""What there is to measure on one GPU: `python -m benchmarks.gpu`, or `make gpu`."""

@@ -1,0 +1,1 @@
+"""How good: the claims of the paper at a small scale, and what sparsity costs."""

@@ -1,0 +1,1 @@
+"""How fast: training steps, prompts and decoding, against dense models and against peers."""

@@ -1,0 +1,167 @@
+"""Checkpoints that rebuild their model and run no code.
+
+They hold the decoder's architecture and the data's tokenizer beside the weights, so that a decoder
+can be built from one without the class that trained it.
+"""
+
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from torch import nn
+
+from lightning_dsmoe.finite import not_finite
+from lightning_dsmoe.serialization.architecture import describe_decoder, differences
+from lightning_dsmoe.serialization.checkpoint import (
+    FORMAT_VERSION,
+    check_embeddings,
+    check_format,
+    check_sharing,
+    check_state,
+    read_checkpoint,
+)
+from lightning_dsmoe.serialization.class_paths import check_hyperparameters
+from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO
+from lightning_dsmoe.training.restored_paths import drop_foreign_paths
+
+Model = TypeVar("Model", bound=LightningModule)
+_DATA_ATTRIBUTES = (("context", int), ("val_fraction", float), ("test_fraction", float))
+
+
+def load_checked(
+    cls: type[Model],
+    load: Callable[..., Model],
+    path: str | Path | IO[Any],
+    /,
+    *,
+    map_location: Any,
+    weights_only: bool,
+    **options: Any,
+) -> Model:
+    """Load a model after checking its file: nothing that the file names is imported.
+
+    Args:
+        cls: the class of the model.
+        load: Lightning's `load_from_checkpoint` of this class.
+        path: the file, or one that is open, at its beginning.
+        map_location: device for the weights.
+        weights_only: refuse a file that holds more than data.
+        **options: further arguments of `load`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is invalid or does not match the class.
+    """
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
+        check_hyperparameters(checkpoint.get(key, {}), cls)
+        check_embeddings(checkpoint.get(key, {}), checkpoint["state_dict"])
+    load = partial(load, path, weights_only=weights_only, **options)
+    is_untrusted = weights_only and options.keys() <= {"hparams_file", "strict"}
+    try:
+        if is_untrusted and options.get("hparams_file") is None:
+            check_sharing(checkpoint["state_dict"])
+            # A file of a few kilobytes can name sizes of many gigabytes. So the model is built on
+            # the meta device first, which allocates nothing and runs the same checks of shapes. A
+            # user's router or norm may read its values in its constructor, which fails there.
+            with torch.device("meta"), suppress(RuntimeError):
+                load(map_location="meta")
+            if not isinstance(path, str | Path):
+                path.seek(0)
+        return load(map_location=map_location)
+    except ArgumentError as error:  # of jsonargparse, which builds models of the command line
+        reason = " ".join(str(error).split())
+        raise ValueError(f"hyper-parameters that fit no {cls.__name__}: {reason:.500}") from None
+
+
+def use_safe_checkpoint_io(trainer: Trainer | None) -> None:
+    """Let a Trainer write and load checkpoints safely, unless it has a plugin of its own for it."""
+    if trainer is not None and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+
+
+def add_content(checkpoint: dict[str, Any], model: nn.Module, data: Any) -> None:
+    """Add what is needed to rebuild the decoder and to read its tokens without its class.
+
+    Args:
+        checkpoint: what Lightning saves.
+        model: has the `decoder`.
+        data: the data module in use, or None.
+
+    Raises:
+        FloatingPointError: if weights are not finite, so that they replace no good checkpoint.
+    """
+    _check_weights(model)
+    checkpoint["format_version"] = FORMAT_VERSION
+    checkpoint["architecture"] = _architecture(model)
+    if hasattr(data, "tokenizer"):
+        checkpoint["tokenizer"] = data.tokenizer.to_dict()
+    for name, kind in _DATA_ATTRIBUTES:
+        value = getattr(data, name, None)
+        checkpoint[name] = kind(value) if isinstance(value, int | float) else None
+
+
+def check_content(checkpoint: dict[str, Any], model: nn.Module, trainer: Trainer | None) -> None:
+    """Refuse a checkpoint of another format or model, and drop its paths of other runs.
+
+    Args:
+        checkpoint: what was loaded; the states of its callbacks are changed.
+        model: the model that is to take its weights.
+        trainer: the Trainer that resumes from it, if any.
+
+    Raises:
+        ValueError: if the format, the architecture, or a name or shape of a weight differs.
+    """
+    check_format(checkpoint)
+    if trainer is not None:
+        drop_foreign_paths(checkpoint, trainer)
+    before, now = checkpoint.get("architecture"), _architecture(model)
+    if before is not None and now is not None and (changes := differences(before, now)):
+        raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
+    if "state_dict" in checkpoint:  # strategies that shard have loaded and checked it
+        check_state(model.state_dict(), checkpoint["state_dict"])
+
+
+def drop_objects(hyperparameters: MutableMapping[str, Any]) -> None:
+    """Leave functions and objects given from Python out of checkpoints, which are data."""
+    for name in [name for name, value in hyperparameters.items() if not _is_plain(value)]:
+        del hyperparameters[name]
+
+
+def _check_weights(model: nn.Module) -> None:
+    floating = {n: p.detach() for n, p in model.named_parameters() if p.is_floating_point()}
+    if not (names := not_finite(floating)):
+        return
+    before = sys.exception()  # after which an interrupted run saves a checkpoint
+    raise FloatingPointError(
+        f"{before}; " * (before is not None)
+        + f"the weights are not finite ({names}), so no checkpoint was written"
+    )
+
+
+def _architecture(model: Any) -> Mapping[str, Any] | None:
+    """Description of the decoder, None with a warning if it has none."""
+    try:
+        return describe_decoder(model.decoder)
+    except ValueError as error:
+        warnings.warn(
+            f"checkpoints of this model do not hold its architecture: {error}", stacklevel=2
+        )
+        return None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
