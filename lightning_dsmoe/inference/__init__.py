@@ -1,4 +1,9 @@
-"""Sparse inference: plans, the sparse model, 8-bit experts, generation and artifacts."""
+"""Sparse inference: a trained decoder that runs only the experts of a plan.
+
+Here: building the model (`compilation`), the model (`sparse_model`), what it continues (`prompts`,
+`text`), generation and sampling of tokens, and the readers that generation runs on. `engine` runs
+the experts fast, `artifact` is the model's directory. Nothing here imports Lightning.
+"""
 
 from lightning_dsmoe.inference.compilation import compile_sparse as compile_sparse
 from lightning_dsmoe.inference.compilation import load_sparse as load_sparse

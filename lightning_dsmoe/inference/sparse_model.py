@@ -195,7 +195,7 @@ class SparseModel(nn.Module):
         Example:
             >>> model = load_sparse("sparse_model")  # doctest: +SKIP
             >>> model.tune()  # doctest: +SKIP
-            SwitchPoints(gather_up_to=16, grouped_from=1, measured_on='cpu with AVX512, 2 threads')
+            SwitchPoints(gather_up_to=16, grouped_from=1, measured_on='cpu with AVX512, …')
         """
         self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points

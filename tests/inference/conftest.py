@@ -69,11 +69,11 @@ def grouping_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "grouping_pays", lambda *args: True)
 
 
-def assert_near(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
+def assert_near(actual: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
     """Equal but for rounding, measured by the largest value."""
-    assert found.dtype == expected.dtype
+    assert actual.dtype == expected.dtype
     bound = relative * expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
 def louder(decoder: Decoder) -> Decoder:

@@ -19,8 +19,8 @@ def test_context(one_decoder: Decoder, tokens: Tensor) -> None:
     short = generate(one_decoder, tokens[:, :4], 9, temperature=0, context_length=5)
     old = r"is now context_length=; the old name goes with version 0\.3"
     with pytest.warns(DeprecationWarning, match=rf"^generate\(context=\) {old}"):
-        found = generate(one_decoder, tokens[:, :4], 9, temperature=0, context=5)  # type: ignore[call-arg]
-    assert torch.equal(found, short)
+        actual = generate(one_decoder, tokens[:, :4], 9, temperature=0, context=5)  # type: ignore[call-arg]
+    assert torch.equal(actual, short)
     with pytest.warns(DeprecationWarning, match=rf"^compile_sparse\(context=\) {old}"):
         model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED, context=5)  # type: ignore[call-arg]
     assert torch.equal(model.generate(tokens[:, :4], 9, temperature=0), short)
@@ -30,8 +30,8 @@ def test_context(one_decoder: Decoder, tokens: Tensor) -> None:
         model.context = 13
     assert model.context_length == 13
     with pytest.warns(DeprecationWarning, match=rf"^SparseModel\.generate\(context=\) {old}"):
-        found = model.generate(tokens[:, :4], 9, temperature=0, context=5)
-    assert torch.equal(found, short)
+        actual = model.generate(tokens[:, :4], 9, temperature=0, context=5)
+    assert torch.equal(actual, short)
     with pytest.warns(DeprecationWarning, match=rf"^SparseModel\(context=\) {old}"):
         model = SparseModel(one_decoder, PLAN, architecture={}, context=5)  # type: ignore[call-arg]
     assert model.context_length == 5

@@ -22,37 +22,39 @@ def shares(n: int = 40_000, **options: Any) -> Tensor:
 def test_samples_follow_the_softmax_at_a_temperature() -> None:
     for temperature in (0.5, 1.0, 4.0):
         expected = (LOGITS / temperature).softmax(-1)
-        found = shares(temperature=temperature)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.012)
+        actual = shares(temperature=temperature)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.012)
     assert shares(n=10, temperature=0).tolist() == [0, 1, 0, 0, 0, 0]
     assert shares(temperature=1e6).sub(1 / 6).abs().max() < 0.012
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 6, 100])
 def test_top_k_keeps_the_k_most_probable(k: int) -> None:
-    kept = LOGITS.topk(min(k, 6)).indices
-    expected = torch.zeros(6).index_put((kept,), LOGITS[kept].softmax(-1))
-    found = shares(top_k=k)
-    assert torch.equal(found > 0, expected > 0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.012)
+    candidates = LOGITS.topk(min(k, 6)).indices
+    expected = torch.zeros(6).index_put((candidates,), LOGITS[candidates].softmax(-1))
+    actual = shares(top_k=k)
+    assert torch.equal(actual > 0, expected > 0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.012)
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.5, 0.9, 0.99, 1.0])
 def test_top_p_keeps_the_fewest_that_hold_p(p: float) -> None:
     probs = LOGITS.softmax(-1)
-    found = shares(top_p=p)
-    kept = found > 0
-    assert probs[kept].sum() >= p - 1e-6
-    assert probs[kept].min() >= probs[~kept].max() if p < 1 else kept.all()
-    assert probs[kept].sum() - probs[kept].min() < p
-    torch.testing.assert_close(found, probs * kept / probs[kept].sum(), rtol=0, atol=0.012)
+    actual = shares(top_p=p)
+    candidates = actual > 0
+    assert probs[candidates].sum() >= p - 1e-6
+    assert probs[candidates].min() >= probs[~candidates].max() if p < 1 else candidates.all()
+    assert probs[candidates].sum() - probs[candidates].min() < p
+    torch.testing.assert_close(
+        actual, probs * candidates / probs[candidates].sum(), rtol=0, atol=0.012
+    )
 
 
 def test_top_p_is_taken_of_what_top_k_leaves() -> None:
-    kept = LOGITS.topk(3).indices
-    first_two = LOGITS[kept].softmax(-1)[:2].sum().item()
-    found = shares(top_k=3, top_p=first_two - 1e-4)
-    assert sorted(kept[:2].tolist()) == found.nonzero().flatten().tolist()
+    candidates = LOGITS.topk(3).indices
+    first_two = LOGITS[candidates].softmax(-1)[:2].sum().item()
+    actual = shares(top_k=3, top_p=first_two - 1e-4)
+    assert sorted(candidates[:2].tolist()) == actual.nonzero().flatten().tolist()
     assert len(shares(top_k=3, top_p=first_two + 1e-4).nonzero()) == 3
 
 

@@ -164,9 +164,9 @@ def test_saved_and_loaded_it_is_the_same(
     assert not any(module.training for module in dropouts)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        found = loaded.state_dict()[name]
-        assert found.dtype == tensor.dtype
-        assert torch.equal(found, tensor), name
+        actual = loaded.state_dict()[name]
+        assert actual.dtype == tensor.dtype
+        assert torch.equal(actual, tensor), name
     for some in (plan, SelectionPlan.uniform(2)):
         assert torch.equal(loaded.logits(tokens, plan=some), model.logits(tokens, plan=some))
     drawn = [
@@ -193,8 +193,8 @@ def test_half_precision_outlives_a_file(
 def test_eight_bits_stay_close(decoder: Decoder, tokens: Tensor) -> None:
     model = compile_sparse(decoder, SelectionPlan.uniform(2), quantization="int8")
     exact = decoder(tokens).logits
-    off = (model.logits(tokens) - exact).abs()
-    assert 0 < off.mean() < 0.05 * exact.std()
+    difference = (model.logits(tokens) - exact).abs()
+    assert 0 < difference.mean() < 0.05 * exact.std()
 
 
 @pytest.mark.parametrize("make", [rotary_glu, learned_positions_mlp, without_routers])
@@ -249,9 +249,9 @@ def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> 
     model = compile_sparse(decoder, plan)
     model.save(tmp_path / "model")
     loaded = load_sparse(tmp_path / "model")
-    found = loaded.decoder.blocks[1].feed_forward.router
-    assert type(found) is Own
-    assert found.sharpness == 3.0
+    actual = loaded.decoder.blocks[1].feed_forward.router
+    assert type(actual) is Own
+    assert actual.sharpness == 3.0
     assert_near(loaded.logits(tokens), decoder(tokens, plan).logits)
 
 

@@ -1,4 +1,7 @@
-"""The directory of a sparse model: files, hashes, certificate and model card."""
+"""The directory of a sparse model: its files, their hashes, the certificate, the model card.
+
+It is read as a stranger's: data only, with every size and hash verified before it is used.
+"""
 
 from lightning_dsmoe.inference.artifact.directory import Artifact as Artifact
 from lightning_dsmoe.inference.artifact.directory import check_files as check_files

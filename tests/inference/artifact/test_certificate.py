@@ -48,21 +48,21 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def test_a_certificate_tells_its_files(path: Path, model: SparseModel) -> None:
-    found = load_certificate(path)
+    certificate = load_certificate(path)
     hashes = {name: sha256(path / name) for name in ("plan.json", "model.safetensors")}
-    assert found["sha256"].keys() == {"config.json", *hashes}
-    assert found == {"loss": 1.25, "sha256": found["sha256"] | hashes}
+    assert certificate["sha256"].keys() == {"config.json", *hashes}
+    assert certificate == {"loss": 1.25, "sha256": certificate["sha256"] | hashes}
     model.switch_points = SwitchPoints(gather_up_to=3)
-    model.save(path, certificate=found)
+    model.save(path, certificate=certificate)
     load_sparse(path)
-    model.save(path, certificate=found)
-    assert load_certificate(path) == found
+    model.save(path, certificate=certificate)
+    assert load_certificate(path) == certificate
     model.save(path)
     assert load_certificate(path) is None
 
 
 def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path: Path) -> None:
-    found = load_certificate(path)
+    certificate = load_certificate(path)
     others = (
         compile_sparse(rotary_glu(), model.plan),
         SparseModel(
@@ -74,13 +74,13 @@ def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path
     for other, name in zip(others, ("model.safetensors", "plan.json"), strict=True):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
-            other.save(tmp_path / "other", certificate=found)
+            other.save(tmp_path / "other", certificate=certificate)
         with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
-            other.save(path, certificate=found)
+            other.save(path, certificate=certificate)
         assert sorted(tmp_path.iterdir()) == before
         other.save(tmp_path / name)
         with pytest.raises(ValueError, match="hash mismatch: this certificate belongs to another"):
-            save_certificate(tmp_path / name, other, found)
+            save_certificate(tmp_path / name, other, certificate)
         assert load_certificate(tmp_path / name) is None
 
 

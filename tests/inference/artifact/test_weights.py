@@ -67,8 +67,8 @@ def test_a_header_of_90_mb_that_is_not_there_is_refused_quickly(float_artifact: 
 
 def test_weights_of_another_model_are_refused_with_one_list(artifact: Path) -> None:
     def forge(**changes: Tensor | None) -> None:
-        kept = {n: t for n, t in {**weights, **changes}.items() if t is not None}
-        save_file(kept, artifact / "model.safetensors")
+        tensors = {n: t for n, t in {**weights, **changes}.items() if t is not None}
+        save_file(tensors, artifact / "model.safetensors")
         (artifact / "certificate.json").unlink(missing_ok=True)
         sign(artifact)
 
