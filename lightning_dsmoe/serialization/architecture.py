@@ -1,7 +1,7 @@
 """A decoder's architecture as plain data, and back.
 
-The data looks like a YAML configuration: a `class_path` and its `init_args` for every part. It is
-read off the parts themselves, each of which keeps its constructor's options as attributes.
+The description looks like a YAML configuration: a `class_path` and its `init_args` for every part.
+It is read from the modules themselves, each of which keeps its constructor's options as attributes.
 """
 
 import inspect
@@ -45,11 +45,17 @@ _NOT_KEPT = {"device", "dtype"}
 
 
 def describe_decoder(decoder: Decoder) -> Description:
-    """Describe a decoder whose blocks are all made alike, but for experts that were removed.
+    """Describe a decoder whose blocks have equal options; removed experts may differ.
+
+    Args:
+        decoder: the decoder.
+
+    Returns:
+        Sizes, and `class_path` and `init_args` of every part; plain data, ready for JSON.
 
     Raises:
-        ValueError: if blocks differ, or a part does not keep its options as attributes, is of a
-            class that its name does not lead to or is larger than a description may ask for.
+        ValueError: if blocks differ, or if a part does not keep its options as attributes, is of a
+            class that cannot be imported by its path, or is larger than `build_decoder` accepts.
     """
     parts = [
         {
@@ -72,13 +78,31 @@ def describe_decoder(decoder: Decoder) -> Description:
 
 
 def build_decoder(description: Description) -> Decoder:
-    """Build a described decoder on the meta device: no memory is taken and no weight is drawn.
+    """Build a described decoder on the meta device, without memory for weights or random numbers.
 
     Only classes of this library, normalisations of `torch.nn`, and classes already imported are
     used; nothing is imported because a description names it.
 
+    Args:
+        description: what `describe_decoder` returned.
+
+    Returns:
+        The decoder in evaluation mode, on the meta device.
+
     Raises:
-        ValueError: if the description is not one, or asks for more than any model has.
+        ValueError: if the description is invalid, or asks for larger sizes than any model has.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)
+        >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=6)
+        >>> decoder = Decoder(8, 8, n_layers=1, attention=heads, feed_forward=experts)
+        >>> description = describe_decoder(decoder)
+        >>> description["feed_forward"]["class_path"]
+        'lightning_dsmoe.MixtureOfExperts'
+        >>> build_decoder(description).embedding.weight.device
+        device(type='meta')
     """
     is_pruned = isinstance(description, dict) and _REMAINING in description
     fields = {**_FIELDS, _REMAINING: Remaining} if is_pruned else _FIELDS
@@ -96,7 +120,7 @@ def build_decoder(description: Description) -> Decoder:
 
 
 def differences(before: object, now: object, name: str = "") -> list[str]:
-    """What differs between two descriptions, each as "name was this, is that"."""
+    """The differences of two descriptions, each as "name was this, is that"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [

@@ -1,4 +1,9 @@
-"""The zip archive of a checkpoint, looked through before anything in it is read."""
+"""The zip archive of a checkpoint, checked before `torch.load` reads anything in it.
+
+`weights_only=True` stops code in a checkpoint, but not a file that is built to fill the memory, or
+to be read differently than it was checked. `torch.load` inflates compressed records without a
+limit, or maps them into memory as if they were not compressed, and never compares a checksum.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -7,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
-_AT_ONCE = 2**20
+_CHUNK_BYTES = 2**20
 _ENCRYPTED = 1
 _FOLDER = 0x10  # of such a record, PyTorch 2.13 returns memory that was never written
 _END = struct.Struct("<4s4H2LH")  # of the archive
@@ -19,12 +24,9 @@ _IN_64_BITS = 2**32 - 1
 def check_archive(path: str | Path | IO[Any], *, checksums: bool = True) -> None:
     """Refuse a file that `torch.load` would read wrongly, or into more memory than the file takes.
 
-    `torch.load` inflates compressed records without a limit, or maps them into memory as if they
-    were not compressed, and it never compares a record with the checksum that `torch.save` wrote.
-
     Args:
-        path: the file, or one that is open, which is rewound.
-        checksums: read the whole file, about a second per GB, to compare every checksum.
+        path: the file; an open one is rewound.
+        checksums: compare every checksum, which reads the whole file, about a second per GB.
 
     Raises:
         ValueError: if the file is no zip archive, is incomplete or damaged, or holds records that
@@ -54,6 +56,7 @@ def _opened(path: str | Path | IO[Any]) -> Iterator[IO[bytes]]:
 def _check_records(archive: ZipFile, file_bytes: int) -> None:
     records = archive.infolist()
     for record in records:
+        # A zip bomb: a record of some kB may inflate to any size.
         if record.compress_type != ZIP_STORED or record.compress_size != record.file_size:
             raise ValueError(
                 f"{record.filename!r:.200} is compressed, which torch.save never does; a file that "
@@ -61,8 +64,10 @@ def _check_records(archive: ZipFile, file_bytes: int) -> None:
             )
         if record.flag_bits & _ENCRYPTED or record.external_attr & _FOLDER or record.is_dir():
             raise ValueError(f"{record.filename!r:.200} is encrypted or a folder")
+    # Records that overlap are a zip bomb without compression: many names for the same bytes.
     if sum(record.file_size for record in records) > file_bytes:
         raise ValueError(f"its records are larger than the {file_bytes} bytes of the file")
+    # Of two records with one name, Python may check one and PyTorch load the other.
     if len({record.filename for record in records}) < len(records):
         raise ValueError("two of its records have the same name")
 
@@ -93,11 +98,11 @@ def _read(file: IO[bytes], place: int, size: int) -> bytes:
 
 
 def _damaged_record(archive: ZipFile) -> str | None:
-    """Name of the first record that is not what was written."""
+    """Name of the first record that does not match its checksum; None if all do."""
     for record in archive.infolist():
         try:
             with archive.open(record) as stream:
-                while stream.read(_AT_ONCE):
+                while stream.read(_CHUNK_BYTES):
                     pass
         except BadZipFile:
             return record.filename

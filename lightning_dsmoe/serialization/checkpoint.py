@@ -1,4 +1,9 @@
-"""Decoders from training checkpoints, without running anything that the file names."""
+"""Decoders from training checkpoints, without running any code that a file names.
+
+A checkpoint may come from a stranger, and may be truncated. So the archive is checked before it is
+loaded, loading takes plain data only, and sizes are compared with the file's own bytes before any
+memory is allocated for them.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,11 +26,14 @@ _PREFIX = "decoder."
 
 
 class LoadedDecoder(NamedTuple):
-    """A decoder in evaluation mode, and what the checkpoint says of its data.
+    """A decoder in evaluation mode, and how its data was prepared; None where that is not known.
 
-    `tokenizer` describes the tokenizer, `context` is the length of the training windows,
-    `val_fraction` and `test_fraction` are the shares of the text that were not trained on; all of
-    them are None if the checkpoint does not know.
+    Args:
+        decoder: the decoder, on the CPU.
+        tokenizer: a description that `Tokenizer.from_dict` reads.
+        context: tokens in a training window.
+        val_fraction: share of the text in the validation split.
+        test_fraction: share of the text in the test split.
     """
 
     decoder: Decoder
@@ -38,10 +46,21 @@ class LoadedDecoder(NamedTuple):
 def load_decoder(path: str | Path) -> LoadedDecoder:
     """Load the decoder of a checkpoint written by `DSMoELanguageModel`, on the CPU.
 
+    Args:
+        path: the checkpoint, such as `last.ckpt`.
+
+    Returns:
+        The decoder in evaluation mode, and how its data was prepared.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, holds more than data, is another model's, or a weight
-            is not finite.
+        ValueError: if the file is truncated, holds more than data, does not match its architecture,
+            or a weight is not finite.
+
+    Example:
+        >>> loaded = load_decoder("runs/checkpoints/last.ckpt")  # doctest: +SKIP
+        >>> loaded.decoder(torch.zeros(1, 8, dtype=torch.long)).logits.shape  # doctest: +SKIP
+        torch.Size([1, 8, 256])
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.get("architecture") is None:
@@ -134,14 +153,20 @@ def read_checkpoint(
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor has its values in the file, rather than a few of them for many places."""
+    """Whether a tensor has all its values in the file.
+
+    `torch.zeros(1).expand(2**40)` is four bytes in a file, and fills any memory once copied.
+    """
     if tensor.layout is not torch.strided or tensor.is_meta:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in containers, each once; a pickle may nest these deeply or in a circle."""
+    """All tensors in nested containers, each once.
+
+    Without recursion, as a pickle may nest containers deeper than Python's stack, or in a circle.
+    """
     seen: dict[int, object] = {}
     found = [value]
     while found:
@@ -164,7 +189,7 @@ def check_sharing(state: Mapping[str, Tensor]) -> None:
     }
     # Tied embeddings are the only weights of a described model that are in its state twice.
     if sum(tensor.nbytes for tensor in state.values()) > 2 * sum(storages.values()):
-        raise ValueError("the weights share their values, so that copies are more than the file")
+        raise ValueError("the weights share their values: copies would be larger than the file")
 
 
 def check_format(checkpoint: Mapping[str, Any]) -> None:
@@ -207,7 +232,9 @@ def check_embeddings(options: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor]) -> None:
-    """Give a decoder on the meta device copies of its weights, which no longer hang on a file.
+    """Give a decoder on the meta device its weights, as copies.
+
+    Tensors that are mapped from a file would change, or crash the process, when the file does.
 
     Raises:
         ValueError: if a part has values that are not in its state, which no file can restore.

@@ -1,7 +1,8 @@
 """Which classes a file may name, and how large the sizes in it may be.
 
-Nothing is imported because a file names it: a class counts only if it belongs to this library or
-to PyTorch, or is a subclass of the part's base that was imported before.
+Nothing is imported because a file names it, since importing runs code. A class is accepted if its
+module is imported already and it is a subclass of the part's base. Sizes are bounded because a
+module built from a file that asks for 10^9 experts would fill the memory before any check.
 """
 
 import sys
@@ -66,7 +67,7 @@ def known_class(path: object, part: str) -> type:
 
 
 def _unknown(path: object, *bases: type) -> ValueError:
-    """What to say of a class that is not known, and how it could be."""
+    """The error for a class that is not known, with what would make it known."""
     module, _, _ = str(path).rpartition(".")
     how = ""
     if module == "__main__" or "<locals>" in module:
@@ -81,7 +82,10 @@ def _unknown(path: object, *bases: type) -> ValueError:
 
 
 def named_object(path: object) -> object:
-    """What a dotted path leads to, in a module already imported; None for nothing."""
+    """The object at a dotted path in a module that is already imported; None if there is none.
+
+    Paths of modules that were moved since the file was written lead to the same objects.
+    """
     module_name, _, name = str(path).rpartition(".")
     module = sys.modules.get(current_name(module_name))
     if module_name == "lightning_dsmoe":
@@ -92,7 +96,7 @@ def named_object(path: object) -> object:
 def shortest_path(cls: type) -> str:
     """A class's path through the shortest prefix of its module that leads to it.
 
-    Files that name it so outlive a move between the files of a package.
+    `lightning_dsmoe.TopK` stays valid when its file is moved or renamed.
     """
     modules = accumulate(cls.__module__.split("."), "{}.{}".format)
     paths = [f"{module}.{cls.__qualname__}" for module in modules]
@@ -100,7 +104,7 @@ def shortest_path(cls: type) -> str:
 
 
 def check_sizes(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a whole number among options is larger than any model needs."""
+    """Raise a ValueError if an integer option is negative or larger than any model needs."""
     for name, value in options.items():
         most = _LIMITS.get(name, MAX_SIZE)
         if isinstance(value, int) and not 0 <= value <= most:
@@ -108,7 +112,7 @@ def check_sizes(options: Mapping[str, Any]) -> None:
 
 
 def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
-    """Vet the arguments that a command line stored in a checkpoint, before any is used.
+    """Check the arguments that a command line stored in a checkpoint, before any is used.
 
     Args:
         options: the hyper-parameters.
@@ -158,6 +162,6 @@ def _is_number(value: object) -> bool:
 
 
 def _is_other_torch_module(found: type) -> bool:
-    """Whether this is a module of PyTorch that is no normalisation, which no part should be."""
+    """Whether this is a module of PyTorch other than the two normalisations that a norm may be."""
     is_torch = found.__module__.partition(".")[0] == "torch"
     return is_torch and issubclass(found, nn.Module) and found not in _TORCH_NORMS

@@ -1,7 +1,7 @@
 """Removing experts from a decoder for good.
 
-Routers stay whole and go on scoring all experts, so that the gates of those that remain do not
-change; see `lightning_dsmoe.routing.removed` for how selections then choose.
+Routers stay whole and still score all experts, since the softmax over fewer would change the gates
+of those that remain. `lightning_dsmoe.routing.removed` says how selections then choose.
 """
 
 import copy
@@ -21,7 +21,7 @@ Mixture = MixtureOfExperts | MixtureOfAttentionHeads
 
 
 class _Parts(NamedTuple):
-    """Names of what experts have each for themselves, and of what they share."""
+    """Names of parameters with a slice for every expert, and of those that all experts share."""
 
     of_each: tuple[str, ...]
     shared: tuple[str, ...]
@@ -32,7 +32,16 @@ _HEADS = _Parts(("w_q.weight", "w_o.weight", "b_q"), ("b_o", "kv.", "q_norm.", "
 
 
 class Remaining(NamedTuple):
-    """Numbers of the experts that remain in each layer, ascending; None for all of them."""
+    """Numbers of the experts that remain in each layer, ascending; None for all of them.
+
+    Args:
+        experts: the feed-forward experts of each layer.
+        attention: the attention experts of each layer.
+
+    Example:
+        >>> Remaining(experts=((0, 2), None), attention=(None, None)).to_dict()
+        {'experts': [[0, 2], None], 'attention': [None, None]}
+    """
 
     experts: tuple[Numbers | None, ...]
     attention: tuple[Numbers | None, ...]
@@ -66,17 +75,30 @@ class Mixtures(NamedTuple):
 def prune(decoder: Decoder, remaining: Remaining) -> Decoder:
     """A copy of a decoder without some of its experts, which runs the same plans.
 
-    Nothing changes for a text on which a plan runs only experts that remain. Elsewhere selections
-    choose among these by their unchanged scores, and at least one always runs: `TopK` the next best
-    ones, `Threshold` those above it, or the best.
+    Outputs are unchanged wherever a plan runs only experts that remain. Elsewhere a selection
+    chooses among the remaining ones by their unchanged scores, and at least one always runs: `TopK`
+    takes the next best, `Threshold` those above the threshold or else the best.
 
     Args:
-        decoder: the decoder before it is compiled; it stays as it is.
-        remaining: the experts that stay.
+        decoder: the decoder before it is compiled; it is not changed.
+        remaining: the experts that remain.
+
+    Returns:
+        The smaller decoder.
 
     Raises:
-        ValueError: if these are not experts of the decoder, or a layer has parts for its experts
-            that are not known.
+        ValueError: if `remaining` does not match the decoder, or a layer keeps weights of its
+            experts under names that are not known.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)
+        >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=6)
+        >>> decoder = Decoder(8, 8, n_layers=1, attention=heads, feed_forward=experts)
+        >>> smaller = prune(decoder, Remaining(experts=((0, 2),), attention=(None,)))
+        >>> smaller.blocks[0].feed_forward.experts.n_experts
+        2
     """
     pruned = copy.deepcopy(decoder)
     remove_experts(pruned, remaining)
@@ -84,20 +106,19 @@ def prune(decoder: Decoder, remaining: Remaining) -> Decoder:
 
 
 def remove_experts(decoder: Decoder, remaining: Remaining) -> None:
-    """Do in place what `prune` does, on any device, meta too."""
-    found = mixtures(decoder)
-    for kind, layers, numbers in zip(Remaining._fields, found, remaining, strict=True):
+    """Do in place what `prune` does, on any device, including meta."""
+    for kind, layers, numbers in zip(Remaining._fields, mixtures(decoder), remaining, strict=True):
         if len(numbers) != decoder.n_layers:
             raise ValueError(
                 f"remaining {kind} of {len(numbers)} layers, a model of {decoder.n_layers}"
             )
-        for layer, (mixture, staying) in enumerate(zip(layers, numbers, strict=True)):
-            if staying is not None:
-                _keep(mixture, staying, f"layer {layer}, {kind}")
+        for layer, (mixture, experts) in enumerate(zip(layers, numbers, strict=True)):
+            if experts is not None:
+                _remove_others(mixture, experts, f"layer {layer}, {kind}")
 
 
 def remaining_experts(decoder: Decoder) -> Remaining | None:
-    """What remains of a decoder's experts; None if none was removed."""
+    """The experts that remain in a decoder; None if none was removed."""
     experts, attention = (
         tuple(
             None if each is None or each.remaining is None else tuple(each.remaining.tolist())
@@ -109,7 +130,7 @@ def remaining_experts(decoder: Decoder) -> Remaining | None:
 
 
 def mixtures(decoder: Decoder) -> Mixtures:
-    """The mixtures of each layer; those of other classes than this library's cannot be pruned."""
+    """The mixtures of each layer; only this library's own classes can be pruned."""
     blocks = list(cast(Iterable[Block], decoder.blocks))
     return Mixtures(
         [b.feed_forward if type(b.feed_forward) is MixtureOfExperts else None for b in blocks],
@@ -117,42 +138,42 @@ def mixtures(decoder: Decoder) -> Mixtures:
     )
 
 
-def _keep(mixture: Mixture | None, staying: Numbers, where: str) -> None:
-    """Remove all other experts of a layer."""
+def _remove_others(mixture: Mixture | None, experts: Numbers, where: str) -> None:
+    """Remove all experts of a layer but some."""
     if mixture is None:
         raise ValueError(f"{where}: there is no mixture to remove experts from")
     present = list(range(mixture.n_experts))
     if mixture.remaining is not None:
         present = mixture.remaining.tolist()
-    if not staying or list(staying) != sorted(set(staying) & set(present)):
+    if not experts or list(experts) != sorted(set(experts) & set(present)):
         raise ValueError(
-            f"{where}: the experts that remain must be ascending numbers of experts that are "
-            f"there, got {staying!r:.200}"
+            f"{where}: remaining experts must be ascending numbers of experts that are present, "
+            f"got {experts!r:.200}"
         )
-    if len(staying) == len(present):
+    if len(experts) == len(present):
         return
-    places = [present.index(number) for number in staying]
+    places = [present.index(number) for number in experts]
     if isinstance(mixture, MixtureOfExperts):
         device = _shorten(mixture.experts, _EXPERTS, places, where)
         mixture.experts.n_experts = len(places)
     else:
         device = _shorten(mixture.heads, _HEADS, places, where)
         mixture.heads.n_groups = len(places)
-    mixture.remaining = torch.tensor(staying, device="cpu" if device.type == "meta" else device)
+    mixture.remaining = torch.tensor(experts, device="cpu" if device.type == "meta" else device)
 
 
 def _shorten(owner: nn.Module, parts: _Parts, places: list[int], where: str) -> torch.device:
-    """Keep some experts' parts of parameters; gives the device that they are on."""
+    """Keep the slices of some experts, and return the device that they are on."""
     tensors = dict([*owner.named_parameters(), *owner.named_buffers()])
     unknown = [name for name in tensors if not name.startswith((*parts.of_each, *parts.shared))]
     if unknown or parts.of_each[0] not in dict(owner.named_parameters()):
         raise ValueError(
-            f"{where}: experts are removed before a model is compiled, and only from classes whose "
-            f"weights are known, got {', '.join(unknown) or 'a compiled one'}"
+            f"{where}: experts can be removed before a model is compiled, from classes whose "
+            f"weights are known, got {', '.join(unknown) or 'a compiled model'}"
         )
     for name in set(parts.of_each) & set(tensors):
         path, _, last = name.rpartition(".")
-        kept = tensors[name].detach()[places]
-        parameter = nn.Parameter(kept, requires_grad=tensors[name].requires_grad)
+        values = tensors[name].detach()[places]
+        parameter = nn.Parameter(values, requires_grad=tensors[name].requires_grad)
         setattr(owner.get_submodule(path), last, parameter)
     return tensors[parts.of_each[0]].device

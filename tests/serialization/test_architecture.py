@@ -83,7 +83,7 @@ def test_a_description_rebuilds_the_same_model(variant: str, tokens: Tensor) -> 
 
 
 def test_what_a_description_says() -> None:
-    router = {"class_path": "lightning_dsmoe.routing.LinearRouter", "init_args": {"init_std": 0.5}}
+    router = {"class_path": "lightning_dsmoe.LinearRouter", "init_args": {"init_std": 0.5}}
     assert describe_decoder(rotary_glu()) == {
         "vocab_size": 29,
         "d_model": 16,
@@ -110,7 +110,7 @@ def test_what_a_description_says() -> None:
                 "d_expert": 6,
                 "router": router,
                 "experts": {
-                    "class_path": "lightning_dsmoe.experts.GLUExperts",
+                    "class_path": "lightning_dsmoe.GLUExperts",
                     "init_args": {"activation": "silu", "bias": False},
                 },
                 "d_shared": 0,
@@ -301,7 +301,7 @@ def test_differences_name_every_change() -> None:
     assert "d_model was 16, is 12" in found
     assert (
         "feed_forward.class_path was lightning_dsmoe.MixtureOfExperts, "
-        "is lightning_dsmoe.experts.FeedForward"
+        "is lightning_dsmoe.FeedForward"
     ) in found
     assert "feed_forward.n_experts was 4, is None" in found
     assert "feed_forward.d_hidden was None, is 10" in found

@@ -31,11 +31,11 @@ class OwnRouter(Router):
 
 
 PATHS = [
-    (LinearRouter, "router", "lightning_dsmoe.routing.LinearRouter"),
-    (GLUExperts, "experts", "lightning_dsmoe.experts.GLUExperts"),
-    (FeedForward, "feed_forward", "lightning_dsmoe.experts.FeedForward"),
+    (LinearRouter, "router", "lightning_dsmoe.LinearRouter"),
+    (GLUExperts, "experts", "lightning_dsmoe.GLUExperts"),
+    (FeedForward, "feed_forward", "lightning_dsmoe.FeedForward"),
     (MixtureOfExperts, "feed_forward", "lightning_dsmoe.MixtureOfExperts"),
-    (GroupedQueryAttention, "attention", "lightning_dsmoe.attention.GroupedQueryAttention"),
+    (GroupedQueryAttention, "attention", "lightning_dsmoe.GroupedQueryAttention"),
     (MixtureOfAttentionHeads, "attention", "lightning_dsmoe.MixtureOfAttentionHeads"),
     (TopK, "expert_selection", "lightning_dsmoe.TopK"),
     (nn.RMSNorm, "norm", "torch.nn.RMSNorm"),

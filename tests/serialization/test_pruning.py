@@ -160,7 +160,7 @@ def test_it_still_trains(one_decoder: Decoder, tokens: Tensor) -> None:
     ("remaining", "message"),
     [
         (Remaining(((0,),), ((0,),)), "remaining experts of 1 layers, a model of 2"),
-        (Remaining(((), None), (None, None)), r"layer 0, experts: .* that are there, got \(\)"),
+        (Remaining(((), None), (None, None)), r"layer 0, experts: .* that are present, got \(\)"),
         (Remaining((None, (1, 0)), (None, None)), r"layer 1, experts: .* got \(1, 0\)"),
         (Remaining((None, (1, 1)), (None, None)), r"layer 1, experts: .* got \(1, 1\)"),
         (Remaining((None, None), ((0, 3), None)), r"layer 0, attention: .* got \(0, 3\)"),
@@ -185,7 +185,7 @@ def test_layers_that_cannot_lose_experts(one_decoder: Decoder) -> None:
     with pytest.raises(ValueError, match=r"layer 0, experts: .* weights are known, got scale"):
         prune(rotary_glu(feed_forward=strange), some)
     pack(one_decoder)
-    with pytest.raises(ValueError, match=r"before a model is compiled, .* got a compiled one"):
+    with pytest.raises(ValueError, match=r"before a model is compiled, .* got a compiled model"):
         prune(one_decoder, some)
 
 

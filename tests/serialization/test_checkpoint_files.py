@@ -1,0 +1,166 @@
+"""Files that are no checkpoint, are damaged, or hold more than data."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dsmoe.serialization.checkpoint import (
+    check_sharing,
+    load_decoder,
+    read_checkpoint,
+)
+from lightning_dsmoe.training.language_model import DSMoELanguageModel
+
+from .conftest import Forge, Trained
+
+
+def test_truncated_files(trained: Trained, tmp_path: Path) -> None:
+    whole = trained.path.read_bytes()
+    path = tmp_path / "part.ckpt"
+    for length in (0, 1, 100, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"part\.ckpt is damaged or not a checkpoint"):
+            load_decoder(path)
+
+
+@pytest.mark.parametrize("garbage", [b"hello", bytes(500), b"PK\3\4" + bytes(200), b"\x80\x02]."])
+def test_other_files(garbage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "other.ckpt").write_bytes(garbage)
+    with pytest.raises(ValueError, match=r"other\.ckpt is damaged or not a checkpoint[^\n]*$"):
+        load_decoder(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError(13, "not permitted")])
+def test_what_is_no_fault_of_the_file_is_told_as_it_is(
+    error: Any, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        read_checkpoint(trained.path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.ckpt", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            load_decoder(path)
+
+
+class Bomb:
+    def __init__(self, crater: Path) -> None:
+        self.crater = crater
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.crater),)
+
+
+@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict", "extra"])
+def test_code_in_a_file_does_not_run(place: str, forge: Forge, tmp_path: Path) -> None:
+    crater = tmp_path / "crater"
+    path = forge(**{place: {"weight": Bomb(crater)}})
+    for load in (load_decoder, DSMoELanguageModel.load_from_checkpoint):
+        with pytest.raises(ValueError, match=r"holds more than data, .*: \w+\.mkdir$"):
+            load(path)
+        assert not crater.exists()
+    torch.load(path, weights_only=False)
+    assert crater.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "has format 2, this version reads 1; another version of"),
+        ({"format_version": 0}, "has format 0, this version reads 1"),
+        ({"format_version": ...}, "not a checkpoint of DSMoELanguageModel: no format_version"),
+        ({"state_dict": ...}, "is not a checkpoint: it has no state_dict of tensors"),
+        ({"state_dict": [1]}, "is not a checkpoint: it has no state_dict of tensors"),
+        ({"state_dict": {"weight": 1.0}}, "is not a checkpoint: it has no state_dict of tensors"),
+        ({"state_dict": {}}, r"missing embedding\.weight; .*missing head\.weight"),
+        ({"architecture": None}, "does not hold its architecture, .*load_from_checkpoint"),
+        ({"architecture": ...}, "does not hold its architecture"),
+        ({"architecture": {}}, "architecture must have the fields"),
+    ],
+)
+def test_other_checkpoints(changes: dict[str, Any], message: str, forge: Forge) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_decoder(forge(**changes))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 16).expand(2**22, 16),
+        torch.zeros(3, 3).to_sparse(),
+        torch.zeros(3).to("meta"),
+    ],
+    ids=["repeated", "sparse", "empty"],
+)
+def test_tensors_that_are_not_whole(tensor: Tensor, forge: Forge, trained: Trained) -> None:
+    state = trained.model.state_dict() | {"decoder.embedding.weight": tensor}
+    with pytest.raises(ValueError, match=r"decoder\.embedding\.weight' is not a plain tensor"):
+        load_decoder(forge(state_dict=state))
+    with pytest.raises(ValueError, match="has no state_dict of tensors"):
+        load_decoder(forge(state_dict={0: tensor}))
+
+
+def repacked(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path)["state_dict"]["decoder.embedding.weight"]
+    content[content.index(weight.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(repacked, "is compressed"), (flipped, "does not match its checksum")],
+)
+def test_files_that_were_changed(
+    change: Callable[[Path], None], message: str, forge: Forge, trained: Trained
+) -> None:
+    path = forge()
+    change(path)
+    message = rf"forged\.ckpt is damaged or not a checkpoint: .*{message}"
+    for load in (load_decoder, read_checkpoint, DSMoELanguageModel.load_from_checkpoint):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    with path.open("rb") as opened, pytest.raises(ValueError, match=message.partition(": ")[2]):
+        DSMoELanguageModel.load_from_checkpoint(opened)
+
+
+def test_optimizer_states_that_are_larger_than_the_file(forge: Forge) -> None:
+    repeated = torch.zeros(1).expand(2**40)
+    circle: list[object] = [{"state": {0: {"exp_avg": repeated}}}]
+    circle.append(circle)
+    with pytest.raises(ValueError, match="optimizer's state needs plain tensors"):
+        read_checkpoint(forge(optimizer_states=circle))
+
+
+def test_weights_that_share_their_values() -> None:
+    tied, other = torch.zeros(6, 3), torch.zeros(2)
+    check_sharing({"embedding": tied, "head": tied, "norm": other})
+    with pytest.raises(ValueError, match="the weights share their values"):
+        check_sharing({str(layer): tied for layer in range(3)})
+    with pytest.raises(ValueError, match="the weights share their values"):
+        check_sharing({str(row): tied.flatten()[row:][:9] for row in range(6)})
+
+
+def test_a_file_of_no_dictionary(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match="it has no state_dict of tensors"):
+        read_checkpoint(tmp_path / "list.ckpt")
