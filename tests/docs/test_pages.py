@@ -1,5 +1,6 @@
 """What the tutorials and the how-to pages show is what happens."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dsmoe import SelectionPlan, TopK
+from lightning_dsmoe.cli import TOOLS
 from lightning_dsmoe.inference import SparseModel
 
 from .page import ROOT, SMALLER, blocks, commands, run_page
@@ -62,6 +64,18 @@ def test_what_is_named_exists(page: Path) -> None:
     missing = [path for path in sorted(named) if not (ROOT / path).is_file()]
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     missing += [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
+    assert missing == []
+
+
+def test_the_reference_has_every_option_of_every_command() -> None:
+    text = (DOCS / "reference" / "command_line.md").read_text(encoding="utf-8")
+    shared = text.partition("## Text to measure on")[2].partition("\n## ")[0]
+    missing = []
+    for command, function in TOOLS.items():
+        section = text.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
+        shown = section if command in ("generate", "configs") else section + shared
+        options = inspect.signature(function).parameters
+        missing += [f"{command} --{name}" for name in options if f"`--{name}`" not in shown]
     assert missing == []
 
 
