@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and small ones of unknown origin."""
+"""Files that are written whole or not at all, and small ones of unknown origin."""
 
 import codecs
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 _MAX_JSON_BYTES = 64 * 2**20
-_MARKS = {  # the first two begin with the next two
+_MARKS = {  # UTF-32 first, since its marks begin with those of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -21,7 +21,18 @@ _MARKS = {  # the first two begin with the next two
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` and move it into place if the block succeeds."""
+    """Yield a temporary path beside `path`, and rename it to `path` if the block succeeds.
+
+    Renaming within a folder is atomic: a process that is killed leaves the old file or the new.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with atomic_path(Path(folder, "plan.json")) as temporary:
+        ...         _ = temporary.write_text("{}")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['plan.json']
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = hidden_beside(path)
     try:
@@ -32,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def hidden_beside(path: Path) -> Path:
-    """A new path beside another one, for what is to take its place."""
+    """A new hidden path beside another one, for a file or folder that will replace it."""
     return path.with_name(f".{path.name}.{uuid4().hex}")
 
 
@@ -43,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_file(output: str) -> None:
-    """Raise a ValueError if a folder is where a file is to be written."""
+    """Raise a ValueError if the file to write is a folder."""
     if Path(output).is_dir():
         raise ValueError(f"output must be a file, {output} is a folder")
 

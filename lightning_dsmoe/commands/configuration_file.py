@@ -1,4 +1,4 @@
-"""A file of options, before the options in it are looked at."""
+"""Mistakes in a YAML configuration that YAML itself would silently accept."""
 
 import yaml
 
@@ -7,15 +7,22 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 def options_in(content: str, name: str) -> str:
-    """Return the YAML of a file of options; one that holds nothing adds nothing.
+    """Return the YAML of a configuration; that of an empty file is `{}`.
 
     Args:
-        content: What the file holds.
-        name: Its name, for messages.
+        content: the text of the file.
+        name: its name, for messages.
 
     Raises:
-        ValueError: If it is not YAML or no mapping, names an option twice, of which YAML would
-            silently take the last, or has a section without content, which would clear it.
+        ValueError: if it is not YAML or not a mapping, has a key twice, of which YAML would take
+            the last, or an empty section, which would override the whole section of an earlier
+            configuration.
+
+    Example:
+        >>> options_in("trainer: {max_steps: 1, max_steps: 2}", "my.yaml")
+        Traceback (most recent call last):
+        ...
+        ValueError: my.yaml names 'max_steps' twice, in line 1, column 25
     """
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
@@ -44,7 +51,7 @@ def _check_unique(node: yaml.Node, name: str) -> None:
         seen: set[str] = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"{name} has a key that is no name{_place(key.start_mark)}")
+                raise ValueError(f"{name} has a key that is not a name{_place(key.start_mark)}")
             if key.value in seen and key.value != "<<":  # which merges, and may do so repeatedly
                 raise ValueError(f"{name} names {key.value!r} twice{_place(key.start_mark)}")
             seen.add(key.value)

@@ -1,4 +1,4 @@
-"""Output for any console, and for a pipe that nobody reads to its end."""
+"""Output for consoles of any encoding, and for pipes that are closed early, as by `| head`."""
 
 import io
 import os
@@ -13,11 +13,11 @@ _SIGPIPE_EXIT_CODE = 141  # what a shell reports of a program that wrote to a cl
 
 @contextmanager
 def console_output() -> Iterator[None]:
-    """Print any character on any console, and end quietly if its reader is gone.
+    """Print any character on any console, and exit quietly when a pipe is closed.
 
-    A character that the console's encoding lacks is printed as a question mark. Where standard
-    output or error is a pipe that was closed, as by `| head -1`, the program ends with code 141.
-    A broken pipe of anything else, such as a logger's connection, stays an error.
+    A character that the console's encoding lacks is printed as a question mark. If standard output
+    or error is a closed pipe, as after `| head -1`, the program exits with code 141, as a shell
+    reports SIGPIPE. A broken pipe of anything else, such as a logger's connection, stays an error.
     """
     is_closed = False
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes anyway
@@ -41,7 +41,7 @@ def console_output() -> Iterator[None]:
 
 
 def _has_no_reader(stream: TextIO | None) -> bool:
-    """Whether a stream is a pipe that was closed at its other end; Windows does not tell."""
+    """Whether a stream is a pipe that was closed at its other end; always True on Windows."""
     if not hasattr(select, "poll"):
         return True
     try:
@@ -53,13 +53,13 @@ def _has_no_reader(stream: TextIO | None) -> bool:
 
 
 def _flush(stream: TextIO | None) -> None:
-    """Write what is left in a buffer now: when Python shuts down, a failure prints a traceback."""
+    """Flush a stream now, since a failure while Python shuts down prints a traceback."""
     if stream is None or stream.closed:
         return
     try:
         stream.flush()
     except OSError:
-        # What cannot be written stays in the buffer, and Python would try once more at its end.
+        # The buffer keeps what could not be written, and Python tries once more when it shuts down.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

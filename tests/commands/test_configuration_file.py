@@ -37,7 +37,7 @@ def test_options_stay_as_they_are(content: str) -> None:
         ("trainer:\n  a: 1\ntrainer:\n  b: 2\n", "my.yaml names 'trainer' twice, in line 3"),
         ("a:\n- {b: 1, b: 2}", "names 'b' twice, in line 2"),
         ("trainer:\n#  max_steps: 3\n", "my.yaml has nothing under 'trainer', in line 1"),
-        ("? [a]\n: 3\n", "a key that is no name, in line 1"),
+        ("? [a]\n: 3\n", "a key that is not a name, in line 1"),
     ],
 )
 def test_what_holds_no_options_is_named_with_its_place(content: str, message: str) -> None:
