@@ -84,7 +84,9 @@ def certify(
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
     }
-    trained_on = source or LoadedDecoder(model.decoder, model.tokenizer_description, model.context_length)
+    trained_on = source or LoadedDecoder(
+        model.decoder, model.tokenizer_description, model.context_length
+    )
     text, origin = _text(trained_on, files, given, recorded)
     judgement = _measure(model, text, source)
     digest = None if ckpt_path is None else sha256(Path(ckpt_path))

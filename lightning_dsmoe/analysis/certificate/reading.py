@@ -4,7 +4,7 @@ from typing import Annotated, Any, get_type_hints
 
 from lightning_dsmoe.analysis.certificate.judgement import Judgement
 from lightning_dsmoe.analysis.certificate.mixtures import MixtureErrors
-from lightning_dsmoe.analysis.certificate.record import FORMAT_VERSION, Source
+from lightning_dsmoe.analysis.certificate.record import FORMAT_VERSION, TextSource
 from lightning_dsmoe.inference.artifact.hashes import CONFIG, PLAN, WEIGHTS
 from lightning_dsmoe.reading import (
     MAX_LAYERS,
@@ -25,7 +25,7 @@ _FIELDS = {
     "experts": _LAYERS,
     "attention": _LAYERS,
     "data": {
-        **get_type_hints(Source),
+        **get_type_hints(TextSource),
         "context": Size,
         "batch_tokens": Size,
         "fingerprint": ShortText,
