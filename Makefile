@@ -22,7 +22,7 @@ test: $(STAMP) ## set up, then run all tests and the examples of the docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-fast: $(STAMP) ## set up, then run the tests that train, compile and start nothing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ddp"
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

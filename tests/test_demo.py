@@ -12,6 +12,8 @@ import yaml
 
 from lightning_dsmoe import SparseModel, load_sparse
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -30,6 +30,8 @@ from lightning_dsmoe import (
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.experts import FeedForward
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 

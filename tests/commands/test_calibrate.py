@@ -18,6 +18,8 @@ from lightning_dsmoe.tokenizers import ByteTokenizer
 
 from .conftest import Outcome, Run
 
+pytestmark = pytest.mark.slow
+
 evaluation_setup = import_module("lightning_dsmoe.commands.evaluation_setup")
 
 

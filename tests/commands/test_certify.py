@@ -17,6 +17,8 @@ from lightning_dsmoe.routing import SelectionPlan, TopK
 
 from .conftest import Outcome, Run
 
+pytestmark = pytest.mark.slow
+
 certify_module = import_module("lightning_dsmoe.commands.certify")
 
 Certify = Callable[..., Outcome]

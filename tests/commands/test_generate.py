@@ -10,6 +10,8 @@ from lightning_dsmoe.inference import compile_sparse, load_sparse
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.tokenizers import ByteTokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "--prompt=def f"
 GREEDY = (PROMPT, "--temperature=0", "--max_new_tokens=30")
 

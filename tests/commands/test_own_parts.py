@@ -10,6 +10,8 @@ import pytest
 from lightning_dsmoe.cli import main
 from lightning_dsmoe.inference import load_sparse
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "own_parts.md").read_text(encoding="utf-8")
 UNKNOWN = (
     r"'my_parts\.\w+' is not a known \w+; "

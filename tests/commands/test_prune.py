@@ -16,6 +16,8 @@ from lightning_dsmoe.tokenizers import ByteTokenizer
 
 from .conftest import Outcome, Run
 
+pytestmark = pytest.mark.slow
+
 prune_module = import_module("lightning_dsmoe.commands.prune")
 
 

@@ -21,6 +21,8 @@ from lightning_dsmoe.tokenizers import HuggingFaceTokenizer
 
 from .conftest import Outcome, Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def words(measuring: Callable[[str, str], list[str]]) -> list[str]:

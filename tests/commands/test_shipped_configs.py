@@ -14,6 +14,8 @@ from lightning_dsmoe.cli import TrainingParser
 from lightning_dsmoe.inference import load_decoder, load_sparse
 from lightning_dsmoe.metrics import count_parameters
 
+pytestmark = pytest.mark.slow
+
 NANO, LONG = "shakespeare_nano.yaml", "shakespeare_long.yaml"
 FRAGMENTS = [
     "callbacks/annealing.yaml",

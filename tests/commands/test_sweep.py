@@ -17,6 +17,8 @@ from lightning_dsmoe.routing.plan import describe
 
 from .conftest import Outcome, Run, words_of
 
+pytestmark = pytest.mark.slow
+
 sweep_module = import_module("lightning_dsmoe.commands.sweep")
 trained_module = import_module("lightning_dsmoe.commands.evaluation_setup")
 

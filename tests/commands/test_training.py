@@ -10,6 +10,8 @@ import yaml
 
 from lightning_dsmoe import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 FEED_FORWARD = "--model.init_args.feed_forward.init_args."
 OWN_ROUTER = """
 import torch

@@ -13,6 +13,8 @@ from lightning_dsmoe.inference import SparseModel
 
 from .page import ROOT, SMALLER, blocks, commands, run_page
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 RUN = [
     ROOT / "README.md",

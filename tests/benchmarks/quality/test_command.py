@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_calls_run_apart_and_a_failure_stops_no_other(benchmark_modules: SimpleNamespace) -> None:
     calls = [(4.0,), (-1.0,), (9.0,)]

@@ -12,6 +12,8 @@ import pytest
 from lightning_dsmoe.analysis.plans.solvers import THRESHOLDS
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(models: ModuleType) -> Any:
     changes = {

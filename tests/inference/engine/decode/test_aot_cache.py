@@ -36,6 +36,8 @@ from lightning_dsmoe.routing import Routing, Selection, Threshold, TopK
 
 from ..conftest import assert_near, packed, rotary_mlp, uniform
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 from functools import partial
 import torch

@@ -48,6 +48,8 @@ from ..conftest import (
     uniform,
 )
 
+pytestmark = pytest.mark.slow
+
 # torch 2.13 warns about its own modules when it compiles.
 
 TOP_K = SelectionPlan((TopK(2), TopK(1, renormalize=True)), (TopK(1), TopK(2)))

@@ -16,6 +16,8 @@ from lightning_dsmoe.inference.engine.decode.export import WholeStep
 
 from ..conftest import assert_near, packed, rotary_mlp, token_by_token
 
+pytestmark = pytest.mark.slow
+
 PLAN = SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
 RUN = """
 import sys
