@@ -79,6 +79,19 @@ def test_same_as_a_loop_over_tokens(
     share = (counts.always + sum(one_of_each)) / counts.hidden
     assert callback.results["top_1"].active_share_mean == pytest.approx(share)
     assert callback.results["top_1"].active_share_p95 == pytest.approx(share, abs=5e-4)
+    shares: list[float] = []
+    for batch in loader:
+        with torch.no_grad():
+            routings = model(batch["input_ids"], plan).routings
+        active = torch.full(batch["labels"].shape, float(counts.always))
+        for kind in ("experts", "attention"):
+            for layer, routing, selection in zip(
+                *(getattr(each, kind) for each in (counts, routings, plan)), strict=True
+            ):
+                active += layer.per_expert * selection.mask(routing.probs).sum(-1)
+        shares += (active / counts.hidden)[batch["labels"] != -100].tolist()
+    mixed = callback.results["mixed"].active_share
+    assert mixed == pytest.approx(sum(shares) / len(shares), rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
