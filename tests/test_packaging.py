@@ -91,7 +91,8 @@ from importlib.util import find_spec
 print(find_spec("lightning_dsmoe.callbacks").origin)
 print(files("lightning_dsmoe.cli_configs").joinpath("callbacks/annealing.yaml"))
 """
-    found = run_python(code, cwd=tmp_path, path=(without_links,)).splitlines()
+    path = (without_links, sysconfig.get_path("purelib"))
+    found = run_python(code, cwd=tmp_path, path=path).splitlines()
     assert found == [
         str(without_links / "callbacks" / "__init__.py"),
         str(without_links / "cli_configs" / "callbacks" / "annealing.yaml"),
