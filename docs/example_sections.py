@@ -1,4 +1,4 @@
-"""Lets mkdocstrings render the `Example:` sections of docstrings as code, as it does `Examples:`."""
+"""Lets mkdocstrings render `Example:` sections of docstrings as code, as it does `Examples:`."""
 
 import re
 from typing import Any
