@@ -1,4 +1,4 @@
-"""Lets mkdocstrings render `Example:` sections of docstrings as code, as it does `Examples:`."""
+"""Lets mkdocstrings show `Example:` sections of docstrings as code, as it does `Examples:`."""
 
 import re
 from typing import Any
