@@ -15,7 +15,7 @@ from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
 class SparsityTarget(MIWeightSetter):
-    """Controls the weights of the mutual-information loss until the top K experts hold a gate mass.
+    """Adapts the weights of the mutual-information loss until the top K experts have a gate mass.
 
     The gate mass m is the mean over routers and tokens of the sum of the K largest probabilities,
     measured on every `every`-th optimizer step for feed-forward and for attention experts by
@@ -36,9 +36,9 @@ class SparsityTarget(MIWeightSetter):
     Args:
         expert_top_k: K of the feed-forward experts; None leaves their weight alone.
         attention_top_k: K of the attention experts; None leaves their weight alone.
-        mass: the gate mass that the top K are to hold, above K/E of E experts and at most 0.9999.
+        mass: target gate mass of the top K experts, above K/E of E experts and at most 0.9999.
         rate: the largest factor of a change, above 1.
-        every: optimizer steps from change to change.
+        every: optimizer steps between two changes.
         smoothing: what earlier measurements count for, from 0 to below 1.
         ahead: measurements by which the trend is continued; 0 for none.
         least: the smallest factor to the model's own weight, above 0 and at most 1.

@@ -26,20 +26,20 @@ def calibrate(
     fixed: bool = False,
     **options: Any,
 ) -> None:
-    """Search for a plan: which experts to run in each layer at the least loss.
+    """Search for a plan: which experts to run in each layer for the lowest loss.
 
     The plan is found on the first half of the text. The second half is unseen: on it the plan is
     compared with all experts and with the best uniform plan, which treats all layers alike.
 
     Args:
         ckpt_path: checkpoint of `fit`.
-        budget: largest active share, of the hidden parameters in the mean over tokens; what runs
-            under thresholds can end a little above it.
+        budget: largest active share (share of the hidden parameters, mean over tokens), such as
+            0.2; under thresholds the measured share can be slightly larger.
         max_loss_increase: instead of a budget, the largest increase of the loss, such as 0.5%.
         output: JSON file of the plan.
-        fixed: choose numbers of experts, the same for all tokens, instead of thresholds. Without
-            it a uniform plan is taken where it is clearly better: one pair of numbers for all
-            layers, or a number of attention experts beside a threshold of the others.
+        fixed: fixed numbers of experts (top-k), the same for all tokens, instead of thresholds.
+            Without it, a uniform plan is used if it is clearly better: top-k in all layers, or
+            top-k for attention experts and a threshold for feed-forward experts.
         options: of the text and the device, see `open_trained`.
 
     Raises:

@@ -54,16 +54,16 @@ def certify(
 
     Args:
         artifact: directory of a sparse model.
-        ckpt_path: checkpoint that it was made of; verifies the source of weights and tokenizer.
+        ckpt_path: checkpoint it was compiled from; verifies the source of weights and tokenizer.
             Without it the artifact with all experts running is the dense model.
-        renew: certify again and ignore what is in certificate.json.
+        renew: measure again and replace certificate.json.
         files: text files as in training; without it the Python sources of the standard library.
         split: part of the text to measure on; by default that of the certificate, or val.
         val_fraction: share of the text in the validation split; by default that of the
             certificate, that of training if there is a checkpoint, or 0.1.
         test_fraction: share of the text in the test split; by default likewise, or 0.
         context: tokens in a window; by default those of the certificate, or as in training.
-        max_tokens: most tokens to measure on; by default those of the certificate, or 100,000.
+        max_tokens: maximum number of tokens; by default those of the certificate, or 100,000.
         batch_tokens: batch size in tokens; by default that of the certificate, or 2,048. A large
             model runs smaller batches.
 

@@ -106,8 +106,8 @@ def text_for(
         val_fraction: share of the text in the validation split; by default as in training.
         test_fraction: share of the text in the test split; by default as in training.
         context: tokens in a window; by default as in training.
-        max_tokens: most tokens to use.
-        batch_tokens: batch size in tokens; by default 8,192, or fewer of a large model.
+        max_tokens: maximum number of tokens.
+        batch_tokens: batch size in tokens; by default 8,192, or fewer for a large model.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer or that of a larger model, the text is too

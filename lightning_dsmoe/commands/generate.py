@@ -33,12 +33,12 @@ def generate(
         ckpt: checkpoint of `fit`; all its experts run unless there is a plan.
         artifact: directory of a sparse model, instead of a checkpoint.
         prompt: text to continue.
-        max_new_tokens: most tokens to add.
-        temperature: divides the logits; 0 takes the most probable token.
+        max_new_tokens: maximum number of new tokens.
+        temperature: divides the logits; 0 always takes the most probable token (greedy).
         top_k: sample from the k most probable tokens only.
-        top_p: sample from the fewest most probable tokens with this much probability only.
-        seed: seed of the sampling.
-        stop: a text that ends the output.
+        top_p: sample from the fewest tokens whose probabilities add up to p.
+        seed: random seed of the sampling.
+        stop: stop string; the output ends with it.
         plan: JSON file of a selection plan; by default the model's own.
 
     Raises:

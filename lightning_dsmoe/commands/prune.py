@@ -27,7 +27,7 @@ def prune(
     quantization: Quantization | None = None,
     **options: Any,
 ) -> None:
-    """Write a sparse model without the experts that its plan never runs on a text.
+    """Write a sparse model without the experts that its plan never runs on held-out text.
 
     The first half of the text decides which experts are unused. On it the pruned model must choose
     the same experts and give the same logits, or nothing is written. The second half is unseen:

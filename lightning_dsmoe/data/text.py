@@ -20,7 +20,7 @@ from lightning_dsmoe.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 class TextDataModule(LightningDataModule):
-    """Any text files as batches of next-token windows, resumable in the middle of an epoch.
+    """Text files as batches of next-token windows, resumable in the middle of an epoch.
 
     Batches are dicts of `input_ids` and `labels`, both int64 `[B, T]`; label -100 is ignored.
     Training windows start at a new random token every epoch; evaluation predicts every token but
@@ -36,7 +36,7 @@ class TextDataModule(LightningDataModule):
         val_fraction: Share of the text in the validation split.
         test_fraction: Share of the text in the test split; with 0, the test and predict loaders
             read the validation split.
-        seed: Seed of the order of the training windows.
+        seed: Random seed of the order of the training windows.
         num_workers: Processes that load batches; 0 loads them in the training process.
         cache_dir: Folder of the tokenized text; by default in the user's cache.
 

@@ -67,14 +67,14 @@ class DSMoELanguageModel(LightningModule):
         n_layers: number of blocks L.
         attention: factory of the attention layer of a block, called as `attention(d_model)`.
         feed_forward: factory of its feed-forward layer, called as `feed_forward(d_model)`.
-        norm: factory of a normalisation layer, called as `norm(d_model)`.
-        max_positions: size of a table of learned position embeddings; None for none.
+        norm: factory of a normalization layer, called as `norm(d_model)`.
+        max_positions: number of learned position embeddings; None for none, as with rotary ones.
         tie_embeddings: whether the output head shares the weights of the embeddings.
         dropout: dropout probability of embeddings and layer outputs.
         checkpoint_activations: recompute each block in the backward pass to save memory.
         compile_blocks: compile each block with `torch.compile` before training.
         expert_mi_weight: alpha, weight of the MI loss of each feed-forward router.
-        attention_mi_weight: alpha of each attention router.
+        attention_mi_weight: alpha, weight of the MI loss of each attention router.
         load_balancing_weight: beta, weight of the load-balancing loss of each router, for
             mixtures trained sparsely.
         router_z_weight: gamma, weight of the z-loss of each router.
