@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-"""Label of a token that does not count, such as padding; PyTorch's own default."""
+"""Label of a position without a target, which losses and metrics leave out; PyTorch's default."""
 
 
 def window_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

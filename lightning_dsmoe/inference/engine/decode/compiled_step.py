@@ -92,10 +92,10 @@ class CompiledStep:
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
             tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
-            x_BD, *rotary = embed(tokens_B, slots.seen_ST)
-            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *rotary)
+            x_BD, *rotary = embed(tokens_B, slots.seen_SB)
+            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_SB, slots.at_1, *rotary)
             parts: dict[object, Part] = {
-                "embed": Part(embed, (tokens_B, slots.seen_ST), frozenset({1})),
+                "embed": Part(embed, (tokens_B, slots.seen_SB), frozenset({1})),
                 **{k: Part(step, inputs, frozenset({1, 2, 3})) for k, step in step_of_kind.items()},
                 "predict": Part(predict, (x_BD,), frozenset()),
             }
@@ -111,8 +111,8 @@ class CompiledStep:
         """Append one token to each sequence of a cache; returns logits `[B, V]`."""
         slots = cache.next_slots()
         tokens_B = tokens_B.long().contiguous()  # a kernel reads memory without checks
-        x_BD, *rotary = self._embed([tokens_B, slots.seen_ST, *self._embed_weights])
-        place = (slots.seen_ST, slots.at_1, *rotary)
+        x_BD, *rotary = self._embed([tokens_B, slots.seen_SB, *self._embed_weights])
+        place = (slots.seen_SB, slots.at_1, *rotary)
         for (run, weights), keys, values in zip(
             self._blocks, slots.keys, slots.values, strict=True
         ):

@@ -87,6 +87,6 @@ def _exported(step: WholeStep, decoder: Decoder, n_sequences: int) -> torch.expo
     layers = [size] * decoder.n_layers
     return torch.export.export(
         step,
-        (tokens_B, slots.keys, slots.values, slots.seen_ST, slots.at_1),
+        (tokens_B, slots.keys, slots.values, slots.seen_SB, slots.at_1),
         dynamic_shapes=(None, layers, layers, size, None),
     )
