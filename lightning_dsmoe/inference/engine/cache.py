@@ -97,10 +97,6 @@ class DecoderCache:
             layer.length = at + 1
         used = min(self.capacity, (at // _POSITIONS_PER_GROWTH + 1) * _POSITIONS_PER_GROWTH)
         if len(self._slots.seen_SB) != used:
-            self._slots = Slots(
-                list(self._keys[:, :used]),
-                list(self._values[:, :used]),
-                self._seen[:used],
-                self._at,
-            )
+            keys, values = list(self._keys[:, :used]), list(self._values[:, :used])
+            self._slots = Slots(keys, values, self._seen[:used], self._at)
         return self._slots

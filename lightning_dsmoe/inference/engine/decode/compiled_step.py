@@ -17,17 +17,8 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.decode.aot_cache import (
-    Kernel,
-    Part,
-    compile_kernel,
-    ensure_private_folder,
-    export_part,
-    kernel_folder,
-    kernel_path,
-    load_kernel,
-    tensors_of,
-)
+from lightning_dsmoe.inference.engine.decode import aot_cache
+from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -125,25 +116,23 @@ def _kernels(
     parts: dict[object, Part], n_sequences: int, device: torch.device
 ) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
-    ensure_private_folder(kernel_folder())
-    programs = {name: export_part(part) for name, part in parts.items()}
-    paths = {name: kernel_path(program) for name, program in programs.items()}
+    aot_cache.ensure_private_folder(aot_cache.kernel_folder())
+    programs = {name: aot_cache.export_part(part) for name, part in parts.items()}
+    paths = {name: aot_cache.kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
     missing = {path: programs[name] for name, path in paths.items() if path not in loaded}
     if missing:
         sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
         title = f"Compiling decoding of {sequences}, once for this machine"
         for path in track(missing, title, console=Console(stderr=True)):
-            compile_kernel(missing[path], path)
-            loaded[path] = load_kernel(path, device)
+            aot_cache.compile_kernel(missing[path], path)
+            loaded[path] = aot_cache.load_kernel(path, device)
     return {name: loaded[path] for name, path in paths.items()}
 
 
 def _loaded(path: Path, device: torch.device) -> Kernel | None:
     """A kernel from disk; None if there is none, it is damaged, or others can write to it."""
-    if not path.is_file():
-        return None
     try:
-        return load_kernel(path, device)
-    except Exception:  # whatever is wrong with the file, a new one takes its place
+        return aot_cache.load_kernel(path, device)
+    except Exception:  # a new one takes its place, whatever is wrong with it
         return None
