@@ -1,6 +1,6 @@
 """A decoder-only transformer with interchangeable layers.
 
-Shapes: B sequences, T positions, D width, V vocabulary.
+Shapes: B sequences in a batch, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence

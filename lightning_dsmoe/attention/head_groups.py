@@ -1,7 +1,8 @@
 """Groups of query heads over shared keys and values, each group under a gate.
 
-Shapes: B batch, T new tokens, S all tokens so far, N = B T, D width, E groups of query heads,
-H heads of one group = KV heads, C head width, M new tokens that use one group.
+Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, D width,
+E groups of query heads, H heads of one group = KV heads, R = H C rows of one group, C head width,
+G = H E heads of all groups, M new tokens that use one group.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Attention from some of the tokens only.
 
-Shapes: B batch, T new tokens, S all tokens so far, N = B T, H heads, C head width, M the tokens
-that attend, P most of them in one sequence.
+Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, H heads,
+C head width, M the tokens that attend, P most of them in one sequence.
 """
 
 import torch

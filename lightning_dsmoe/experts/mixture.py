@@ -1,6 +1,6 @@
 """The mixture of feed-forward experts.
 
-Shapes: B batch, T sequence, N = B T tokens, D width, E experts.
+Shapes: B sequences in a batch, T positions, N = B T tokens, D width, E experts.
 """
 
 from torch import Tensor

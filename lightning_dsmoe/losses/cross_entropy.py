@@ -1,6 +1,6 @@
 """The loss of a language model, and the label that does not count.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences in a batch, T positions, V vocabulary.
 """
 
 from torch import Tensor
