@@ -1,9 +1,10 @@
 """A decoder-only transformer with interchangeable layers.
 
-Shapes: B sequences, T positions, D width, V vocabulary.
+Shapes: B sequences in a batch, T positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, Self, cast
 
 import torch
@@ -44,7 +45,6 @@ class AttentionFactory(Protocol):
 
     def __call__(self, d_model: int) -> Attention:
         """Make a layer for tokens of width `d_model`."""
-        ...
 
 
 class FeedForwardFactory(Protocol):
@@ -52,7 +52,6 @@ class FeedForwardFactory(Protocol):
 
     def __call__(self, d_model: int) -> FeedForwardLayer:
         """Make a layer for tokens of width `d_model`."""
-        ...
 
 
 class NormFactory(Protocol):
@@ -60,7 +59,6 @@ class NormFactory(Protocol):
 
     def __call__(self, normalized_shape: int) -> nn.Module:
         """Make a normalisation over the last dimension, of that size."""
-        ...
 
 
 class Block(nn.Module):
@@ -173,8 +171,7 @@ class Decoder(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        sizes = [vocab_size, d_model, n_layers, 1 if max_positions is None else max_positions]
-        if min(sizes) < 1:
+        if min(vocab_size, d_model, n_layers, 1 if max_positions is None else max_positions) < 1:
             raise ValueError(
                 "vocab_size, d_model, n_layers and max_positions must be at least 1, "
                 f"got {vocab_size}, {d_model}, {n_layers} and {max_positions}"
@@ -192,11 +189,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
-                d_model,
-                attention=attention,
-                feed_forward=feed_forward,
-                norm=norm,
-                dropout=dropout,
+                d_model, attention=attention, feed_forward=feed_forward, norm=norm, dropout=dropout
             )
             for _ in range(n_layers)
         )
@@ -250,24 +243,18 @@ class Decoder(nn.Module):
             raise ValueError(f"a plan of {plan.n_layers} layers, a model of {self.n_layers}")
         x = self.dropout(self.embed(tokens, mask=mask, caches=caches))
         experts, attention = [], []
+        recompute = self.checkpoint_activations and caches is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             cache = None if caches is None else caches[layer]
-            arguments = (x, plan.experts[layer], plan.attention[layer])
-            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                out = checkpoint(block, *arguments, mask=mask, cache=cache, use_reentrant=False)
-            else:
-                out = block(*arguments, mask=mask, cache=cache)
+            out = run(x, plan.experts[layer], plan.attention[layer], mask=mask, cache=cache)
             x = out.x
             experts.append(out.experts)
             attention.append(out.attention)
         return DecoderOutput(self.head(self.norm(x)), Routings(tuple(experts), tuple(attention)))
 
     def embed(
-        self,
-        tokens: Tensor,
-        *,
-        mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        self, tokens: Tensor, *, mask: Tensor | None = None, caches: Sequence[KVCache] | None = None
     ) -> Tensor:
         """Embeddings `[B, T, D]` of new tokens, with learned positions where the model has them.
 
@@ -296,9 +283,8 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"{seen} tokens, but this model has {self.max_positions} learned positions"
             )
-        placed: Tensor = x + self.positions(
-            causal_scope(x, mask, caches[0] if caches else None).positions_BT
-        )
+        scope = causal_scope(x, mask, caches[0] if caches else None)
+        placed: Tensor = x + self.positions(scope.positions_BT)
         return placed
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -313,15 +299,6 @@ class Decoder(nn.Module):
     def new_caches(self, batch_size: int, capacity: int) -> list[KVCache]:
         """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""
         weight = self.embedding.weight
-        blocks = cast(Iterable[Block], self.blocks)
-        return [
-            KVCache(
-                batch_size,
-                block.attention.n_kv_heads,
-                capacity,
-                block.attention.d_head,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            for block in blocks
-        ]
+        new_cache = partial(KVCache, device=weight.device, dtype=weight.dtype)
+        layers = [block.attention for block in cast(Iterable[Block], self.blocks)]
+        return [new_cache(batch_size, a.n_kv_heads, capacity, a.d_head) for a in layers]

@@ -1,6 +1,6 @@
 """The base of attention layers, and which tokens attend to which.
 
-Shapes: B batch, T new tokens, S all tokens so far, D width.
+Shapes: B sequences in a batch, T new positions, S positions so far, D width.
 """
 
 from abc import ABC, abstractmethod

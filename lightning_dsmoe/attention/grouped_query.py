@@ -57,14 +57,9 @@ class GroupedQueryAttention(Attention):
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
         self.bias = bias
+        n_groups = n_heads // n_kv_heads
         self.heads = HeadGroups(
-            d_model,
-            n_heads // n_kv_heads,
-            n_kv_heads,
-            d_head,
-            rope_theta=rope_theta,
-            qk_norm=qk_norm,
-            bias=bias,
+            d_model, n_groups, n_kv_heads, d_head, rope_theta=rope_theta, qk_norm=qk_norm, bias=bias
         )
 
     def forward(

@@ -1,7 +1,8 @@
 """Groups of query heads over shared keys and values, each group under a gate.
 
-Shapes: B batch, T new tokens, S all tokens so far, N = B T, D width, E groups of query heads,
-H heads of one group = KV heads, C head width, M new tokens that use one group.
+Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, D width,
+E groups of query heads, H heads of one group = KV heads, R = H C rows of one group, C head width,
+G = H E heads of all groups, M new tokens that use one group.
 """
 
 import torch
@@ -14,12 +15,7 @@ from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.attention.rotary import rotate, rotation
 from lightning_dsmoe.attention.sparse_attention import attend_of_tokens, attend_some
-from lightning_dsmoe.stacked import (
-    StackedWeight,
-    gated_projection,
-    tokens_of_each_expert,
-    worth_sorting,
-)
+from lightning_dsmoe.stacked import StackedWeight, dispatch, gated_projection, worth_sorting
 
 _KERNELS_PER_GROUP = 30
 """About how many kernels one group starts in `sparse_forward`."""
@@ -142,7 +138,7 @@ class HeadGroups(nn.Module):
     def sparse_is_faster(self, x_BTD: Tensor) -> bool:
         """Whether `sparse_forward` is faster than running all groups, the others at a gate of 0."""
         n_weights = 2 * self.n_heads * self.d_head * x_BTD.shape[-1]
-        n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        n_tokens = x_BTD.shape[:2].numel()
         return worth_sorting(n_tokens, n_weights, x_BTD.device, n_kernels=_KERNELS_PER_GROUP)
 
     def sparse_forward(
@@ -170,7 +166,7 @@ class HeadGroups(nn.Module):
         positions_N = scope.positions_BT.expand(batch, length).flatten()
         attend_NS = attend_of_tokens(scope, batch, length)
         y_ND = torch.zeros_like(x_ND)
-        running, tokens = tokens_of_each_expert(active_NE)
+        running, tokens = dispatch.tokens_of_each_expert(active_NE)
         for e, w_q, w_o, at_M in zip(
             running, self.w_q.of(running), self.w_o.of(running), tokens, strict=True
         ):

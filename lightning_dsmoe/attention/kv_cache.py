@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen so far.
 
-Shapes: B batch, H KV heads, S capacity, T new tokens, C head width.
+Shapes: B sequences in a batch, H KV heads, S capacity, T new positions, C head width.
 """
 
 from typing import Self

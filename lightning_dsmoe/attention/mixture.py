@@ -72,13 +72,7 @@ class MixtureOfAttentionHeads(Attention):
         self.register_buffer("remaining", None, persistent=False)
         self.router = router(d_model, n_experts)
         self.heads = HeadGroups(
-            d_model,
-            n_experts,
-            n_heads,
-            d_head,
-            rope_theta=rope_theta,
-            qk_norm=qk_norm,
-            bias=bias,
+            d_model, n_experts, n_heads, d_head, rope_theta=rope_theta, qk_norm=qk_norm, bias=bias
         )
 
     def forward(

@@ -1,7 +1,7 @@
 """Attention from some of the tokens only.
 
-Shapes: B batch, T new tokens, S all tokens so far, N = B T, H heads, C head width, M the tokens
-that attend, P most of them in one sequence.
+Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, H heads,
+C head width, M the tokens that attend, P most of them in one sequence.
 """
 
 import torch
@@ -37,10 +37,8 @@ def attend_some(
     )
     attend_BPS = attend_MS.new_ones(batch, most, length)
     attend_BPS[row_M, slot_M] = attend_MS
+    q_BHPC = rearrange(q_BPHC, "b p h c -> b h p c")
     heads_BHPC = F.scaled_dot_product_attention(
-        rearrange(q_BPHC, "b p h c -> b h p c"),
-        keys_BHSC,
-        values_BHSC,
-        attn_mask=attend_BPS[:, None],
+        q_BHPC, keys_BHSC, values_BHSC, attn_mask=attend_BPS[:, None]
     )
     return rearrange(heads_BHPC, "b h p c -> b p (h c)")[row_M, slot_M]

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_dsmoe.data.token_file import TokenSpan
-
-IGNORED = -100
-"""Label of a position without a target, which losses and metrics leave out."""
+from lightning_dsmoe.losses.cross_entropy import IGNORED as IGNORED
 
 
 class TrainingWindows(Dataset[dict[str, Tensor]]):

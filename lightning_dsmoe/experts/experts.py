@@ -11,35 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dsmoe.stacked import (
-    StackedWeight,
-    gated_projection,
-    tokens_of_each_expert,
-    worth_sorting,
-)
+from lightning_dsmoe.stacked import StackedWeight, dispatch, gated_projection, worth_sorting
 
+# fmt: off
 ACTIVATIONS = (
-    "celu",
-    "elu",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "logsigmoid",
-    "mish",
-    "relu",
-    "relu6",
-    "selu",
-    "sigmoid",
-    "silu",
-    "softplus",
-    "softshrink",
-    "softsign",
-    "tanh",
-    "tanhshrink",
+    "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softshrink",
+    "softsign", "tanh", "tanhshrink",
 )
+# fmt: on
 """Names of element-wise functions of `torch.nn.functional`, none of them random."""
 
 _KERNELS_PER_EXPERT = 10
@@ -158,7 +138,7 @@ class Experts(nn.Module, ABC):
             Tokens `[N, D]`.
         """
         y_ND = torch.zeros_like(x_ND)
-        running, tokens = tokens_of_each_expert(active_NE)
+        running, tokens = dispatch.tokens_of_each_expert(active_NE)
         for e, w_in, w_out, at_M in zip(
             running, self.w_in.of(running), self.w_out.of(running), tokens, strict=True
         ):

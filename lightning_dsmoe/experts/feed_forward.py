@@ -31,7 +31,6 @@ class ExpertsFactory(Protocol):
 
     def __call__(self, d_model: int, n_experts: int, d_expert: int) -> Experts:
         """Make `n_experts` experts of `d_expert` hidden units."""
-        ...
 
 
 class FeedForward(FeedForwardLayer):

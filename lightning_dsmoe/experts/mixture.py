@@ -1,6 +1,6 @@
 """The mixture of feed-forward experts.
 
-Shapes: B batch, T sequence, N = B T tokens, D width, E experts.
+Shapes: B sequences in a batch, T positions, N = B T tokens, D width, E experts.
 """
 
 from torch import Tensor
@@ -90,11 +90,10 @@ class MixtureOfExperts(FeedForwardLayer):
         x_ND = x.reshape(-1, self.d_model)
         gates_NE = (self.gate_factor * gates).reshape(-1, gates.shape[-1])
         if isinstance(selection, AllExperts) or not self.experts.sparse_is_faster(x_ND):
-            y = self.experts(x_ND, gates_NE).view_as(x)
+            y_ND = self.experts(x_ND, gates_NE)
         else:
-            y = self.experts.sparse_forward(x_ND, gates_NE, active.reshape(gates_NE.shape)).view_as(
-                x
-            )
+            y_ND = self.experts.sparse_forward(x_ND, gates_NE, active.reshape(gates_NE.shape))
+        y = y_ND.view_as(x)
         if self.shared is not None:
             y = y + self.shared(x).output
         return MixtureOutput(y, routing)

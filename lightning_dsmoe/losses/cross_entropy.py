@@ -1,13 +1,13 @@
 """The loss of a language model, and the label that does not count.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B sequences in a batch, T positions, V vocabulary.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-"""Label of a token that does not count, such as padding; PyTorch's own default."""
+"""Label of a position without a target, which losses and metrics leave out; PyTorch's default."""
 
 
 def window_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -4,20 +4,16 @@ Shapes: R routers, N tokens, E experts, J = R E; leading dimensions (tokens) are
 """
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
 from lightning_dsmoe.precision import without_autocast
 
 
 def load_balancing_loss(
-    probs: Tensor,
-    active: Tensor,
-    mask: Tensor | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
+    probs: Tensor, active: Tensor, mask: Tensor | None = None, *, group: ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of the Switch Transformer: E sum_i f_i P_i, 1 when balanced, for any k.
 
@@ -53,11 +49,7 @@ def load_balancing_loss(
 
 
 def load_balancing_losses(
-    probs: Tensor,
-    active: Tensor,
-    mask: Tensor | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
+    probs: Tensor, active: Tensor, mask: Tensor | None = None, *, group: ProcessGroup | None = None
 ) -> Tensor:
     """The load-balancing losses of several routers, in one pass.
 

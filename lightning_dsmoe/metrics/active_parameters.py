@@ -68,14 +68,11 @@ def active_masks(
     def masks(
         layers: Sequence[Routing | None], selections: Sequence[Selection], part: str
     ) -> list[Tensor | None]:
-        mixtures = [None] * len(layers)
-        if decoder is not None:
-            mixtures = [getattr(block, part) for block in decoder.blocks]
+        blocks = [None] * len(layers) if decoder is None else decoder.blocks
+        remaining = [getattr(getattr(block, part, None), "remaining", None) for block in blocks]
         return [
-            None
-            if routing is None
-            else running_mask(selection, routing, getattr(mixture, "remaining", None))
-            for routing, selection, mixture in zip(layers, selections, mixtures, strict=True)
+            None if routing is None else running_mask(selection, routing, rest)
+            for routing, selection, rest in zip(layers, selections, remaining, strict=True)
         ]
 
     return (
@@ -155,7 +152,6 @@ class ActiveParameters(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = None
     full_state_update = False
 
     active: Tensor

@@ -110,7 +110,6 @@ class ExpertUtilization(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = None
     full_state_update = False
 
     gates: Tensor

@@ -94,10 +94,9 @@ def count_parameters(decoder: Decoder) -> ParameterCounts:
 
 
 def _routed(layer: object) -> RoutedParameters | None:
-    stacked = [tensor for tensor in _stacked(layer) if tensor is not None]
-    if not stacked:
+    if not isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
         return None
-    assert isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads)
+    stacked = [tensor for tensor in _stacked(layer) if tensor is not None]
     return RoutedParameters(layer.n_experts, _size(stacked) // len(stacked[0]))
 
 

@@ -1,7 +1,7 @@
 """Heat maps of the gate shares of all layers and experts."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_dsmoe.metrics.expert_utilization import Utilization
 
@@ -75,21 +75,12 @@ def _cells(layers: Sequence[Utilization | None]) -> list[list[float]]:
 
 def _annotate(axes: "Axes", layers: Sequence[Utilization | None]) -> None:
     """Mark dead experts and write the number of effective experts after each row."""
-    notes = {
-        layer: f"{used.effective.item():.1f}"
-        for layer, used in enumerate(layers)
-        if used is not None
-    }
-    for layer, note in ({-0.75: "effective"} | notes).items():
-        axes.annotate(
-            note,
-            (1.0, layer),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
+    notes = {-0.75: "effective"}
     for layer, used in enumerate(layers):
-        dead = [] if used is None else used.dead_experts
-        axes.scatter(dead, [layer] * len(dead), marker="x", color="white", linewidths=1)
+        if used is not None:
+            notes[layer] = f"{used.effective.item():.1f}"
+            dead = used.dead_experts
+            axes.scatter(dead, [layer] * len(dead), marker="x", color="white", linewidths=1)
+    style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
+    for y, note in notes.items():
+        axes.annotate(note, (1.0, y), xycoords=("axes fraction", "data"), xytext=(4, 0), **style)

@@ -9,15 +9,7 @@ from typing import Annotated, Any, Self
 
 from lightning_dsmoe.files import read_json, write_text
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, check_version
-from lightning_dsmoe.routing.selection import (
-    AllExperts,
-    Selection,
-    Threshold,
-    ThresholdTopK,
-    TopK,
-    TopP,
-    check_selection,
-)
+from lightning_dsmoe.routing.selection import WORDS, AllExperts, Selection, check_selection
 
 FORMAT_VERSION = 1
 _SELECTIONS = Annotated[list[dict[str, Any]], Bounds(1, MAX_LAYERS)]
@@ -81,10 +73,9 @@ class SelectionPlan:
             ("attention", self.attention, n_attention_experts),
         ):
             for layer, (selection, count) in enumerate(zip(selections, counts, strict=True)):
-                if count is None:
-                    continue
                 try:
-                    selection.check(count)
+                    if count is not None:
+                        selection.check(count)
                 except ValueError as error:
                     raise ValueError(f"plan, layer {layer}, {kind}: {error}") from None
 
@@ -161,7 +152,7 @@ def describe_selections(selections: Sequence[Selection]) -> str:
     """
     kinds: dict[tuple[str, str], list[Any]] = {}
     for selection in selections:
-        name = _SELECTION_WORDS.get(type(selection))
+        name = WORDS.get(type(selection))
         if name is None:  # one of the user's own
             kinds.setdefault((str(selection), ""), []).append(None)
             continue
@@ -177,15 +168,6 @@ def describe_selections(selections: Sequence[Selection]) -> str:
         span = " to ".join(f"{e:.3g}" if isinstance(e, float) else str(e) for e in ends)
         words.append(" ".join(filter(None, (name, span, ending, place))))
     return ", ".join(words)
-
-
-_SELECTION_WORDS: dict[type[Selection], str] = {
-    AllExperts: "all",
-    TopK: "top",
-    Threshold: "threshold",
-    ThresholdTopK: "threshold top-k",
-    TopP: "top-p",
-}
 
 
 def _known_selections(base: type[Selection] = Selection) -> dict[str, type[Selection]]:

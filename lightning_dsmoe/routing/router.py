@@ -83,7 +83,6 @@ class RouterFactory(Protocol):
 
     def __call__(self, d_model: int, n_experts: int) -> Router:
         """Make a router that scores `n_experts` experts."""
-        ...
 
 
 class LinearRouter(Router):

@@ -242,6 +242,16 @@ class TopP(Selection):
         return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
+WORDS: dict[type[Selection], str] = {
+    AllExperts: "all",
+    TopK: "top",
+    Threshold: "threshold",
+    ThresholdTopK: "threshold top-k",
+    TopP: "top-p",
+}
+"""What a plan in words calls a selection; its one number, if any, follows."""
+
+
 def rank(probs: Tensor) -> Tensor:
     """Rank of each expert in its row `[..., E]`, 0 for the largest; lower numbers win ties."""
     ahead = _ahead(probs)

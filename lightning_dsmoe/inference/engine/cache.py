@@ -28,13 +28,13 @@ class Slots(NamedTuple):
     Shape:
         keys: `[S, B, H, C]` of each layer.
         values: `[S, B, H, C]` of each layer.
-        seen_ST: bool `[S, B]`, the slots that hold a token and not padding, the new ones included.
+        seen_SB: bool `[S, B]`, the slots that hold a token and not padding, the new ones included.
         at_1: int64, the slot of the new tokens.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    seen_ST: Tensor
+    seen_SB: Tensor
     at_1: Tensor
 
 
@@ -96,11 +96,7 @@ class DecoderCache:
         for layer in self.layers:
             layer.length = at + 1
         used = min(self.capacity, (at // _POSITIONS_PER_GROWTH + 1) * _POSITIONS_PER_GROWTH)
-        if len(self._slots.seen_ST) != used:
-            self._slots = Slots(
-                list(self._keys[:, :used]),
-                list(self._values[:, :used]),
-                self._seen[:used],
-                self._at,
-            )
+        if len(self._slots.seen_SB) != used:
+            keys, values = list(self._keys[:, :used]), list(self._values[:, :used])
+            self._slots = Slots(keys, values, self._seen[:used], self._at)
         return self._slots

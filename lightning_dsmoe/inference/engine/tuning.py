@@ -60,12 +60,10 @@ def tune(
 def _medians(engines: dict[str, Engine], plan: SelectionPlan, batch_size: int) -> dict[str, float]:
     """Seconds of each engine, alternating between them: a slow moment of the machine hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(1 + _ROUNDS):
+    for _ in range(1 + _ROUNDS):
         for name, engine in engines.items():
-            elapsed = _seconds(engine, plan, batch_size)
-            if number:  # the first round compiles
-                seconds[name].append(elapsed)
-    return {name: median(each) for name, each in seconds.items()}
+            seconds[name].append(_seconds(engine, plan, batch_size))
+    return {name: median(each[1:]) for name, each in seconds.items()}  # the first round compiles
 
 
 def _seconds(engine: Engine, plan: SelectionPlan, batch_size: int) -> float:

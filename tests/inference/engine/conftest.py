@@ -119,9 +119,9 @@ class Steps:
     @torch.no_grad()
     def __call__(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
         slots = cache.next_slots()
-        x_BD, *rotary = self.embed(tokens_B, slots.seen_ST)
+        x_BD, *rotary = self.embed(tokens_B, slots.seen_SB)
         for block, keys, values in zip(self.blocks, slots.keys, slots.values, strict=True):
-            x_BD = block(x_BD, keys, values, slots.seen_ST, slots.at_1, *rotary)
+            x_BD = block(x_BD, keys, values, slots.seen_SB, slots.at_1, *rotary)
         return self.predict(x_BD)
 
 

@@ -26,7 +26,7 @@ def test_one_token_after_another(one_decoder: Decoder) -> None:
         assert all(layer.length == at + 1 for layer in cache.layers)
         assert [keys.shape for keys in slots.keys] == [(used, 3, 2, 8)] * 2
         assert [values.shape for values in slots.values] == [(used, 3, 2, 8)] * 2
-        assert torch.equal(slots.seen_ST, (torch.arange(used) <= at)[:, None].expand(-1, 3))
+        assert torch.equal(slots.seen_SB, (torch.arange(used) <= at)[:, None].expand(-1, 3))
     with pytest.raises(ValueError, match="151 tokens do not fit a cache of 150"):
         cache.next_slots()
     assert cache.length == 150
@@ -37,7 +37,7 @@ def test_views_change_only_when_the_part_in_use_grows(one_decoder: Decoder) -> N
     slots = [cache.next_slots() for _ in range(130)]
     assert len({id(some) for some in slots}) == 3
     for n, some in enumerate(slots):
-        assert len(some.seen_ST) == min(130, (n // 64 + 1) * 64)
+        assert len(some.seen_SB) == min(130, (n // 64 + 1) * 64)
 
 
 def test_what_is_written_to_a_slot_is_in_the_caches_of_the_layers(one_decoder: Decoder) -> None:
@@ -71,7 +71,7 @@ def test_slots_follow_a_prompt(prompt: int, one_decoder: Decoder) -> None:
         expected = torch.zeros(used, 2, dtype=torch.bool)
         expected[:prompt] = mask.T
         expected[prompt : prompt + new + 1] = True
-        assert torch.equal(slots.seen_ST, expected)
+        assert torch.equal(slots.seen_SB, expected)
         for layer, keys in enumerate(slots.keys):
             assert torch.equal(keys[:prompt].permute(1, 2, 0, 3), prompt_keys[layer])
             assert keys[:prompt].abs().amin((2, 3)).min() > 0
@@ -91,7 +91,7 @@ def test_a_prompt_that_does_not_fit(one_decoder: Decoder, tokens: Tensor) -> Non
 def test_it_has_the_type_of_the_model(dtype: torch.dtype, one_decoder: Decoder) -> None:
     slots = DecoderCache(one_decoder.to(dtype), 1, 4).next_slots()
     assert {tensor.dtype for tensor in (*slots.keys, *slots.values)} == {dtype}
-    assert slots.seen_ST.dtype == torch.bool
+    assert slots.seen_SB.dtype == torch.bool
 
 
 @pytest.mark.parametrize("sizes", [(6, 3, 8), (2, 2, 4)], ids=["heads", "width"])

@@ -13,17 +13,8 @@ from lightning_dsmoe.attention import GroupedQueryAttention, KVCache, MixtureOfA
 from lightning_dsmoe.attention.attention import Scope, causal_scope
 from lightning_dsmoe.decoder import Block, Decoder, DecoderOutput, Routings
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
-from lightning_dsmoe.inference.engine.batched.grouped_layers import (
-    Pairs,
-    add_grouped_experts,
-    add_grouped_heads,
-    grouping_pays,
-    sort_by_expert,
-)
-from lightning_dsmoe.inference.engine.batched.masked_layers import (
-    add_masked_experts,
-    add_masked_heads,
-)
+from lightning_dsmoe.inference.engine.batched import grouped_layers, masked_layers
+from lightning_dsmoe.inference.engine.batched.grouped_layers import Pairs
 from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Routing, Selection, SelectionPlan
 from lightning_dsmoe.routing.removed import select
@@ -61,17 +52,9 @@ def forward_tokens(
     scope = causal_scope(residual_BTD, mask, caches[0] if caches else None)
     experts, attention = [], []
     for layer, block in enumerate(cast(Iterable[Block], decoder.blocks)):
-        attention.append(
-            _add_attention(
-                residual_BTD,
-                block,
-                plan.attention[layer],
-                grouped=grouped,
-                scope=scope,
-                mask=mask,
-                cache=None if caches is None else caches[layer],
-            )
-        )
+        seen = scope, mask, None if caches is None else caches[layer]
+        selection = plan.attention[layer]
+        attention.append(_add_attention(residual_BTD, block, selection, *seen, grouped=grouped))
         experts.append(_add_feed_forward(residual_BTD, block, plan.experts[layer], grouped=grouped))
     x_BTD = decoder.norm(residual_BTD[:, -1:] if only_last else residual_BTD)
     return DecoderOutput(decoder.head(x_BTD), Routings(tuple(experts), tuple(attention)))
@@ -81,11 +64,11 @@ def _add_attention(
     residual_BTD: Tensor,
     block: Block,
     selection: Selection,
-    *,
-    grouped: bool,
     scope: Scope,
     mask: Tensor | None,
     cache: KVCache | None,
+    *,
+    grouped: bool,
 ) -> Routing | None:
     layer = cast(MixtureOfAttentionHeads, block.attention)
     x_BTD = _normalized(block.attention_norm, residual_BTD)
@@ -99,9 +82,9 @@ def _add_attention(
     routing, gates = _route(layer, x_BTD, selection, grouped=grouped, macs=macs)
     residual_ND = residual_BTD.view(-1, residual_BTD.shape[-1])
     if isinstance(gates, Pairs):
-        add_grouped_heads(residual_ND, *attended, gates)
+        grouped_layers.add_grouped_heads(residual_ND, *attended, gates)
     else:
-        add_masked_heads(residual_ND, *attended, gates)
+        masked_layers.add_masked_heads(residual_ND, *attended, gates)
     return routing
 
 
@@ -116,11 +99,11 @@ def _add_feed_forward(
     routing, gates = _route(layer, x_BTD, selection, grouped=grouped, macs=macs)
     residual_ND, x_ND = residual_BTD.view(-1, residual_BTD.shape[-1]), x_BTD.flatten(0, 1)
     if isinstance(gates, Pairs):
-        add_grouped_experts(residual_ND, layer.experts, x_ND, gates)
+        grouped_layers.add_grouped_experts(residual_ND, layer.experts, x_ND, gates)
     else:
-        add_masked_experts(residual_ND, layer.experts, x_ND, gates)
+        masked_layers.add_masked_experts(residual_ND, layer.experts, x_ND, gates)
     if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
-        add_masked_experts(residual_ND, layer.shared.experts, x_ND, None)
+        masked_layers.add_masked_experts(residual_ND, layer.shared.experts, x_ND, None)
     return routing
 
 
@@ -170,8 +153,8 @@ def _route(
         return routing, gates_NE
     active_NE = active.flatten(0, -2)
     counts = active_NE.sum(0).tolist()
-    n_experts = routing.probs.shape[-1]
+    sizes = len(active_NE), routing.probs.shape[-1], macs, x_BTD.shape[-1]
     on_cpu = active_NE.device.type == "cpu"
-    if on_cpu and not grouping_pays(counts, len(active_NE), n_experts, macs, x_BTD.shape[-1]):
+    if on_cpu and not grouped_layers.grouping_pays(counts, *sizes):
         return routing, gates_NE
-    return routing, sort_by_expert(gates_NE, active_NE, counts)
+    return routing, grouped_layers.sort_by_expert(gates_NE, active_NE, counts)

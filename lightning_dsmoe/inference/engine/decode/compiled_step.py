@@ -17,17 +17,8 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.decode.aot_cache import (
-    Kernel,
-    Part,
-    compile_kernel,
-    ensure_private_folder,
-    export_part,
-    kernel_folder,
-    kernel_path,
-    load_kernel,
-    tensors_of,
-)
+from lightning_dsmoe.inference.engine.decode import aot_cache
+from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -92,10 +83,10 @@ class CompiledStep:
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
             tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
-            x_BD, *rotary = embed(tokens_B, slots.seen_ST)
-            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *rotary)
+            x_BD, *rotary = embed(tokens_B, slots.seen_SB)
+            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_SB, slots.at_1, *rotary)
             parts: dict[object, Part] = {
-                "embed": Part(embed, (tokens_B, slots.seen_ST), frozenset({1})),
+                "embed": Part(embed, (tokens_B, slots.seen_SB), frozenset({1})),
                 **{k: Part(step, inputs, frozenset({1, 2, 3})) for k, step in step_of_kind.items()},
                 "predict": Part(predict, (x_BD,), frozenset()),
             }
@@ -111,8 +102,8 @@ class CompiledStep:
         """Append one token to each sequence of a cache; returns logits `[B, V]`."""
         slots = cache.next_slots()
         tokens_B = tokens_B.long().contiguous()  # a kernel reads memory without checks
-        x_BD, *rotary = self._embed([tokens_B, slots.seen_ST, *self._embed_weights])
-        place = (slots.seen_ST, slots.at_1, *rotary)
+        x_BD, *rotary = self._embed([tokens_B, slots.seen_SB, *self._embed_weights])
+        place = (slots.seen_SB, slots.at_1, *rotary)
         for (run, weights), keys, values in zip(
             self._blocks, slots.keys, slots.values, strict=True
         ):
@@ -125,25 +116,23 @@ def _kernels(
     parts: dict[object, Part], n_sequences: int, device: torch.device
 ) -> dict[object, Kernel]:
     """Load the parts' kernels, compiling those that are new to this machine."""
-    ensure_private_folder(kernel_folder())
-    programs = {name: export_part(part) for name, part in parts.items()}
-    paths = {name: kernel_path(program) for name, program in programs.items()}
+    aot_cache.ensure_private_folder(aot_cache.kernel_folder())
+    programs = {name: aot_cache.export_part(part) for name, part in parts.items()}
+    paths = {name: aot_cache.kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
     missing = {path: programs[name] for name, path in paths.items() if path not in loaded}
     if missing:
         sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
         title = f"Compiling decoding of {sequences}, once for this machine"
         for path in track(missing, title, console=Console(stderr=True)):
-            compile_kernel(missing[path], path)
-            loaded[path] = load_kernel(path, device)
+            aot_cache.compile_kernel(missing[path], path)
+            loaded[path] = aot_cache.load_kernel(path, device)
     return {name: loaded[path] for name, path in paths.items()}
 
 
 def _loaded(path: Path, device: torch.device) -> Kernel | None:
     """A kernel from disk; None if there is none, it is damaged, or others can write to it."""
-    if not path.is_file():
-        return None
     try:
-        return load_kernel(path, device)
-    except Exception:  # whatever is wrong with the file, a new one takes its place
+        return aot_cache.load_kernel(path, device)
+    except Exception:  # a new one takes its place, whatever is wrong with it
         return None

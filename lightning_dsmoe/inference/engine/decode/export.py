@@ -77,16 +77,13 @@ def export_step(decoder: Decoder, plan: SelectionPlan, path: Path, n_sequences: 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with compiling(), Console(stderr=True).status("Compiling the whole decode step"):
-        compile_kernel(_exported(WholeStep(decoder, plan), decoder, n_sequences), path)
-
-
-def _exported(step: WholeStep, decoder: Decoder, n_sequences: int) -> torch.export.ExportedProgram:
-    slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
-    tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
-    size = {0: Dim("capacity", min=2, max=2**30)}
-    layers = [size] * decoder.n_layers
-    return torch.export.export(
-        step,
-        (tokens_B, slots.keys, slots.values, slots.seen_ST, slots.at_1),
-        dynamic_shapes=(None, layers, layers, size, None),
-    )
+        slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
+        tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
+        size = {0: Dim("capacity", min=2, max=2**30)}
+        layers = [size] * decoder.n_layers
+        program = torch.export.export(
+            WholeStep(decoder, plan),
+            (tokens_B, *slots),
+            dynamic_shapes=(None, layers, layers, size, None),
+        )
+        compile_kernel(program, path)

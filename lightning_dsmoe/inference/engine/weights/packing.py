@@ -1,7 +1,7 @@
 """Repacking a decoder for inference, in place: weights row by row, some of them in 8 bits."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -26,14 +26,17 @@ from lightning_dsmoe.stacked import StackedWeight
 _SHORT_ROWS = 48
 
 # Weights of a layer, and whether decoding reads their columns, which are then stored as rows.
-_TRANSPOSED = {Experts: {"w_in": False, "w_out": True}, HeadGroups: {"w_q": False, "w_o": True}}
+_TRANSPOSED = {"w_in": False, "w_out": True, "w_q": False, "w_o": True}
 
 Quantization = Literal["int8"]
-Quantizer = Callable[[RowMajorWeights], Int8RowMajorWeights]
 
 
 def pack(
-    decoder: Decoder, *, quantization: Quantization | None = None, quantize_head: bool = False
+    decoder: Decoder,
+    *,
+    quantization: Quantization | None = None,
+    quantize_head: bool = False,
+    quantizer: Callable[[RowMajorWeights], Int8RowMajorWeights] = quantize_int8,
 ) -> None:
     """Store all expert and head weights row by row, as decoding reads them.
 
@@ -42,6 +45,7 @@ def pack(
         quantization: "int8" puts the weights of all routed experts into 8 bits. Routers, norms,
             shared experts, embeddings and the projections of keys and values stay as they are.
         quantize_head: put the last projection into 8 bits too; tied embeddings stay beside it.
+        quantizer: puts a weight into 8 bits.
 
     Raises:
         ImportError: if something is to be quantized and bitsandbytes is not installed.
@@ -57,7 +61,21 @@ def pack(
         >>> decoder.blocks[0].feed_forward.experts.w_out
         RowMajorWeights(shape=(4, 8, 6), transposed=True)
     """
-    _pack(decoder, quantize_int8, quantization=quantization, quantize_head=quantize_head)
+    # Layers in a list, not their weights: each is freed when its packed copy takes its place.
+    modules = decoder.modules
+    routed: set[nn.Module] = {m.experts for m in modules() if isinstance(m, MixtureOfExperts)}
+    routed |= {m.heads for m in modules() if isinstance(m, MixtureOfAttentionHeads)}
+    for layer in [m for m in modules() if isinstance(m, Experts | HeadGroups)]:
+        for name, transposed in _TRANSPOSED.items():
+            if isinstance(stacked := getattr(layer, name, None), StackedWeight):
+                matrices = stacked.weight.mT if transposed else stacked.weight
+                weights = RowMajorWeights(matrices.detach(), transposed=transposed)
+                quantize = layer in routed and quantization == "int8"
+                setattr(layer, name, quantizer(weights) if quantize else weights)
+    if quantize_head:
+        weights = RowMajorWeights(decoder.head.weight.detach()[None], transposed=False)
+        decoder.head = cast(TokenHead, Int8Head(quantizer(weights)))
+        decoder.tie_embeddings = False
 
 
 def is_packed(decoder: Decoder) -> bool:
@@ -66,11 +84,7 @@ def is_packed(decoder: Decoder) -> bool:
 
 
 def pack_empty(
-    decoder: Decoder,
-    *,
-    dtype: torch.dtype,
-    quantization: Quantization | None,
-    quantize_head: bool,
+    decoder: Decoder, *, dtype: torch.dtype, quantization: Quantization | None, quantize_head: bool
 ) -> None:
     """Give a decoder the weights that `pack` would, on its own device and uninitialized.
 
@@ -87,7 +101,7 @@ def pack_empty(
         scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
         return Int8RowMajorWeights(codes, scales, transposed=weights.transposed, dtype=dtype)
 
-    _pack(decoder, empty, quantization=quantization, quantize_head=quantize_head)
+    pack(decoder, quantization=quantization, quantize_head=quantize_head, quantizer=empty)
 
 
 def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
@@ -131,35 +145,3 @@ def quantized_bytes(decoder: Decoder) -> dict[str, int]:
         for name, module in decoder.named_modules()
         if isinstance(module, Int8RowMajorWeights)
     }
-
-
-def _pack(
-    decoder: Decoder,
-    quantizer: Quantizer,
-    *,
-    quantization: Quantization | None,
-    quantize_head: bool,
-) -> None:
-    for layer, name, transposed, is_routed in list(_stacked_weights(decoder)):
-        matrices = getattr(layer, name).weight.detach()
-        weights = RowMajorWeights(matrices.mT if transposed else matrices, transposed=transposed)
-        quantize = is_routed and quantization == "int8"
-        setattr(layer, name, quantizer(weights) if quantize else weights)
-    if quantize_head:
-        weights = RowMajorWeights(decoder.head.weight.detach()[None], transposed=False)
-        decoder.head = cast(TokenHead, Int8Head(quantizer(weights)))
-        decoder.tie_embeddings = False
-
-
-def _stacked_weights(decoder: Decoder) -> Iterator[tuple[nn.Module, str, bool, bool]]:
-    """Layer and name of each stacked weight, whether it is transposed, and whether it is routed."""
-    routed: set[nn.Module] = set()
-    for module in decoder.modules():  # a mixture comes before what it contains
-        if isinstance(module, MixtureOfExperts):
-            routed.add(module.experts)
-        elif isinstance(module, MixtureOfAttentionHeads):
-            routed.add(module.heads)
-        for kind, names in _TRANSPOSED.items():
-            for name, transposed in names.items() if isinstance(module, kind) else ():
-                if isinstance(getattr(module, name), StackedWeight):
-                    yield module, name, transposed, module in routed

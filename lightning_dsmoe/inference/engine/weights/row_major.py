@@ -11,11 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights.matvec import (
-    materialize,
-    row_dot_products,
-    unroll_factor,
-)
+from lightning_dsmoe.inference.engine.weights import matvec
 from lightning_dsmoe.precision import at_least_float32
 
 
@@ -94,14 +90,14 @@ class RowMajorWeights(nn.Module):
     def _row_dot_products(self, x: Tensor, experts_K: Tensor | None) -> Tensor:
         """Dot products `[K, r, N, J]` of rows with inputs `[N, I]` or `[K, N, I]`."""
         n_rows, n_tokens = self.weight.shape[1], x.shape[-2]
-        unroll = unroll_factor(n_rows, n_tokens)
+        unroll = matvec.unroll_factor(n_rows, n_tokens)
         rows_KJrI = take_experts(self.weight.unflatten(1, (unroll, -1)), experts_K)
         rows_JKrI = [rows_KJrI[:, j] for j in range(unroll)]
-        vectors: Iterable[Tensor] = (x := materialize(at_least_float32(x)))
+        vectors: Iterable[Tensor] = (x := matvec.materialize(at_least_float32(x)))
         if x.dim() == 3:  # an input for each expert, repeated for its rows
             repeats = (-1, n_rows // unroll, -1)
             vectors = [x[:, n, None].expand(repeats).flatten(0, 1) for n in range(n_tokens)]
-        sums_ZNJ = row_dot_products(vectors, [rows.flatten(0, 1) for rows in rows_JKrI])
+        sums_ZNJ = matvec.row_dot_products(vectors, [rows.flatten(0, 1) for rows in rows_JKrI])
         return self._rescale(sums_ZNJ.unflatten(0, rows_JKrI[0].shape[:2]), experts_K)
 
     def _rescale(self, sums_KrNJ: Tensor, experts_K: Tensor | None) -> Tensor:

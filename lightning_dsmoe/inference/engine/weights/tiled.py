@@ -14,12 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lightning_dsmoe.inference.engine.weights import row_major
 from lightning_dsmoe.inference.engine.weights.matvec import materialize
-from lightning_dsmoe.inference.engine.weights.row_major import (
-    Int8RowMajorWeights,
-    RowMajorWeights,
-    take_experts,
-)
 from lightning_dsmoe.precision import at_least_float32
 
 _TILE_ROWS = 16  # float32 values in a register of AVX-512
@@ -51,11 +47,11 @@ class TiledWeights(nn.Module):
         self.register_buffer("scales", scales)
 
     @classmethod
-    def of(cls, weights: RowMajorWeights) -> Self:
+    def of(cls, weights: row_major.RowMajorWeights) -> Self:
         """A copy of row-major weights in tiles."""
         height = math.gcd(weights.weight.shape[1], _TILE_ROWS)
         weight = weights.weight.unflatten(1, (-1, height)).mT.contiguous()
-        if not isinstance(weights, Int8RowMajorWeights):
+        if not isinstance(weights, row_major.Int8RowMajorWeights):
             return cls(weight, None)
         return cls(weight, (weights.scales / 127).unflatten(1, (-1, height)))
 
@@ -90,8 +86,8 @@ class TiledWeights(nn.Module):
     def _take(self, experts_K: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scales = self.scales
         return (
-            take_experts(self.weight, experts_K),
-            None if scales is None else take_experts(scales, experts_K),
+            row_major.take_experts(self.weight, experts_K),
+            None if scales is None else row_major.take_experts(scales, experts_K),
         )
 
     def extra_repr(self) -> str:

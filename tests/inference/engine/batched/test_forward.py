@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.decoder import Decoder, DecoderOutput, Routings
 from lightning_dsmoe.experts import FeedForwardLayer
 from lightning_dsmoe.inference import Remaining, prune
-from lightning_dsmoe.inference.engine.batched import forward
+from lightning_dsmoe.inference.engine.batched import grouped_layers
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
@@ -183,7 +183,7 @@ def test_layers_in_which_grouping_does_not_pay_run_all_experts(
         asked.append(args)
         return False
 
-    monkeypatch.setattr(forward, "grouping_pays", never)
+    monkeypatch.setattr(grouped_layers, "grouping_pays", never)
     twin, plan, first = packed(one_decoder), uniform(TopK(1)), tokens[:1, :7]
     actual = forward_tokens(twin, first, plan, grouped=True)
     assert torch.equal(actual.logits, forward_tokens(twin, first, plan, grouped=False).logits)
@@ -222,7 +222,7 @@ def test_a_model_without_unused_experts_takes_the_method_of_the_whole_one(
         asked[-1].append(([count for count in counts if count], *args))
         return True
 
-    monkeypatch.setattr(forward, "grouping_pays", pays)
+    monkeypatch.setattr(grouped_layers, "grouping_pays", pays)
     plan, first = uniform(TopK(1)), tokens[:1, :1]
     asked.append([])
     routings = forward_tokens(packed(one_decoder), first, plan, grouped=True).routings

@@ -84,8 +84,8 @@ def package(path: Path) -> None:
 
 def inputs_of(decoder: Decoder, n_sequences: int) -> tuple[Tensor, ...]:
     slots = DecoderCache(decoder, n_sequences, 64).next_slots()
-    x_BD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_ST)
-    return x_BD, slots.keys[0], slots.values[0], slots.seen_ST, slots.at_1, *by
+    x_BD, *by = EmbedStep(decoder)(torch.arange(n_sequences), slots.seen_SB)
+    return x_BD, slots.keys[0], slots.values[0], slots.seen_SB, slots.at_1, *by
 
 
 def block_part(decoder: Decoder, chosen: Selection, n_sequences: int, block: int = 0) -> Part:

@@ -100,7 +100,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise FileNotFoundError("no C++ compiler\n  was found")
 
-    monkeypatch.setattr(compiled_module, "compile_kernel", fail)
+    monkeypatch.setattr(compiled_module.aot_cache, "compile_kernel", fail)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_the_whole_step_is_the_decoder(decoder: Decoder, tokens: Tensor) -> None
     cache = DecoderCache(twin, *tokens.shape)
     step = WholeStep(twin, PLAN)
     slots = cache.next_slots()
-    seen_SB = torch.zeros_like(slots.seen_ST)
+    seen_SB = torch.zeros_like(slots.seen_SB)
     found = [
         step(tokens_B, slots.keys, slots.values, seen_SB, torch.tensor([at]))
         for at, tokens_B in enumerate(tokens.T)
