@@ -53,23 +53,20 @@ def _interval(ends: Sequence[float]) -> str:
     return f"{low.removesuffix(' %')} to {high}"
 
 
-def _format(spec: str, unit: str = "") -> Callable[[Any], str]:
-    return lambda value: f"{value:{spec}}{unit}"
-
-
+_LOSS = "{:.3f} nats/token".format
 _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "tokens": ("tokens", _format(",")),
-    "loss, all experts": ("dense_loss", _format(".3f", " nats/token")),
-    "loss, sparse": ("sparse_loss", _format(".3f", " nats/token")),
+    "tokens": ("tokens", "{:,}".format),
+    "loss, all experts": ("dense_loss", _LOSS),
+    "loss, sparse": ("sparse_loss", _LOSS),
     "loss, sparse vs all": ("relative_gap", partial(percent, sign="+")),
     "95 % interval": ("relative_gap_95", _interval),
-    "KL divergence": ("kl", _format(".3g", " nats/token")),
+    "KL divergence": ("kl", "{:.3g} nats/token".format),
     "same top-1 token": ("top_1_agreement", percent),
     "active share, mean": ("active_share_mean", percent),
     "active share, median": ("active_share_p50", percent),
     "active share, 95th pct": ("active_share_p95", percent),
-    "all vs checkpoint": ("all_experts_error", _format(".2g", " of top logit")),
-    "loss before int8": ("loss_before_quantization", _format(".3f", " nats/token")),
+    "all vs checkpoint": ("all_experts_error", "{:.2g} of top logit".format),
+    "loss before int8": ("loss_before_quantization", _LOSS),
     "same experts as before": ("routing_agreement", percent),
 }
 """Labels, fields of a certificate, and how their values are written."""

@@ -49,10 +49,15 @@ def open_trained(ckpt_path: str, *, device: str | None = None, **options: Any) -
     return Trained(model, counts, text.to(place), tokenizer_of(loaded))
 
 
-def all_experts_model(decoder: Decoder) -> SparseModel:
-    """A decoder as a model that runs all experts, or those of a plan that is given with a text."""
+def all_experts_model(source: Decoder | LoadedDecoder) -> SparseModel:
+    """A model that runs all experts, or those of a plan that is given with a text.
+
+    It reads a text of any length and has no tokenizer, unless its source is a loaded checkpoint.
+    """
+    decoder = source.decoder if isinstance(source, LoadedDecoder) else source
     dense = SelectionPlan.uniform(decoder.n_layers)
-    return compile_sparse(decoder, dense, switch_points=SwitchPoints(gather_up_to=0))
+    # One text, or one pass over it, is done before a step for few tokens would be compiled.
+    return compile_sparse(source, dense, switch_points=SwitchPoints(gather_up_to=0))
 
 
 def tokenizer_of(loaded: LoadedDecoder) -> Tokenizer:

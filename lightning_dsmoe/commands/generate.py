@@ -4,15 +4,8 @@ from itertools import chain
 
 import torch
 
-from lightning_dsmoe.commands.evaluation_setup import read_plan
-from lightning_dsmoe.inference import (
-    SparseModel,
-    SwitchPoints,
-    compile_sparse,
-    load_decoder,
-    load_sparse,
-)
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.commands.evaluation_setup import all_experts_model, read_plan
+from lightning_dsmoe.inference import load_decoder, load_sparse
 
 
 def generate(
@@ -47,7 +40,7 @@ def generate(
     """
     if (ckpt is None) == (artifact is None):
         raise ValueError("generate needs either --ckpt or --artifact")
-    model = _model_of_checkpoint(ckpt) if ckpt is not None else load_sparse(str(artifact))
+    model = load_sparse(str(artifact)) if ckpt is None else all_experts_model(load_decoder(ckpt))
     pieces = model.stream(
         prompt,
         max_new_tokens,
@@ -61,12 +54,3 @@ def generate(
     for piece in chain([prompt], pieces):
         print(piece, end="", flush=True)
     print()
-
-
-def _model_of_checkpoint(path: str) -> SparseModel:
-    loaded = load_decoder(path)
-    return compile_sparse(
-        loaded,
-        SelectionPlan.uniform(loaded.decoder.n_layers),
-        switch_points=SwitchPoints(gather_up_to=0),  # one text is done before a step is compiled
-    )

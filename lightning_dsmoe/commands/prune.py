@@ -1,6 +1,5 @@
 """Sparse models without the experts that a text never uses."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,11 @@ def prune(
     with Console(stderr=True).status(
         "finding unused experts on the first half of the text"
     ) as status:
-        compiled = partial(
-            compile_sparse,
-            plan=selections,
-            quantization=quantization,
-            context_length=loaded.context,
-            tokenizer=loaded.tokenizer,
-        )
-        whole = compiled(decoder)
+        whole = compile_sparse(loaded, selections, quantization=quantization)
         remaining = used_experts(whole, selections, used_on)
         smaller = without_others(decoder, remaining)
-        pruned = compiled(smaller)
+        rest = loaded._replace(decoder=smaller)
+        pruned = compile_sparse(rest, selections, quantization=quantization)
         status.update("comparing choices of experts and logits")
         proof = prove(whole, pruned, selections, used_on)
         if not proof.holds:
@@ -80,7 +73,8 @@ def prune(
     Console().print(_table(decoder, remaining))
     if remaining_experts(smaller) is None:
         print("All experts run on this text, so none was removed.")
-    print(f"Parameters: {_size(decoder):,} before, {_size(smaller):,} after.")
+    size, rest_size = (sum(p.numel() for p in each.parameters()) for each in (decoder, smaller))
+    print(f"Parameters: {size:,} before, {rest_size:,} after.")
     mib = [model.report().n_bytes / 2**20 for model in (whole, pruned)]
     print(f"Weights: {mib[0]:.3g} MiB before, {mib[1]:.3g} MiB after.")
     print(f"On the {proof.n_tokens:,} tokens of the first half: {_format(proof)}.")
@@ -100,8 +94,7 @@ def _format(proof: Proof) -> str:
 
 def _table(decoder: Decoder, remaining: Remaining) -> Table:
     table = Table("layer", "experts removed", "attention experts removed")
-    kinds = zip(decoder.plan_sizes, remaining, strict=True)
-    columns = (map(_removed, sizes, numbers) for sizes, numbers in kinds)
+    columns = (map(_removed, *kind) for kind in zip(decoder.plan_sizes, remaining, strict=True))
     for layer, cells in enumerate(zip(*columns, strict=True)):
         table.add_row(str(layer), *cells)
     return table
@@ -111,7 +104,3 @@ def _removed(n_experts: int | None, remaining: tuple[int, ...] | None) -> str:
     if n_experts is None:
         return "no router"
     return f"{0 if remaining is None else n_experts - len(remaining)} of {n_experts}"
-
-
-def _size(decoder: Decoder) -> int:
-    return sum(parameter.numel() for parameter in decoder.parameters())

@@ -77,8 +77,9 @@ def measure(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Any:
 
 
 def share_of(statistics: Statistics, plan: SelectionPlan) -> float:
-    layers = [
-        [0.0 if isinstance(selection, AllExperts) else selection.eps for selection in kind]
-        for kind in (plan.experts, plan.attention)
-    ]
-    return statistics.share(*layers)
+    return statistics.share(
+        [
+            0.0 if isinstance(selection, AllExperts) else selection.eps
+            for selection in plan.experts + plan.attention
+        ]
+    )

@@ -9,18 +9,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.certificate.losses import WindowSums, compare_windows, gap_interval
 from lightning_dsmoe.analysis.certificate.mixtures import ErrorTotals, MixtureErrors, token_errors
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder, Routings
 from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.metrics import (
-    ActiveParameters,
-    active_masks,
-    count_parameters,
-    routing_agreement,
-)
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
 
@@ -89,8 +84,8 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         ValueError: if no token counts.
     """
     device = model.decoder.embedding.weight.device
-    counts = count_parameters(build_decoder(model.architecture))
-    active = ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
+    counts = metrics.count_parameters(build_decoder(model.architecture))
+    active = metrics.ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
     n_layers = model.decoder.n_layers
     all_experts = SelectionPlan.uniform(n_layers)
     totals = [ErrorTotals() for _ in range(2 * n_layers)]
@@ -104,7 +99,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         if trained is not None:
             dense_BTV = trained.add(inputs_BT, labels_BT, dense_BTV, routings)
         windows.append(compare_windows(dense_BTV, sparse_BTV, labels_BT))
-        active.update(*active_masks(routings, model.plan, model.decoder), mask_BT)
+        active.update(*metrics.active_masks(routings, model.plan, model.decoder), mask_BT)
         errors = list(chain(*token_errors(model.decoder, inputs_BT, model.plan)))
         for total, batch in zip(totals, errors, strict=True):
             if batch is not None:
@@ -172,7 +167,7 @@ class _Trained:
             mask_BT = labels_BT != IGNORED
             exact_BTV, exact_routings = self.decoder(inputs_BT, self.plan)
             self.loss += compare_windows(exact_BTV, exact_BTV, labels_BT).dense_loss.sum().item()
-            alike = routing_agreement(routings, exact_routings, self.plan, mask_BT)
+            alike = metrics.routing_agreement(routings, exact_routings, self.plan, mask_BT)
             self.routed_alike += (alike * mask_BT.sum()).item()
         self.decoder.train(was_training)
         logits: Tensor = dense_BTV

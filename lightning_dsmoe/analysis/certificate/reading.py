@@ -2,38 +2,30 @@
 
 from typing import Annotated, Any, get_type_hints
 
+from lightning_dsmoe import reading
 from lightning_dsmoe.analysis.certificate.judgement import Judgement
 from lightning_dsmoe.analysis.certificate.mixtures import MixtureErrors
 from lightning_dsmoe.analysis.certificate.record import FORMAT_VERSION, TextSource
 from lightning_dsmoe.inference.artifact.hashes import CONFIG, PLAN, WEIGHTS
-from lightning_dsmoe.reading import (
-    MAX_LAYERS,
-    Bounds,
-    Count,
-    ShortText,
-    Size,
-    check_json,
-    check_version,
-)
 
-_LAYERS = Annotated[list[MixtureErrors | None], Bounds(0, MAX_LAYERS)]
+_LAYERS = Annotated[list[MixtureErrors | None], reading.Bounds(0, reading.MAX_LAYERS)]
 _FIELDS = {
     "format_version": int,
     **get_type_hints(Judgement),
-    "tokens": Count,
-    "windows": Count,
+    "tokens": reading.Count,
+    "windows": reading.Count,
     "experts": _LAYERS,
     "attention": _LAYERS,
     "data": {
         **get_type_hints(TextSource),
-        "context": Size,
-        "batch_tokens": Size,
-        "fingerprint": ShortText,
+        "context": reading.Size,
+        "batch_tokens": reading.Size,
+        "fingerprint": reading.ShortText,
     },
-    "checkpoint_sha256": ShortText | None,
-    "versions": dict.fromkeys(("lightning_dsmoe", "torch", "python"), ShortText),
-    "date": ShortText,
-    "sha256": dict.fromkeys((CONFIG, PLAN, WEIGHTS), ShortText),
+    "checkpoint_sha256": reading.ShortText | None,
+    "versions": dict.fromkeys(("lightning_dsmoe", "torch", "python"), reading.ShortText),
+    "date": reading.ShortText,
+    "sha256": dict.fromkeys((CONFIG, PLAN, WEIGHTS), reading.ShortText),
 }
 
 
@@ -52,6 +44,6 @@ def read_certificate(name: str, data: object) -> dict[str, Any] | None:
     """
     if data is None:
         return None
-    check_version(name, data, FORMAT_VERSION)
-    certificate: dict[str, Any] = check_json(name, data, _FIELDS)
+    reading.check_version(name, data, FORMAT_VERSION)
+    certificate: dict[str, Any] = reading.check_json(name, data, _FIELDS)
     return certificate

@@ -3,17 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_dsmoe import routing
 from lightning_dsmoe.analysis.evaluation import PlanResult
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.routing import (
-    AllExperts,
-    Selection,
-    SelectionPlan,
-    Threshold,
-    ThresholdTopK,
-    TopK,
-    TopP,
-)
+from lightning_dsmoe.routing import SelectionPlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +22,10 @@ _LABELS = {
     "threshold": "threshold",
     "top-p": "top-p",
     "top": "top-k",
+    "all experts, top": "top-k",
     "all": "all experts",
 }
-"""Of plans in the figure, by how their name starts; the first that fits."""
+"""Of plans in the figure, by how their name starts; the first that matches."""
 
 
 def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
@@ -66,23 +60,23 @@ def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
     n_experts, n_attention = decoder.plan_sizes
     plans = {"all": SelectionPlan.uniform(decoder.n_layers)}
 
-    def add(name: str, experts: Selection, attention: Selection) -> None:
+    def add(name: str, experts: routing.Selection, attention: routing.Selection) -> None:
         plans[name] = SelectionPlan.uniform(decoder.n_layers, experts=experts, attention=attention)
 
     few, few_heads = _numbers(n_experts), _numbers(n_attention)
     for place, k in enumerate(few):
         k_heads = few_heads[min(place, len(few_heads) - 1)] if few_heads else 1
-        add(f"top {k} and {k_heads}", TopK(k), TopK(k_heads))
+        add(f"top {k} and {k_heads}", routing.TopK(k), routing.TopK(k_heads))
     least = min((n for n in n_experts + n_attention if n is not None), default=0)
     for eps in (eps for eps in EPS if eps < least):
-        add(f"threshold {eps:g}", Threshold(eps), Threshold(eps))
-        add(f"threshold top-k {eps:g}", ThresholdTopK(eps), ThresholdTopK(eps))
+        add(f"threshold {eps:g}", routing.Threshold(eps), routing.Threshold(eps))
+        add(f"threshold top-k {eps:g}", routing.ThresholdTopK(eps), routing.ThresholdTopK(eps))
     for p in P:
-        add(f"top-p {p:g}", TopP(p), TopP(p))
+        add(f"top-p {p:g}", routing.TopP(p), routing.TopP(p))
     for k in few:
-        add(f"top {k}, all attention", TopK(k), AllExperts())
+        add(f"top {k}, all attention", routing.TopK(k), routing.AllExperts())
     for k in few_heads:
-        add(f"all experts, top {k} attention", AllExperts(), TopK(k))
+        add(f"all experts, top {k} attention", routing.AllExperts(), routing.TopK(k))
     return plans
 
 
@@ -154,8 +148,11 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
     names = list(results)
     points = [(100 * result.active_share_mean, result.loss) for result in results.values()]
     axes.plot(*zip(*(points[n] for n in frontier(points)), strict=True), color="0.6", zorder=1)
-    for kind, label in _LABELS.items():
-        some = [p for name, p in zip(names, points, strict=True) if _kind(name) == kind]
+    by_label: dict[str, list[Point]] = {label: [] for label in _LABELS.values()}
+    for name, point in zip(names, points, strict=True):
+        label = next(label for start, label in _LABELS.items() if name.startswith(start))
+        by_label[label].append(point)
+    for label, some in by_label.items():
         if some:
             shares, losses = zip(*some, strict=True)
             axes.scatter(shares, losses, s=22, label=label, zorder=2)
@@ -171,12 +168,6 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
     axes.set(xlim=(0, 103))
     axes.legend()
     return figure
-
-
-def _kind(name: str) -> str:
-    if name.startswith("all experts, top"):
-        return "top"
-    return next(kind for kind in _LABELS if name.startswith(kind))
 
 
 def _numbers(counts: Sequence[int | None]) -> list[int]:

@@ -71,10 +71,10 @@ class Statistics(NamedTuple):
         one_each = sum(router.per_expert for router in self.routers if router is not None)
         return (self.always + one_each) / self.hidden
 
-    def share(self, experts: Sequence[float], attention: Sequence[float]) -> float:
-        """Active share under thresholds, one for each layer and kind."""
+    def share(self, thresholds: Sequence[float]) -> float:
+        """Active share under thresholds, one for each router."""
         active = float(self.always)
-        for router, eps in zip(self.routers, [*experts, *attention], strict=True):
+        for router, eps in zip(self.routers, thresholds, strict=True):
             if router is not None:
                 active += router.running(eps).item() * router.per_expert
         return active / self.hidden

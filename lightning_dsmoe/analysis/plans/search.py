@@ -12,18 +12,9 @@ from statistics import median
 from typing import NamedTuple
 
 from lightning_dsmoe.analysis.evaluation import Found, Gain, Measure
+from lightning_dsmoe.analysis.plans import solvers
 from lightning_dsmoe.analysis.plans.divergence import Diverge
 from lightning_dsmoe.analysis.plans.routing_statistics import Statistics
-from lightning_dsmoe.analysis.plans.solvers import (
-    THRESHOLDS,
-    PlanFamily,
-    Sensitivities,
-    alike,
-    check_budget,
-    even,
-    plan_of,
-    thresholds,
-)
 from lightning_dsmoe.routing import SelectionPlan, Threshold
 
 _FACTORS = (2.0, 0.5)
@@ -52,7 +43,7 @@ Objective = Callable[[SelectionPlan], Score]
 
 
 class _Trial(NamedTuple):
-    sensitivities: Sensitivities
+    sensitivities: solvers.Sensitivities
     plan: SelectionPlan
     score: Score
 
@@ -110,7 +101,7 @@ class PlanSearch:
         self,
         statistics: Statistics,
         measure: Measure,
-        family: PlanFamily = THRESHOLDS,
+        family: solvers.PlanFamily = solvers.THRESHOLDS,
         make_divergence: Callable[[], Diverge] | None = None,
     ) -> None:
         self.statistics = statistics
@@ -134,9 +125,13 @@ class PlanSearch:
             The plan and its result on the text of the search.
 
         Raises:
-            ValueError: if one expert in each layer is more than the budget.
+            ValueError: if one expert in each layer is more than the budget, or the budget above 1.
         """
-        check_budget(self.statistics, budget)
+        if not self.statistics.least_share <= budget <= 1:
+            raise ValueError(
+                f"a budget of {budget:g} cannot be met: one expert in each layer is "
+                f"{self.statistics.least_share:.4f} of the hidden parameters, all are 1"
+            )
         score = self._objective(budget)
         plan = self._or_uniform(self._tuned(budget, score).plan, budget, score)
         return Found(plan, self.measure(plan))
@@ -156,7 +151,7 @@ class PlanSearch:
         """
         limit = self._loss(self._dense).value * (1 + max_increase)
         middle = (self.statistics.least_share + 1) / 2
-        start = thresholds(self.statistics, even(self.statistics), middle)
+        start = solvers.thresholds(self.statistics, solvers.even(self.statistics), middle)
         measured = sensitivities(self.statistics, start, self._loss)
         plan, share = self._bisect(self._dense, 1.0, measured, limit)
         tuned = self._tuned(share, self._loss)
@@ -179,7 +174,7 @@ class PlanSearch:
         """
         if self.make_divergence is None:
             return self._loss
-        start = self.family.solve(self.statistics, alike(self.statistics), budget)
+        start = self.family.solve(self.statistics, solvers.alike(self.statistics), budget)
         if self._loss(start).clearly_below(self._loss(self._dense)):
             return self._loss
         diverge = self.make_divergence()
@@ -194,14 +189,14 @@ class PlanSearch:
     def _tuned(self, budget: float, score: Objective) -> _Trial:
         """Sensitivities of whose neighbors none gives a clearly better plan."""
 
-        def trial(tried: Sensitivities) -> _Trial:
+        def trial(tried: solvers.Sensitivities) -> _Trial:
             plan = self.family.solve(self.statistics, tried, budget)
             return _Trial(tried, plan, score(plan))
 
-        flat = even(self.statistics)
-        start = thresholds(self.statistics, flat, budget)
+        flat = solvers.even(self.statistics)
+        start = solvers.thresholds(self.statistics, flat, budget)
         measured = sensitivities(self.statistics, start, score)
-        best = trial(alike(self.statistics))
+        best = trial(solvers.alike(self.statistics))
         for other in (flat, measured, tuple(s**0.5 for s in measured)):
             best = best.or_better(trial(other))
         n_layers = len(self.statistics.experts)
@@ -212,7 +207,7 @@ class PlanSearch:
         return best
 
     def _bisect(
-        self, plan: SelectionPlan, share: float, tried: Sensitivities, limit: float
+        self, plan: SelectionPlan, share: float, tried: solvers.Sensitivities, limit: float
     ) -> tuple[SelectionPlan, float]:
         """The sparsest plan found below a share whose loss is within a limit, and its share."""
         least = self.statistics.least_share
@@ -233,7 +228,9 @@ class PlanSearch:
         return plan
 
 
-def sensitivities(statistics: Statistics, plan: SelectionPlan, score: Objective) -> Sensitivities:
+def sensitivities(
+    statistics: Statistics, plan: SelectionPlan, score: Objective
+) -> solvers.Sensitivities:
     """Score per probability that a router drops, measured with only that router under the plan.
 
     A router that drops nothing counts as typical (the median), and none as less than a twentieth of
@@ -250,12 +247,14 @@ def sensitivities(statistics: Statistics, plan: SelectionPlan, score: Objective)
             mass = router.dropped_mass(selection.eps).item()
         alone = [*dense.experts, *dense.attention]
         alone[number] = selection
-        found.append(max(0.0, score(plan_of(alone)).value - base) / mass if mass else None)
+        found.append(max(0.0, score(solvers.plan_of(alone)).value - base) / mass if mass else None)
     typical = median([s for s in found if s] or [1.0])
     return tuple(typical if s is None else max(s, typical / 20) for s in found)
 
 
-def _climb(start: _Trial, group: Sequence[int], trial: Callable[[Sensitivities], _Trial]) -> _Trial:
+def _climb(
+    start: _Trial, group: Sequence[int], trial: Callable[[solvers.Sensitivities], _Trial]
+) -> _Trial:
     """Make some routers more sensitive, or else less, as long as that clearly helps."""
     best = start
     for factor in _FACTORS:

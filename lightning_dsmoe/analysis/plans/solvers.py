@@ -11,29 +11,23 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lightning_dsmoe.analysis.evaluation import Found, Measure
-from lightning_dsmoe.analysis.plans.routing_statistics import RouterStatistics, Statistics
+from lightning_dsmoe.analysis.plans.routing_statistics import Statistics
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
 
 Sensitivities = tuple[float, ...]
 """Of each router: those of feed-forward experts by layer, then those of attention experts."""
-
-Solver = Callable[[Statistics, Sensitivities, float], SelectionPlan]
-"""From statistics, sensitivities and a share to the best plan of that share."""
-
-UniformPlans = Callable[[Statistics, float], list[SelectionPlan]]
-"""From statistics and a share to the uniform plans that run at most that share."""
 
 
 class PlanFamily(NamedTuple):
     """Plans of one kind, `THRESHOLDS` or `FIXED_NUMBERS`.
 
     Args:
-        solve: makes the best plan of a share.
-        uniform: makes the uniform plans that may take its place.
+        solve: makes the best plan of a share, from statistics, sensitivities and the share.
+        uniform: makes the uniform plans that may take its place, from statistics and the share.
     """
 
-    solve: Solver
-    uniform: UniformPlans
+    solve: Callable[[Statistics, Sensitivities, float], SelectionPlan]
+    uniform: Callable[[Statistics, float], list[SelectionPlan]]
 
 
 _PRICE_BISECTIONS = 40
@@ -62,7 +56,6 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
         budget: share of the hidden parameters, in the mean over tokens.
     """
     routers = statistics.routers
-    layers = len(statistics.experts)
 
     def eps(price: float) -> list[float]:
         return [
@@ -73,8 +66,7 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
     low, high = 1 / _WIDEST, _WIDEST
     for _ in range(_PRICE_BISECTIONS):
         middle = (low * high) ** 0.5
-        values = eps(middle)
-        if statistics.share(values[:layers], values[layers:]) > budget:
+        if statistics.share(eps(middle)) > budget:
             low = middle
         else:
             high = middle
@@ -103,7 +95,10 @@ def fixed_numbers(
     """
     numbers = [1 for _ in statistics.routers]
     routers = {n: router for n, router in enumerate(statistics.routers) if router is not None}
-    gains = {n: _gains(router, sensitivity[n]) for n, router in routers.items()}
+    gains = {
+        n: (router.probs_NE.double().mean(0) * sensitivity[n] / router.per_expert).tolist()
+        for n, router in routers.items()
+    }
     room = budget * statistics.hidden - statistics.always
     room -= sum(router.per_expert for router in routers.values())
     while fitting := [
@@ -182,23 +177,8 @@ THRESHOLDS = PlanFamily(
 FIXED_NUMBERS = PlanFamily(fixed_numbers, uniform_numbers)
 
 
-def check_budget(statistics: Statistics, budget: float) -> None:
-    """Raise a ValueError if a share is less than one expert in each layer, or more than all."""
-    if not statistics.least_share <= budget <= 1:
-        raise ValueError(
-            f"a budget of {budget:g} cannot be met: one expert in each layer is "
-            f"{statistics.least_share:.4f} of the hidden parameters, all are 1"
-        )
-
-
 def plan_of(selections: Iterable[Selection]) -> SelectionPlan:
     """A plan out of the selections of all routers, in the order of sensitivities."""
     listed = tuple(selections)
     layers = len(listed) // 2
     return SelectionPlan(listed[:layers], listed[layers:])
-
-
-def _gains(router: RouterStatistics, sensitivity: float) -> list[float]:
-    """What the best expert, the second one and so on give for a parameter."""
-    means: list[float] = router.probs_NE.double().mean(0).tolist()
-    return [sensitivity * mean / router.per_expert for mean in means]

@@ -3,12 +3,11 @@
 Shapes: E experts.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_dsmoe.analysis.report.utilization import ModelUse, RouterUse
+from lightning_dsmoe.analysis.report.utilization import ModelUse
 
 
 class RouterDrift(NamedTuple):
@@ -41,23 +40,16 @@ class Drift(NamedTuple):
 
 def drift(use: ModelUse, other: ModelUse) -> Drift:
     """Compare a model with another checkpoint of it, both measured on the same text."""
-    return Drift(
-        _layers(use.experts, other.experts),
-        _layers(use.attention, other.attention),
-        other.loss,
-        other.plan_loss,
+    experts, attention = (
+        [
+            None
+            if own is None or before is None
+            else RouterDrift(
+                own.gates.share - before.gates.share,
+                (own.best_N != before.best_N).float().mean().item(),
+            )
+            for own, before in zip(*layers, strict=True)
+        ]
+        for layers in ((use.experts, other.experts), (use.attention, other.attention))
     )
-
-
-def _layers(
-    layers: Sequence[RouterUse | None], other_layers: Sequence[RouterUse | None]
-) -> list[RouterDrift | None]:
-    return [
-        None
-        if own is None or other is None
-        else RouterDrift(
-            own.gates.share - other.gates.share,
-            (own.best_N != other.best_N).float().mean().item(),
-        )
-        for own, other in zip(layers, other_layers, strict=True)
-    ]
+    return Drift(experts, attention, other.loss, other.plan_loss)

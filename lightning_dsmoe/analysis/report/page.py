@@ -15,7 +15,7 @@ from lightning_dsmoe.analysis.report.drift import Drift
 from lightning_dsmoe.analysis.report.lift import LEAST_COUNT, FrequentTokens
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse
-from lightning_dsmoe.analysis.report.view import kinds_of, printable, sample_tokens
+from lightning_dsmoe.analysis.report.view import kinds_of, printable, sample_tokens, visible
 from lightning_dsmoe.metrics import DEAD_SHARE, ParameterCounts
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -103,33 +103,31 @@ def report_page(report: Report) -> str:
         True
     """
     use, drift, counts, sample = report.use, report.drift, report.counts, report.sample
-    kinds = kinds_of(use, drift, report.plan, report.frequent, report.token_text)
+    kinds = kinds_of(use, drift, report.plan, report.frequent)
     script = _packaged("page.js")
-    return (
-        _templates()
-        .get_template("page.html.jinja")
-        .render(
-            style=_packaged("page.css"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            title=report.title,
-            facts=report.facts,
-            n_parameters=counts.outside + counts.hidden,
-            n_hidden=counts.hidden,
-            n_layers=len(counts.experts),
-            active=[share.item() for share in use.active],
-            losses=(use.loss, use.plan_loss),
-            other_losses=None if drift is None else (drift.loss, drift.plan_loss),
-            kinds=kinds,
-            layers=[layer for kind in kinds for layer in kind.routed],
-            largest_square=_LARGEST_SQUARE,
-            dead_share=DEAD_SHARE,
-            least_count=LEAST_COUNT,
-            n_frequent=len(report.frequent.numbers_U),
-            sample=list(sample_tokens(sample, report.token_text)),
-            left_out=sample.left_out,
-            most_running=int(sample.n_running_T.double().quantile(_MOST_QUANTILE).ceil()),
-        )
+    template = _templates().get_template("page.html.jinja")
+    return template.render(
+        style=_packaged("page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        title=report.title,
+        facts=report.facts,
+        n_parameters=counts.outside + counts.hidden,
+        n_hidden=counts.hidden,
+        n_layers=len(counts.experts),
+        active=[share.item() for share in use.active],
+        losses=(use.loss, use.plan_loss),
+        other_losses=None if drift is None else (drift.loss, drift.plan_loss),
+        kinds=kinds,
+        layers=[layer for kind in kinds for layer in kind.routed],
+        largest_square=_LARGEST_SQUARE,
+        dead_share=DEAD_SHARE,
+        least_count=LEAST_COUNT,
+        n_frequent=len(report.frequent.numbers_U),
+        shown=lambda token: visible(report.token_text(token), token),
+        sample=list(sample_tokens(sample, report.token_text)),
+        left_out=sample.left_out,
+        most_running=int(sample.n_running_T.double().quantile(_MOST_QUANTILE).ceil()),
     )
 
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, E experts.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,12 @@ def sample_routing(
         raise ValueError("a sample must be at least one token long, got an empty text")
     read_T = tokens_T[:most]
     windows = [
-        active_masks(model(window_T[None], plan).routings, plan, model.decoder)
+        chain(*active_masks(model(window_T[None], plan).routings, plan, model.decoder))
         for window_T in read_T.split(context)
     ]
-    experts, attention = (
-        [_joined(masks) for masks in zip(*kind, strict=True)] for kind in zip(*windows, strict=True)
-    )
+    masks = [
+        None if parts[0] is None else torch.cat([part[0].cpu() for part in parts])
+        for parts in zip(*windows, strict=True)
+    ]
+    experts, attention = masks[: plan.n_layers], masks[plan.n_layers :]
     return SampleRouting(read_T.tolist(), experts, attention, len(tokens_T) - len(read_T))
-
-
-def _joined(masks: tuple[Tensor | None, ...]) -> Tensor | None:
-    parts = [mask[0].cpu() for mask in masks if mask is not None]
-    return torch.cat(parts) if parts else None

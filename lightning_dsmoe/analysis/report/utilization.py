@@ -5,25 +5,19 @@ Shapes: B windows, T tokens of a window, V vocabulary, N tokens, E experts, U fr
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.analysis.report.lift import FrequentTokens
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
-from lightning_dsmoe.metrics import (
-    ActiveParameters,
-    ActiveShare,
-    ExpertUtilization,
-    ParameterCounts,
-    Utilization,
-    active_masks,
-)
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
 _MOST_PAIRS = 2**27  # 1 GiB of counts in float64
@@ -40,7 +34,7 @@ class RouterUse(NamedTuple):
         best_N: top-1 expert of each token, with all experts running.
     """
 
-    gates: Utilization
+    gates: metrics.Utilization
     together_EE: Tensor
     token_gates_UE: Tensor
     best_N: Tensor
@@ -72,7 +66,7 @@ class ModelUse(NamedTuple):
     attention: list[RouterUse | None]
     loss: float
     plan_loss: float
-    active: ActiveShare
+    active: metrics.ActiveShare
 
 
 @torch.inference_mode()
@@ -80,7 +74,7 @@ def utilization(
     model: SparseModel,
     plan: SelectionPlan,
     text: HeldOut,
-    counts: ParameterCounts,
+    counts: metrics.ParameterCounts,
     frequent: FrequentTokens,
     on_batch: Callable[[], object] = lambda: None,
 ) -> ModelUse:
@@ -104,13 +98,12 @@ def utilization(
     dense = SelectionPlan.uniform(plan.n_layers)
     row_V = frequent.rows(model.decoder.vocab_size).to(text.device)
     totals = [
-        [
-            None if n is None else _RouterTotals(n, len(frequent.numbers_U), text.device)
-            for n in kind
-        ]
-        for kind in sizes
+        None if n is None else _RouterTotals(n, len(frequent.numbers_U), text.device)
+        for n in chain(*sizes)
     ]
-    active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
+    active = metrics.ActiveParameters(counts, sync_on_compute=False).to(
+        text.device
+    )  # one rank measures
     losses = [0.0, 0.0]
     for inputs_BT, labels_BT in text.batches:
         mask_BT = labels_BT != IGNORED
@@ -118,17 +111,15 @@ def utilization(
         plan_nll, plan_routings = _read(model, plan, inputs_BT, labels_BT)
         losses[0] += nll
         losses[1] += plan_nll
-        running = active_masks(plan_routings, plan, model.decoder)
+        running = metrics.active_masks(plan_routings, plan, model.decoder)
         active.update(*running, mask_BT)
-        for kind, layers, masks in zip(totals, routings, running, strict=True):
-            for total, routing, running_BTE in zip(kind, layers, masks, strict=True):
-                if total is not None and routing is not None and running_BTE is not None:
-                    total.update(routing, running_BTE, mask_BT, row_V[inputs_BT])
+        rows = zip(totals, chain(*routings), chain(*running), strict=True)
+        for total, routing, running_BTE in rows:
+            if total is not None and routing is not None and running_BTE is not None:
+                total.update(routing, running_BTE, mask_BT, row_V[inputs_BT])
         on_batch()
-    experts, attention = (
-        [None if total is None else total.compute(frequent.counts_U) for total in kind]
-        for kind in totals
-    )
+    uses = [None if total is None else total.compute(frequent.counts_U) for total in totals]
+    experts, attention = uses[: plan.n_layers], uses[plan.n_layers :]
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
     if not math.isfinite(loss + plan_loss):
         raise FloatingPointError(f"the loss is {loss}, under the plan {plan_loss}")
@@ -155,11 +146,11 @@ class _RouterTotals:
     """Sums over tokens of what one router gives."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
-        self.gates = ExpertUtilization(n_experts, sync_on_compute=False).to(device)
+        self.gates = metrics.ExpertUtilization(n_experts, sync_on_compute=False).to(device)
         # In float32 a count would stop growing at 2**24 tokens.
-        together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64)
-        token_gates_UE = torch.zeros(n_frequent + 1, n_experts)  # last row: all other tokens
-        self.together_EE, self.token_gates_UE = together_EE.to(device), token_gates_UE.to(device)
+        self.together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64, device=device)
+        # The last row: all other tokens.
+        self.token_gates_UE = torch.zeros(n_frequent + 1, n_experts, device=device)
         self.best: list[Tensor] = []
 
     def update(

@@ -7,13 +7,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from lightning_dsmoe.analysis.report import lift
 from lightning_dsmoe.analysis.report.drift import Drift
-from lightning_dsmoe.analysis.report.lift import (
-    ExpertPair,
-    FrequentTokens,
-    over_represented,
-    strongest_pairs,
-)
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse
 from lightning_dsmoe.routing import SelectionPlan
@@ -27,14 +22,6 @@ _NAMED_EXPERTS = 6
 _SYMBOLS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _DOTTED_CIRCLE = "\N{DOTTED CIRCLE}"
-
-
-class Chip(NamedTuple):
-    """An over-represented token as it is shown."""
-
-    text: str
-    lift: float
-    occurrences: int
 
 
 class Layer(NamedTuple):
@@ -63,8 +50,8 @@ class Layer(NamedTuple):
     shares: list[float]
     dead: list[int]
     together: list[list[float]]
-    pairs: list[ExpertPair]
-    tokens: list[list[Chip]]
+    pairs: list[lift.ExpertPair]
+    tokens: list[list[lift.TokenLift]]
     changes: list[float]
     changed: float
 
@@ -119,15 +106,14 @@ class SampleToken(NamedTuple):
     text: str
     ends_line: bool
     n_running: int
-    running: list[str]
+    running: tuple[str, ...]
 
 
 def kinds_of(
     use: ModelUse,
     drift: Drift | None,
     plan: SelectionPlan,
-    frequent: FrequentTokens,
-    token_text: Callable[[int], str],
+    frequent: lift.FrequentTokens,
 ) -> list[Kind]:
     """The kinds of experts that a model has.
 
@@ -136,7 +122,6 @@ def kinds_of(
         drift: the difference from another checkpoint, if there is one.
         plan: which experts run.
         frequent: the tokens whose lift is shown.
-        token_text: text of a token.
     """
     n_experts = sum(len(r.gates.share) for r in [*use.experts, *use.attention] if r is not None)
     most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // n_experts))
@@ -144,38 +129,29 @@ def kinds_of(
     def layers(name: str) -> Iterator[Layer | None]:
         routers = getattr(use, name)
         changes = [None] * len(routers) if drift is None else getattr(drift, name)
-        selections = getattr(plan, name)
-        for number, (router, change) in enumerate(zip(routers, changes, strict=True)):
+        rows = zip(getattr(plan, name), routers, changes, strict=True)
+        for number, (selection, router, change) in enumerate(rows):
             if router is None:
                 yield None
                 continue
             gates = router.gates
-            lifts = over_represented(router.token_gates_UE, gates.share, frequent, most)
             yield Layer(
                 number,
-                describe_selections([selections[number]]),
+                describe_selections([selection]),
                 gates.effective.item(),
                 gates.entropy.item(),
                 gates.conditional_entropy.item(),
                 gates.share.tolist(),
                 router.dead_experts,
                 router.together_EE.tolist(),
-                strongest_pairs(router.together_EE, _PAIRS),
-                [
-                    [
-                        Chip(visible(token_text(t.token), t.token), t.lift, t.occurrences)
-                        for t in tokens
-                    ]
-                    for tokens in lifts
-                ],
+                lift.strongest_pairs(router.together_EE, _PAIRS),
+                lift.over_represented(router.token_gates_UE, gates.share, frequent, most),
                 [] if change is None else change.change_E.tolist(),
                 0.0 if change is None else change.changed,
             )
 
-    kinds = [
-        Kind("feed-forward experts", list(layers("experts"))),
-        Kind("attention experts", list(layers("attention"))),
-    ]
+    names = {"feed-forward experts": "experts", "attention experts": "attention"}
+    kinds = [Kind(title, list(layers(name))) for title, name in names.items()]
     return [kind for kind in kinds if kind.routed]
 
 
@@ -192,13 +168,10 @@ def sample_tokens(sample: SampleRouting, token_text: Callable[[int], str]) -> It
         for layer, mask_TE in enumerate(masks)
         if mask_TE is not None
     ]
-    for place, (token, n) in enumerate(
-        zip(sample.tokens, sample.n_running_T.tolist(), strict=True)
-    ):
+    rows = zip(sample.tokens, sample.n_running_T.tolist(), zip(*running, strict=True), strict=True)
+    for token, n_running, names in rows:
         text = token_text(token)
-        yield SampleToken(
-            visible(text, token), "\n" in text, n, [names[place] for names in running]
-        )
+        yield SampleToken(visible(text, token), "\n" in text, n_running, names)
 
 
 def _running(name: str, row_E: list[bool]) -> str:
