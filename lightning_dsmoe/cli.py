@@ -38,15 +38,8 @@ from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
 
-TOOLS: dict[str, Callable[..., None]] = {
-    "generate": generate,
-    "sweep": sweep,
-    "calibrate": calibrate,
-    "prune": prune,
-    "certify": certify,
-    "report": report,
-    "configs": configs,
-}
+_TOOLS = (generate, sweep, calibrate, prune, certify, report, configs)
+TOOLS: dict[str, Callable[..., None]] = {tool.__name__: tool for tool in _TOOLS}
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # read by the processes that a distributed strategy starts
 _COMMON_OPTIONS = """\
 options of every command:
@@ -146,8 +139,9 @@ def _check_processes(trainer: Any) -> None:
         )
 
 
-def _vocab_size(data: LightningDataModule) -> int:
-    size: int = getattr(data, "vocab_size")  # noqa: B009 - any data module that has one will do
+def _vocab_size(data: Any) -> int:
+    """The vocabulary of any data module that has one."""
+    size: int = data.vocab_size
     return size
 
 
@@ -186,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.argv[1:] = args
     if "--debug" in sys.argv:
         os.environ[DEBUG] = "true"
-    sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
+    words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
             modules = _import_modules(words)
