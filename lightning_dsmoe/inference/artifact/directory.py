@@ -98,7 +98,9 @@ def write_artifact(
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = hidden_beside(path)
     try:
-        _keep_others(path, folder)
+        if path.exists():  # the user's files beside an earlier artifact stay
+            copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
+        folder.mkdir(exist_ok=True)
         if frontier is not None:
             # What is there may be a link to the earlier artifact's own picture.
             (folder / FRONTIER).unlink(missing_ok=True)
@@ -158,7 +160,7 @@ def check_files(path: Path) -> None:
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
 
 
-def copy_linked(path: Path, folder: Path, *, without: Container[str] = ()) -> None:
+def copy_linked(path: Path, folder: Path, *, without: Container[str]) -> None:
     """Copy a directory, its files as hard links where the file system has them.
 
     A link takes no space and no time for files of gigabytes. Links share their content, so files
@@ -191,14 +193,6 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / SUMS).write_text("".join(sum_lines(folder)), encoding="utf-8")
     _move(folder, path)
-
-
-def _keep_others(path: Path, folder: Path) -> None:
-    """Create the folder of a new artifact, with the user's files beside an earlier one."""
-    if path.exists():
-        copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
-    else:
-        folder.mkdir()
 
 
 def _link(source: str, target: str) -> None:
