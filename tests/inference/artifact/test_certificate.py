@@ -191,7 +191,7 @@ def test_a_failure_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     before = content(path)
-    monkeypatch.setattr(artifact_module, fails, failing)
+    monkeypatch.setattr(f"{artifact_module.__name__}.{fails}", failing)
     with pytest.raises(OSError, match="No space left"):
         save_certificate(path, model, CERTIFICATE)
     assert content(path) == before
