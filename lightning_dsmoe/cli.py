@@ -197,8 +197,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(words: list[str], modules: list[str]) -> None:
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in commands:
-        known = ", ".join(commands)
-        fail(f"no command {words[0]!r}; there are {known}", code=2)
+        fail(f"no command {words[0]!r}; there are {', '.join(commands)}", code=2)
     if words and words[0] in TOOLS:
         tool = words.pop(0)
         jsonargparse.auto_cli(
@@ -218,14 +217,11 @@ def _run(words: list[str], modules: list[str]) -> None:
 
 def _tools_in_words() -> str:
     """Each tool with the first line of its docstring, as argparse lists subcommands."""
+    words = {name: (tool.__doc__ or "").partition("\n")[0] for name, tool in TOOLS.items()}
+    indent = " " * 24
     return "\n".join(
-        fill(
-            (tool.__doc__ or "").partition("\n")[0],
-            width=79,
-            initial_indent=f"    {name:20}",
-            subsequent_indent=" " * 24,
-        )
-        for name, tool in TOOLS.items()
+        fill(text, 79, initial_indent=f"    {name:20}", subsequent_indent=indent)
+        for name, text in words.items()
     )
 
 

@@ -76,15 +76,13 @@ class SelectionPlan:
         """
         if len(n_experts) != self.n_layers:
             raise ValueError(f"a plan of {self.n_layers} layers, a model of {len(n_experts)}")
-        for kind, selections, counts in (
-            ("experts", self.experts, n_experts),
-            ("attention", self.attention, n_attention_experts),
-        ):
-            for layer, (selection, count) in enumerate(zip(selections, counts, strict=True)):
-                if count is None:
-                    continue
+        counts = {"experts": n_experts, "attention": n_attention_experts}
+        for kind in counts:
+            pairs = zip(getattr(self, kind), counts[kind], strict=True)
+            for layer, (selection, count) in enumerate(pairs):
                 try:
-                    selection.check(count)
+                    if count is not None:
+                        selection.check(count)
                 except ValueError as error:
                     raise ValueError(f"plan, layer {layer}, {kind}: {error}") from None
 
@@ -105,10 +103,8 @@ class SelectionPlan:
         """
         check_version("the plan", data, FORMAT_VERSION)
         check_json("the plan", data, _FIELDS)
-        return cls(
-            tuple(_selection_from_dict(s) for s in data["experts"]),
-            tuple(_selection_from_dict(s) for s in data["attention"]),
-        )
+        both = data["experts"], data["attention"]
+        return cls(*(tuple(map(_selection_from_dict, selections)) for selections in both))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -161,13 +157,11 @@ def describe_selections(selections: Sequence[Selection]) -> str:
     """
     kinds: dict[tuple[str, str], list[Any]] = {}
     for selection in selections:
-        name = _SELECTION_WORDS.get(type(selection))
-        if name is None:  # one of the user's own
-            kinds.setdefault((str(selection), ""), []).append(None)
-            continue
-        options = asdict(selection)
-        ending = "renormalized" if options.pop("renormalize") else ""
-        kinds.setdefault((name, ending), []).append(*(options.values() or [None]))
+        # One of the user's own says its options itself.
+        name = _SELECTION_WORDS.get(type(selection), str(selection))
+        options = asdict(selection) if type(selection) in _SELECTION_WORDS else {}
+        ending = "renormalized" if options.pop("renormalize", False) else ""
+        kinds.setdefault((name, ending), []).append(next(iter(options.values()), None))
     words = []
     for (name, ending), values in kinds.items():
         ends = [] if values[0] is None else sorted({min(values), max(values)})

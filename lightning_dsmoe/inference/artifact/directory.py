@@ -36,11 +36,7 @@ _FIELDS = {
     "architecture": dict,  # which `build_decoder` checks
     "quantization": Literal["int8"] | None,
     "quantize_head": bool,
-    "switch_points": {
-        **get_type_hints(SwitchPoints),
-        "gather_up_to": Count,
-        "grouped_from": Count,
-    },
+    "switch_points": {**get_type_hints(SwitchPoints), "gather_up_to": Count, "grouped_from": Count},
     **TEXT_FIELDS,
 }
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
