@@ -196,13 +196,13 @@ def _selection_to_dict(selection: Selection) -> dict[str, Any]:
 
 def _selection_from_dict(data: dict[str, Any]) -> Selection:
     known = _known_selections()
-    name = data.get("selection")
+    options = dict(data)
+    name = options.pop("selection", None)
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; to use "
             "your own, import its module first, with --import MODULE on the command line"
         )
-    options = {key: value for key, value in data.items() if key != "selection"}
     try:
         return known[name](**options)
     except TypeError as error:
