@@ -183,7 +183,7 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "sum_lines", "_move"])
+@pytest.mark.parametrize("fails", ["_write_json", "hashes.sum_lines", "_move"])
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
