@@ -38,15 +38,8 @@ from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
 
-TOOLS: dict[str, Callable[..., None]] = {
-    "generate": generate,
-    "sweep": sweep,
-    "calibrate": calibrate,
-    "prune": prune,
-    "certify": certify,
-    "report": report,
-    "configs": configs,
-}
+_TOOLS = (generate, sweep, calibrate, prune, certify, report, configs)
+TOOLS: dict[str, Callable[..., None]] = {tool.__name__: tool for tool in _TOOLS}
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # read by the processes that a distributed strategy starts
 _COMMON_OPTIONS = """\
 options of every command:
@@ -146,8 +139,9 @@ def _check_processes(trainer: Any) -> None:
         )
 
 
-def _vocab_size(data: LightningDataModule) -> int:
-    size: int = getattr(data, "vocab_size")  # noqa: B009 - any data module that has one will do
+def _vocab_size(data: Any) -> int:
+    """The vocabulary of any data module that has one."""
+    size: int = data.vocab_size
     return size
 
 
@@ -186,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.argv[1:] = args
     if "--debug" in sys.argv:
         os.environ[DEBUG] = "true"
-    sys.argv[1:] = words = [word for word in sys.argv[1:] if word != "--debug"]
+    words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
             modules = _import_modules(words)
@@ -203,8 +197,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(words: list[str], modules: list[str]) -> None:
     commands = [*DSMoECLI.subcommands(), *TOOLS]
     if words and not words[0].startswith("-") and words[0] not in commands:
-        known = ", ".join(commands)
-        fail(f"no command {words[0]!r}; there are {known}", code=2)
+        fail(f"no command {words[0]!r}; there are {', '.join(commands)}", code=2)
     if words and words[0] in TOOLS:
         tool = words.pop(0)
         jsonargparse.auto_cli(
@@ -224,14 +217,11 @@ def _run(words: list[str], modules: list[str]) -> None:
 
 def _tools_in_words() -> str:
     """Each tool with the first line of its docstring, as argparse lists subcommands."""
+    words = {name: (tool.__doc__ or "").partition("\n")[0] for name, tool in TOOLS.items()}
+    indent = " " * 24
     return "\n".join(
-        fill(
-            (tool.__doc__ or "").partition("\n")[0],
-            width=79,
-            initial_indent=f"    {name:20}",
-            subsequent_indent=" " * 24,
-        )
-        for name, tool in TOOLS.items()
+        fill(text, 79, initial_indent=f"    {name:20}", subsequent_indent=indent)
+        for name, text in words.items()
     )
 
 

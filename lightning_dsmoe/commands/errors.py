@@ -53,8 +53,8 @@ class _Level(NamedTuple):
 
     def __str__(self) -> str:
         message = _KEY.sub("", self.message, count=1)
-        actions = [action for action in self.parser._actions if action.dest == self.key]
-        hint = getattr(actions[0], "_typehint", None) if actions else None
+        hints = {action.dest: getattr(action, "_typehint", None) for action in self.parser._actions}
+        hint = hints.get(self.key)
         found = _VALUE.search(message)
         got = f", got {found[1]}" if found and "Namespace(" not in found[1] else ""
         if classes := _class_names(hint):
@@ -66,8 +66,8 @@ class _Level(NamedTuple):
             return f"expected {', '.join(names)}{' or ' if names else ''}{last}{got}"
         owner = getattr(self.parser, "owner", None)
         if "is not accepted" in message and owner is not None:
-            options = [a.dest for a in self.parser._actions if "help" not in a.dest]
-            return f"{message}; {owner.__name__} has {', '.join(options)}"
+            options = ", ".join(name for name in hints if "help" not in name)
+            return f"{message}; {owner.__name__} has {options}"
         return _plainer(message)
 
 
@@ -129,13 +129,9 @@ def _furthest(levels: deque[_Level]) -> str:
     paths: list[list[_Level]] = []
     for level in levels:
         inside = [p for p in paths if p[0].message in level.message != p[0].message]
-        paths.append([level, *max(inside, key=_n_keys, default=[])])
+        paths.append([level, *max(inside, key=lambda p: sum(bool(e.key) for e in p), default=[])])
     keys = ".".join(level.key for level in paths[-1] if level.key)
     return ": ".join(filter(None, (keys, str(paths[-1][-1]))))
-
-
-def _n_keys(path: list[_Level]) -> int:
-    return sum(bool(level.key) for level in path)
 
 
 def _plainer(message: str) -> str:
@@ -155,10 +151,10 @@ def _in_words(hint: Any) -> list[str]:
 
 def _class_names(hint: Any) -> list[str]:
     """Names of the classes that an option may be, or that its factory may make."""
-    found = (
-        _NORMS if base is nn.Module else _concrete(base) or {base.__name__} for base in _bases(hint)
-    )
-    return sorted(set().union(*found))
+    names: set[str] = set()
+    for base in _bases(hint):
+        names |= _NORMS if base is nn.Module else _concrete(base) or {base.__name__}
+    return sorted(names)
 
 
 def _bases(hint: Any) -> list[type]:

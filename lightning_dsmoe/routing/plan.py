@@ -96,10 +96,8 @@ class SelectionPlan:
         """
         check_version("the plan", data, FORMAT_VERSION)
         check_json("the plan", data, _FIELDS)
-        return cls(
-            tuple(_selection_from_dict(s) for s in data["experts"]),
-            tuple(_selection_from_dict(s) for s in data["attention"]),
-        )
+        both = data["experts"], data["attention"]
+        return cls(*(tuple(map(_selection_from_dict, selections)) for selections in both))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -152,13 +150,11 @@ def describe_selections(selections: Sequence[Selection]) -> str:
     """
     kinds: dict[tuple[str, str], list[Any]] = {}
     for selection in selections:
-        name = WORDS.get(type(selection))
-        if name is None:  # one of the user's own
-            kinds.setdefault((str(selection), ""), []).append(None)
-            continue
-        options = asdict(selection)
-        ending = "renormalized" if options.pop("renormalize") else ""
-        kinds.setdefault((name, ending), []).append(*(options.values() or [None]))
+        # One of the user's own says its options itself.
+        name = WORDS.get(type(selection), str(selection))
+        options = asdict(selection) if type(selection) in WORDS else {}
+        ending = "renormalized" if options.pop("renormalize", False) else ""
+        kinds.setdefault((name, ending), []).append(next(iter(options.values()), None))
     words = []
     for (name, ending), values in kinds.items():
         ends = [] if values[0] is None else sorted({min(values), max(values)})
@@ -184,13 +180,13 @@ def _selection_to_dict(selection: Selection) -> dict[str, Any]:
 
 def _selection_from_dict(data: dict[str, Any]) -> Selection:
     known = _known_selections()
-    name = data.get("selection")
+    options = dict(data)
+    name = options.pop("selection", None)
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; to use "
             "your own, import its module first, with --import MODULE on the command line"
         )
-    options = {key: value for key, value in data.items() if key != "selection"}
     try:
         return known[name](**options)
     except TypeError as error:

@@ -42,6 +42,7 @@ _REMAINING = "remaining"
 
 _N_SIZES = {name: part.n_sizes for name, part in PARTS.items() if part.n_sizes is not None}
 _NOT_KEPT = {"device", "dtype"}
+_PLAIN = bool | int | float | str | None
 
 
 def describe_decoder(decoder: Decoder) -> Description:
@@ -70,11 +71,8 @@ def describe_decoder(decoder: Decoder) -> Description:
     remaining = remaining_experts(decoder)
     options = {name: getattr(decoder, name) for name in _FIELDS if name not in _PARTS}
     check_sizes(options)
-    return {
-        **options,
-        **parts[0],
-        **({} if remaining is None else {_REMAINING: remaining.to_dict()}),
-    }
+    pruned = {} if remaining is None else {_REMAINING: remaining.to_dict()}
+    return {**options, **parts[0], **pruned}
 
 
 def build_decoder(description: Description) -> Decoder:
@@ -108,10 +106,10 @@ def build_decoder(description: Description) -> Decoder:
     fields = {**_FIELDS, _REMAINING: Remaining} if is_pruned else _FIELDS
     check_json("architecture", description, fields)
     try:
-        parts = {part: _factory(description[part], part) for part in _PARTS}
+        options = {name: description[name] for name in _FIELDS}
+        options |= {part: _factory(description[part], part) for part in _PARTS}
         with torch.device("meta"):
-            options = {name: description[name] for name in _FIELDS}
-            decoder = Decoder(**{**options, **parts}).eval()
+            decoder = Decoder(**options).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an architecture: {error}") from None
     if is_pruned:
@@ -160,7 +158,7 @@ def _value(value: object, parameter: inspect.Parameter) -> object:
         return value is not None
     if isinstance(value, nn.Module):
         return _describe(value, parameter.name)
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _PLAIN):
         return value
     raise ValueError(f"option {parameter.name!r} is {value!r:.200}, which is not plain data")
 
@@ -179,6 +177,6 @@ def _option(name: str, value: object) -> object:
         return _factory(value, name)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"option {name!r} must be finite, got {value}")
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _PLAIN):
         return value
     raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")

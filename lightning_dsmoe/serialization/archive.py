@@ -6,8 +6,7 @@ limit, or maps them into memory as if they were not compressed, and never compar
 """
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
@@ -33,24 +32,18 @@ def check_archive(path: str | Path | IO[Any], *, checksums: bool = True) -> None
             are compressed, encrypted, folders, of one name, or in sum larger than the file.
     """
     try:
-        with _opened(path) as file, ZipFile(file) as archive:
+        with (
+            Path(path).open("rb") if isinstance(path, str | Path) else nullcontext(path) as file,
+            ZipFile(file) as archive,
+        ):
             _check_end(file, archive.start_dir)
             _check_records(archive, file.seek(0, 2))
             damaged = _damaged_record(archive) if checksums else None
+            file.seek(0)
     except (BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise ValueError(f"it is not a whole archive of torch.save ({error})") from None
     if damaged is not None:
         raise ValueError(f"{damaged!r:.200} does not match its checksum")
-
-
-@contextmanager
-def _opened(path: str | Path | IO[Any]) -> Iterator[IO[bytes]]:
-    if isinstance(path, str | Path):
-        with Path(path).open("rb") as file:
-            yield file
-    else:
-        yield path
-        path.seek(0)
 
 
 def _check_records(archive: ZipFile, file_bytes: int) -> None:

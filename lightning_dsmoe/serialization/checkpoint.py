@@ -206,15 +206,12 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     """
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"unknown {name}" for name in found if name not in expected]
-    for name, tensor in expected.items():
-        if name not in found:
-            continue
-        other = found[name]
+    for name in (name for name in expected if name in found):
+        tensor, other = expected[name], found[name]
+        are_floats = tensor.is_floating_point() and other.is_floating_point()
         if other.shape != tensor.shape:
             faults.append(f"{name} is {tuple(other.shape)}, not {tuple(tensor.shape)}")
-        elif other.dtype != tensor.dtype and not (
-            other.is_floating_point() and tensor.is_floating_point()
-        ):
+        elif other.dtype != tensor.dtype and not are_floats:
             faults.append(f"{name} is {other.dtype}, not {tensor.dtype}")
     if faults:
         raise ValueError(f"the weights are another model's: {'; '.join(faults)}")

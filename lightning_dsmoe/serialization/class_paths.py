@@ -46,6 +46,7 @@ MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
 _LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
 _WITHOUT_SIZES = ("optimizer", "lr_scheduler")
+_NUMBER = bool | int | float | None
 _TORCH_NORMS = (nn.RMSNorm, nn.LayerNorm)
 
 
@@ -141,7 +142,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} needs a class_path and init_args, got {value!r:.200}")
         elif isinstance(value, str) and not value.isidentifier():
             raise ValueError(f"{name} must be a plain word, got {value!r:.200}")
-        elif isinstance(value, list | tuple) and not all(_is_number(v) for v in value):
+        elif isinstance(value, list | tuple) and not all(isinstance(v, _NUMBER) for v in value):
             raise ValueError(f"{name} may hold numbers only, got {value!r:.200}")
 
 
@@ -155,10 +156,6 @@ def _check_part(part: str, description: Mapping[str, Any]) -> None:
     if part not in _WITHOUT_SIZES:
         check_sizes(options)
     _check_options(options)
-
-
-def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float)
 
 
 def _is_other_torch_module(found: type) -> bool:

@@ -65,13 +65,6 @@ class Remaining(NamedTuple):
         return cls(*(tuple(None if n is None else tuple(n) for n in each) for each in layers))
 
 
-class Mixtures(NamedTuple):
-    """The layers of a decoder that can lose experts, None in place of others."""
-
-    experts: list[Mixture | None]
-    attention: list[Mixture | None]
-
-
 def prune(decoder: Decoder, remaining: Remaining) -> Decoder:
     """A copy of a decoder without some of its experts, which runs the same plans.
 
@@ -129,10 +122,13 @@ def remaining_experts(decoder: Decoder) -> Remaining | None:
     return Remaining(experts, attention) if any(experts + attention) else None
 
 
-def mixtures(decoder: Decoder) -> Mixtures:
-    """The mixtures of each layer; only this library's own classes can be pruned."""
+def mixtures(decoder: Decoder) -> tuple[list[Mixture | None], list[Mixture | None]]:
+    """The feed-forward and the attention mixtures that can lose experts, None in other layers.
+
+    Those are this library's own classes, whose weights are known, and no subclasses of them.
+    """
     blocks = list(cast(Iterable[Block], decoder.blocks))
-    return Mixtures(
+    return (
         [b.feed_forward if type(b.feed_forward) is MixtureOfExperts else None for b in blocks],
         [b.attention if type(b.attention) is MixtureOfAttentionHeads else None for b in blocks],
     )
@@ -142,9 +138,8 @@ def _remove_others(mixture: Mixture | None, experts: Numbers, where: str) -> Non
     """Remove all experts of a layer but some."""
     if mixture is None:
         raise ValueError(f"{where}: there is no mixture to remove experts from")
-    present = list(range(mixture.n_experts))
-    if mixture.remaining is not None:
-        present = mixture.remaining.tolist()
+    before = mixture.remaining
+    present = list(range(mixture.n_experts)) if before is None else before.tolist()
     if not experts or list(experts) != sorted(set(experts) & set(present)):
         raise ValueError(
             f"{where}: remaining experts must be ascending numbers of experts that are present, "

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,26 +21,24 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_json_size, hidden_beside, read_json
 from lightning_dsmoe.finite import check_finite
-from lightning_dsmoe.inference.artifact.config import FORMAT_VERSION, check_config
-from lightning_dsmoe.inference.artifact.hashes import (
-    CARD,
-    CERTIFICATE,
-    CONFIG,
-    FRONTIER,
-    PLAN,
-    SUMS,
-    WEIGHTS,
-    certified_hashes,
-    check_certificate,
-    check_sums,
-    hashed_files,
-    sum_lines,
-)
+from lightning_dsmoe.inference.artifact import hashes
+from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, CONFIG, PLAN, SUMS, WEIGHTS
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.packing import pack_empty
+from lightning_dsmoe.reading import Count, check_json, check_version
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
-from lightning_dsmoe.serialization.checkpoint import check_state, fill
+from lightning_dsmoe.serialization.checkpoint import TEXT_FIELDS, check_state, fill
 
+FORMAT_VERSION = 2
+_FIELDS = {
+    "format_version": int,
+    "architecture": dict,  # which `build_decoder` checks
+    "quantization": Literal["int8"] | None,
+    "quantize_head": bool,
+    "switch_points": {**get_type_hints(SwitchPoints), "gather_up_to": Count, "grouped_from": Count},
+    **TEXT_FIELDS,
+}
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
 _MAX_HEADER_BYTES = 100_000_000 + 8  # of safetensors
 _DTYPES = {
@@ -98,11 +96,13 @@ def write_artifact(
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = hidden_beside(path)
     try:
-        _keep_others(path, folder)
+        if path.exists():  # the user's files beside an earlier artifact stay
+            copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
+        folder.mkdir(exist_ok=True)
         if frontier is not None:
             # What is there may be a link to the earlier artifact's own picture.
-            (folder / FRONTIER).unlink(missing_ok=True)
-            shutil.copyfile(frontier, folder / FRONTIER)
+            (folder / hashes.FRONTIER).unlink(missing_ok=True)
+            shutil.copyfile(frontier, folder / hashes.FRONTIER)
         state = {n: t.detach().contiguous().cpu() for n, t in _stored_state(decoder).items()}
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
@@ -136,15 +136,15 @@ def read_artifact(path: Path, *, certified: bool = True) -> Artifact:
     check_files(path)
     # From cheap to dear: sizes, hashes of the small files, the header of the weights, and only then
     # the hash of the weights. A forged file of 50 GB is refused by its size, not after a minute.
-    small = [name for name in hashed_files(path) if name != WEIGHTS]
+    small = [name for name in hashes.hashed_files(path) if name != WEIGHTS]
     for name in small:
         check_json_size(path / name)
-    check_sums(path, small)
+    hashes.check_sums(path, small)
     artifact = _described(path)
     _check_header(artifact, path / WEIGHTS)
-    weights = check_sums(path, [WEIGHTS])
+    weights = hashes.check_sums(path, [WEIGHTS])
     if certified and CERTIFICATE in small:
-        check_certificate(path, weights[WEIGHTS])
+        hashes.check_certificate(path, weights[WEIGHTS])
     _load_weights(artifact.decoder, path / WEIGHTS)
     return artifact
 
@@ -158,7 +158,7 @@ def check_files(path: Path) -> None:
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
 
 
-def copy_linked(path: Path, folder: Path, *, without: Container[str] = ()) -> None:
+def copy_linked(path: Path, folder: Path, *, without: Container[str]) -> None:
     """Copy a directory, its files as hard links where the file system has them.
 
     A link takes no space and no time for files of gigabytes. Links share their content, so files
@@ -184,21 +184,13 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
         ValueError: if the certificate belongs to other files.
     """
     if certificate is not None:
-        hashes = certified_hashes(folder)
-        if certificate.get("sha256", hashes) != hashes:
+        certified = hashes.certified_hashes(folder)
+        if certificate.get("sha256", certified) != certified:
             raise ValueError("hash mismatch: this certificate belongs to another model")
-        _write_json(folder / CERTIFICATE, {**certificate, "sha256": hashes})
+        _write_json(folder / CERTIFICATE, {**certificate, "sha256": certified})
     (folder / CARD).write_text(card, encoding="utf-8")
-    (folder / SUMS).write_text("".join(sum_lines(folder)), encoding="utf-8")
+    (folder / SUMS).write_text("".join(hashes.sum_lines(folder)), encoding="utf-8")
     _move(folder, path)
-
-
-def _keep_others(path: Path, folder: Path) -> None:
-    """Create the folder of a new artifact, with the user's files beside an earlier one."""
-    if path.exists():
-        copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
-    else:
-        folder.mkdir()
 
 
 def _link(source: str, target: str) -> None:
@@ -231,7 +223,8 @@ def _move(folder: Path, path: Path) -> None:
 def _described(path: Path) -> Artifact:
     """Plan and configuration of an artifact, and the decoder on the meta device."""
     config = read_json(path / CONFIG)
-    check_config(path / CONFIG, config)
+    check_version(str(path / CONFIG), config, FORMAT_VERSION)
+    check_json(str(path / CONFIG), config, _FIELDS)
     decoder = build_decoder(config["architecture"])
     plan = SelectionPlan.from_dict(read_json(path / PLAN))
     plan.check(*decoder.plan_sizes)

@@ -1,5 +1,6 @@
 """The model card: a sparse model described for people, with units and three significant digits."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,17 @@ _LABELS = {
 }
 """Label and unit of the fields of a certificate; other fields keep their names."""
 
+_USE = """\
+## Use
+
+```python
+from lightning_dsmoe import load_sparse
+
+model = load_sparse(".")
+{call}
+```
+"""
+
 
 def model_card(
     decoder: Decoder,
@@ -82,7 +94,7 @@ def model_card(
         f"- in 8 bits: {_quantized(quantized)}",
         "",
         *_measured(certificate, frontier),
-        *_use(prompt),
+        _use(prompt),
     ]
     return "\n".join(lines)
 
@@ -95,15 +107,11 @@ def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = Fa
         certificate: measurements, by their names.
         frontier: show the picture of loss against active share that is in the artifact.
     """
-    lines = card.rstrip().splitlines()
-    if _MEASURED not in lines:
-        lines += ["", _MEASURED]
-    start = lines.index(_MEASURED)
-    rest = next(
-        (n for n in range(start + 1, len(lines)) if lines[n].startswith(("# ", "## "))), len(lines)
-    )
-    lines[start:rest] = _measured(certificate, frontier)
-    return "\n".join(lines).rstrip() + "\n"
+    section = re.compile(rf"^{_MEASURED}$.*?(?=^##? |\Z)", re.MULTILINE | re.DOTALL)
+    if not section.search(card):
+        card = f"{card.rstrip()}\n\n{_MEASURED}"
+    measured = "".join(f"{line}\n" for line in _measured(certificate, frontier))
+    return section.sub(lambda _: measured, card, count=1).rstrip() + "\n"
 
 
 def _measured(certificate: dict[str, Any], frontier: bool) -> list[str]:
@@ -136,27 +144,12 @@ def _from_zero(gap: float) -> str:
     return f"{_format(abs(gap), '%')} {'below' if gap < 0 else 'above'}"
 
 
-def _use(prompt: str | None) -> list[str]:
-    call = "tokens = model.generate([0, 1], max_new_tokens=100)"
-    command = []
-    if prompt is not None:
-        call = f"print(model.generate({prompt!r}, max_new_tokens=100))"
-        command = [
-            f"or `lightning-dsmoe generate --artifact . --prompt {shlex.quote(prompt)}`.",
-            "",
-        ]
-    return [
-        "## Use",
-        "",
-        "```python",
-        "from lightning_dsmoe import load_sparse",
-        "",
-        'model = load_sparse(".")',
-        call,
-        "```",
-        "",
-        *command,
-    ]
+def _use(prompt: str | None) -> str:
+    if prompt is None:
+        return _USE.format(call="tokens = model.generate([0, 1], max_new_tokens=100)")
+    usage = _USE.format(call=f"print(model.generate({prompt!r}, max_new_tokens=100))")
+    command = f"lightning-dsmoe generate --artifact . --prompt {shlex.quote(prompt)}"
+    return f"{usage}\nor `{command}`.\n"
 
 
 def _flat(facts: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
@@ -200,18 +193,12 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
     rows = {layer: errors for layer, errors in enumerate(layers) if errors}
     labels = {name: _label(name) for name in next(iter(rows.values()))}
     heads = (f"{label}, {unit}" if unit else label for label, unit in labels.values())
-    cells = {
-        layer: [_digits(errors[name], unit) for name, (_, unit) in labels.items()]
-        for layer, errors in rows.items()
-    }
-    return [
-        f"What the plan changes in the {_KINDS[kind]} of each layer:",
-        "",
-        f"| layer | {' | '.join(heads)} |",
-        f"|{' ---: |' * (len(labels) + 1)}",
-        *(f"| {layer} | {' | '.join(row)} |" for layer, row in cells.items()),
-        "",
-    ]
+    lines = [f"What the plan changes in the {_KINDS[kind]} of each layer:", ""]
+    lines += [f"| layer | {' | '.join(heads)} |", f"|{' ---: |' * (len(labels) + 1)}"]
+    for layer, errors in rows.items():
+        cells = (_digits(errors[name], unit) for name, (_, unit) in labels.items())
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _quantized(n_bytes: dict[str, int]) -> str:

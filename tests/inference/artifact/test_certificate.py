@@ -183,7 +183,7 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "sum_lines", "_move"])
+@pytest.mark.parametrize("fails", ["_write_json", "hashes.sum_lines", "_move"])
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,7 @@ def test_a_failure_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     before = content(path)
-    monkeypatch.setattr(artifact_module, fails, failing)
+    monkeypatch.setattr(f"{artifact_module.__name__}.{fails}", failing)
     with pytest.raises(OSError, match="No space left"):
         save_certificate(path, model, CERTIFICATE)
     assert content(path) == before

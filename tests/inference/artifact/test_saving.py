@@ -47,7 +47,7 @@ def failing(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_write_json", "sum_lines"])
+@pytest.mark.parametrize("fails", ["save_file", "_write_json", "hashes.sum_lines"])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_save_that_fails_leaves_everything_as_it_was(
     fails: str,
@@ -60,7 +60,7 @@ def test_a_save_that_fails_leaves_everything_as_it_was(
     if earlier:
         save(path, one_decoder, certificate=CERTIFICATE)
         before = content(path)
-    monkeypatch.setattr(artifact_module, fails, failing)
+    monkeypatch.setattr(f"{artifact_module.__name__}.{fails}", failing)
     with pytest.raises(OSError, match="No space left on device"):
         save(path, one_decoder)
     assert [file.name for file in path.parent.iterdir()] == (["model"] if earlier else [])
