@@ -81,7 +81,8 @@ MISTAKES = {
         ["--trainer.precision=bf17"],
         ["trainer.precision: expected 64, 32, 16, ", "'bf16-mixed'", " or 'bf16', got bf17"],
     ),
-    "numbers": (["--trainer.limit_val_batches=viel"], ["expected int or float, got viel"]),
+    # Python caches unions, so the order of this one depends on what was imported before.
+    "numbers": (["--trainer.limit_val_batches=viel"], ["expected ", "int", " or ", "got viel"]),
     "processes": (["--trainer.devices=999", "--trainer.accelerator=cpu"], ["999 processes on"]),
     "choice": ([f"{FEED_FORWARD}gate_scale=big"], ["expected 'mean_one' or 'sum_to_one', got big"]),
     "quantization": (
