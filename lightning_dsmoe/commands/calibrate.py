@@ -92,16 +92,12 @@ def _share(text: str) -> float:
 
 def _words(plan: SelectionPlan, decoder: Decoder) -> str:
     """What the layers with a router run."""
-    kinds = zip(
-        ("experts", "attention"), (plan.experts, plan.attention), decoder.plan_sizes, strict=True
-    )
-    routed = {
-        name: [s for s, size in zip(selections, sizes, strict=True) if size is not None]
-        for name, selections, sizes in kinds
-    }
-    return "; ".join(
-        f"{name}: {describe_selections(some)}" for name, some in routed.items() if some
-    )
+    words = []
+    for name, sizes in zip(("experts", "attention"), decoder.plan_sizes, strict=True):
+        selections = zip(getattr(plan, name), sizes, strict=True)
+        if routed := [selection for selection, size in selections if size is not None]:
+            words.append(f"{name}: {describe_selections(routed)}")
+    return "; ".join(words)
 
 
 def _comparison(calibrated: PlanResult, uniform: PlanResult) -> str:

@@ -7,24 +7,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lightning_dsmoe.analysis import HeldOut
-from lightning_dsmoe.analysis.certificate.check import (
-    ROUNDING,
-    check_weights,
-    differences,
-    is_exact,
-)
+from lightning_dsmoe.analysis.certificate import check
 from lightning_dsmoe.analysis.certificate.judgement import Judgement, judge
 from lightning_dsmoe.analysis.certificate.reading import read_certificate
-from lightning_dsmoe.analysis.certificate.record import TextSource, certificate
+from lightning_dsmoe.analysis.certificate.record import Source, TextSource, certificate
+from lightning_dsmoe.commands import evaluation_setup
 from lightning_dsmoe.commands.certificate_table import print_certificates
-from lightning_dsmoe.commands.evaluation_setup import (
-    CONTEXT,
-    TEST_FRACTION,
-    VAL_FRACTION,
-    first_given,
-    text_for,
-    tokens_at_once,
-)
+from lightning_dsmoe.commands.evaluation_setup import first_given, text_for, tokens_at_once
 from lightning_dsmoe.files import sha256
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.artifact.certificate import load_certificate, save_certificate
@@ -96,14 +85,14 @@ def certify(
         print_certificates({"measured": measured})
         print(f"The certificate is in {name}")
     else:
-        same_dense = recorded["dense"] == measured["dense"] or is_exact(model)
+        same_dense = recorded["dense"] == measured["dense"] or check.is_exact(model)
         _compare(name, recorded, measured, same_dense=same_dense)
 
 
 def _verified_source(ckpt_path: Path, model: SparseModel) -> LoadedDecoder:
     """The checkpoint that a sparse model was made of, and no other."""
     loaded = load_decoder(ckpt_path)
-    check_weights(model, loaded.decoder)
+    check.check_weights(model, loaded.decoder)
     if loaded.tokenizer != model.tokenizer_description:
         raise ValueError("the artifact was not made of this checkpoint: its tokenizer differs")
     return loaded
@@ -114,10 +103,10 @@ def _measure(model: SparseModel, text: HeldOut, source: LoadedDecoder | None) ->
         decoder = None if source is None else source.decoder
         judgement = judge(model, text.in_batches_of(tokens_at_once(model.decoder)), decoder)
     error = judgement.all_experts_error
-    if error is not None and error > ROUNDING and is_exact(model):
+    if error is not None and error > check.ROUNDING and check.is_exact(model):
         raise ValueError(
             f"the artifact with all experts is not the checkpoint: a logit differs by {error:.3g} "
-            f"of the largest one, rounding explains {ROUNDING:g}"
+            f"of the largest one, rounding explains {check.ROUNDING:g}"
         )
     return judgement
 
@@ -126,7 +115,7 @@ def _compare(
     name: str, recorded: Mapping[str, Any], measured: Mapping[str, Any], *, same_dense: bool
 ) -> None:
     """Print both certificates, or raise a ValueError that names what differs."""
-    faults = differences(recorded, measured, dense_too=same_dense)
+    faults = check.differences(recorded, measured, dense_too=same_dense)
     if faults:
         named, others = faults[:_NAMED_DIFFERENCES], len(faults) - _NAMED_DIFFERENCES
         more = f" and {others} more" if others > 0 else ""
@@ -155,9 +144,9 @@ def _text(
             )
     defaults = {
         "split": "val",
-        "val_fraction": first_given(trained_on.val_fraction, VAL_FRACTION),
-        "test_fraction": first_given(trained_on.test_fraction, TEST_FRACTION),
-        "context": first_given(trained_on.context, CONTEXT),
+        "val_fraction": first_given(trained_on.val_fraction, evaluation_setup.VAL_FRACTION),
+        "test_fraction": first_given(trained_on.test_fraction, evaluation_setup.TEST_FRACTION),
+        "context": first_given(trained_on.context, evaluation_setup.CONTEXT),
         "max_tokens": 100_000,
         "batch_tokens": 2048,
     }
@@ -171,10 +160,6 @@ def _text(
             "files and options, or --renew true for a certificate of this text (the standard "
             "library is another with another Python)"
         )
-    source = TextSource(
-        "standard library" if files is None else "files",
-        options["split"],
-        options["val_fraction"],
-        options["test_fraction"],
-    )
-    return text, source
+    origin: Source = "standard library" if files is None else "files"
+    splits = options["split"], options["val_fraction"], options["test_fraction"]
+    return text, TextSource(origin, *splits)

@@ -19,12 +19,7 @@ from lightning_dsmoe.analysis.report.drift import drift
 from lightning_dsmoe.analysis.report.lift import frequent_tokens
 from lightning_dsmoe.analysis.report.sample_routing import sample_routing
 from lightning_dsmoe.analysis.report.utilization import check_mixtures, utilization
-from lightning_dsmoe.commands.evaluation_setup import (
-    all_experts_model,
-    open_trained,
-    read_plan,
-    tokenizer_of,
-)
+from lightning_dsmoe.commands import evaluation_setup
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
@@ -64,15 +59,15 @@ def report(
             checkpoint belongs to another model.
     """
     check_file(output)
-    model, counts, text, tokenizer = open_trained(ckpt_path, **options)
+    model, counts, text, tokenizer = evaluation_setup.open_trained(ckpt_path, **options)
     check_mixtures(model.decoder.plan_sizes)
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
     facts = _facts(
         {"Checkpoint": ckpt_path, "Other checkpoint": other},
         f"{describe(selections)} ({'default' if plan is None else f'from {plan}'})",
-        _text_name(options),
         text,
+        options,
     )
     sample_experts = sample_routing(
         model,
@@ -108,7 +103,7 @@ def report(
 
 def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
     if path is not None:
-        return read_plan(path, model.decoder)
+        return evaluation_setup.read_plan(path, model.decoder)
     return SelectionPlan.uniform(
         model.decoder.n_layers, experts=Threshold(_EPS), attention=Threshold(_EPS)
     )
@@ -117,9 +112,9 @@ def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
 def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:
     """Load the other checkpoint and check that it belongs to the same model."""
     loaded = load_decoder(path)
-    if tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
+    if evaluation_setup.tokenizer_of(loaded).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"{path} has another tokenizer, so the two cannot be compared")
-    other = all_experts_model(loaded.decoder)
+    other = evaluation_setup.all_experts_model(loaded.decoder)
     if changes := differences(model.architecture, other.architecture):
         raise ValueError(f"{path} is of another architecture: {'; '.join(changes)}")
     return other
@@ -134,18 +129,14 @@ def _tokens(sample: str | None, tokenizer: Tokenizer, text: HeldOut) -> Tensor:
     return torch.as_tensor(tokenizer.encode(clean)).long().to(text.device)
 
 
-def _text_name(options: Mapping[str, Any]) -> str:
-    split, files = options.get("split", "val"), options.get("files")
-    if files is None:
-        return f"{split} split of the standard library of Python {platform.python_version()}"
-    return f"{split} split of {files if isinstance(files, str) else ', '.join(files)}"
-
-
 def _facts(
-    checkpoints: Mapping[str, str | None], plan: str, text_name: str, text: HeldOut
+    checkpoints: Mapping[str, str | None], plan: str, text: HeldOut, options: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Names and values of the head of the page: what was measured, and on which text."""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    python = f"Python {platform.python_version()}"
+    files = options.get("files") or f"the standard library of {python}"
+    names = files if isinstance(files, str) else ", ".join(files)
+    text_name = f"{options.get('split', 'val')} split of {names}"
     return [
         *(
             (name, f"{path}, SHA-256 {_short(sha256(Path(path)))}")
@@ -155,7 +146,7 @@ def _facts(
         ("Plan", plan),
         ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
         ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
-        ("Versions", f"lightning_dsmoe {__version__}, {versions}"),
+        ("Versions", f"lightning_dsmoe {__version__}, torch {torch.__version__}, {python}"),
     ]
 
 

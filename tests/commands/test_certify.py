@@ -291,7 +291,7 @@ def test_broken_certificates(certify: Certify, artifact: Path, tmp_path: Path) -
     (artifact / "certificate.json").write_text('{"loss": 1.25}')
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
-    assert error.endswith("certificate.json is not a certificate: it has no format_version")
+    assert error.endswith("certificate.json must be an object with a format_version")
     assert certify("--renew=true", "--batch_tokens=64").code == 0
     assert certify().code == 0
 

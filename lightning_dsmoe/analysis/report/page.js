@@ -28,16 +28,13 @@
     tip.style.top = `${above > 0 ? above : box.bottom + 6}px`;
   };
 
-  const cellOf = (event) => event.target.closest(".walk [title]");
-  document.addEventListener("pointerover", (event) => {
-    const cell = cellOf(event);
+  const point = (event) => {
+    const cell = event.target.closest(".walk [title]");
     if (cell) show(cell);
     else if (event.target.closest(".shown") !== shown) hide();
-  });
-  document.addEventListener("pointerdown", (event) => {
-    const cell = cellOf(event);
-    if (cell) show(cell);
-  });
+  };
+  document.addEventListener("pointerover", point);
+  document.addEventListener("pointerdown", point);
   document.addEventListener("scroll", hide, { passive: true });
 
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };

@@ -30,7 +30,7 @@ def test_statistics_tell_what_a_threshold_keeps_and_drops() -> None:
     assert router.dropped_mass(0.7).item() == pytest.approx((0.2 + 0.1) / 3)
     assert router.dropped_mass(3.0).item() == pytest.approx((0.5 + 0.1 + 0.66) / 3)
     whole = Statistics([router], [None], always=5, hidden=35)
-    assert whole.share([0.7], [0.0]) == pytest.approx((5 + 20) / 35)
+    assert whole.share([0.7, 0.0]) == pytest.approx((5 + 20) / 35)
 
 
 def test_statistics_are_of_counted_tokens(statistics: Statistics, text: HeldOut) -> None:

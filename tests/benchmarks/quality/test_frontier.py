@@ -79,7 +79,7 @@ def test_thresholds_come_closer_to_a_share_by_what_is_measured(
     statistics = Statistics([RouterStatistics(probs, 10)], [None], always=20, hidden=100)
 
     def measured(plan: SelectionPlan) -> float:
-        return 0.9 * statistics.share([plan.experts[0].eps], [0.0])
+        return 0.9 * statistics.share([plan.experts[0].eps, 0.0])
 
     find = benchmark_modules.frontier.threshold
     assert measured(find(statistics, 0.6, measured)) == pytest.approx(0.6, abs=0.002)
