@@ -1,7 +1,6 @@
 """A schedule of the weights of the mutual-information loss."""
 
 import math
-from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
@@ -83,13 +82,19 @@ class MIWeightAnnealing(MIWeightSetter):
                 "delay must be at least 1 for constant_then_ramp and 0 for other schedules, "
                 f"got delay={delay} for {schedule}"
             )
-        self._factor = partial(
-            annealed_factor, schedule=schedule, start=start, end=end, steps=steps, delay=delay
-        )
+        self.schedule, self.start, self.end = schedule, start, end
+        self.steps, self.delay = steps, delay
 
     def factor(self, step: int) -> float:
         """Factor at an optimizer step."""
-        return self._factor(step)
+        return annealed_factor(
+            step,
+            schedule=self.schedule,
+            start=self.start,
+            end=self.end,
+            steps=self.steps,
+            delay=self.delay,
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remember(pl_module, MI_WEIGHTS)

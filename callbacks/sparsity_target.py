@@ -85,9 +85,9 @@ class SparsityTarget(MIWeightSetter):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.controller = GateMassController(mass, rate, ahead, least, most)
-        self.every = every
-        self.smoothing = smoothing
-        self.delay = delay
+        self.mass, self.rate, self.ahead = mass, rate, ahead
+        self.least, self.most = least, most
+        self.every, self.smoothing, self.delay = every, smoothing, delay
         self._start_afresh()
 
     def _start_afresh(self) -> None:
