@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 from lightning import LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
-from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS
 
 Schedule = Literal["linear", "cosine", "constant_then_ramp"]
@@ -99,11 +98,7 @@ class MIWeightAnnealing(MIWeightSetter):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remember(pl_module, MI_WEIGHTS)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         factors = dict.fromkeys(MI_WEIGHTS, self.factor(trainer.global_step))
         self._scale(pl_module, factors)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
-            log_scalars(trainer, self._weights(factors))
+        self._log(trainer, trainer.global_step, factors)

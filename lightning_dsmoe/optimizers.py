@@ -75,13 +75,10 @@ class MuonWithAdamW(AdamW):
             named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
             if any(isinstance(parameter, DTensor) for _, parameter in named):
                 raise ValueError("MuonWithAdamW needs whole matrices, but the strategy shards them")
-            for muon in (True, False):
+            for muon, options in ((True, {"momentum": momentum}), (False, {})):
                 part = [pair for pair in named if is_hidden_matrix(*pair) == muon]
                 if part:
-                    self.add_param_group({**group, "params": part, "muon": muon})
-        for group in self.param_groups:
-            if group["muon"]:
-                group["momentum"] = momentum
+                    self.add_param_group({**group, "params": part, "muon": muon, **options})
 
     def _init_group(self, group: dict[str, Any], *args: Any) -> bool:
         # AdamW collects here what it updates: none of Muon's groups.

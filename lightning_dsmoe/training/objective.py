@@ -68,25 +68,21 @@ class Step(NamedTuple):
         return {"routings": Routings(experts, attention), "mask": self.mask_BT}
 
 
-class Objective(NamedTuple):
-    """The loss to minimize, and its detached terms by name, for logging."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
 def objective(
     step: Step, weights: RoutingLossWeights, group: dist.ProcessGroup | None = None
-) -> Objective:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_LM + the weighted losses of all routers.
 
     Args:
         step: a batch under the plan that is trained.
         weights: of the losses of each router.
         group: process group over whose tokens all means are, as in `mutual_information_loss`.
+
+    Returns:
+        The loss to minimize, and its detached terms by name, for logging.
     """
-    losses = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
-    return Objective(step.loss + losses.total, losses.terms)
+    total, terms = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
+    return step.loss + total, terms
 
 
 def consistent_objective(
@@ -95,7 +91,7 @@ def consistent_objective(
     weights: RoutingLossWeights,
     consistency_weight: float,
     group: dist.ProcessGroup | None = None,
-) -> Objective:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(L under a plan + L with all experts) / 2 + delta L_consistency.
 
     Source: R-Drop, arXiv 2106.14448, eq. 4, halved: delta is half of its alpha.
@@ -106,9 +102,12 @@ def consistent_objective(
         weights: of the losses of each router.
         consistency_weight: delta.
         group: as in `objective`.
+
+    Returns:
+        As `objective`.
     """
     total, terms = objective(sparse, weights, group)
     dense_total, _ = objective(dense, weights, group)
     consistency = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
     more = {"all_experts/loss": dense.loss.detach(), "consistency": consistency.detach()}
-    return Objective((total + dense_total) / 2 + consistency_weight * consistency, terms | more)
+    return (total + dense_total) / 2 + consistency_weight * consistency, terms | more

@@ -90,7 +90,7 @@ def test_same_as_a_loop_over_tokens(
             ):
                 active += layer.per_expert * selection.mask(routing.probs).sum(-1)
         shares += (active / counts.hidden)[batch["labels"] != -100].tolist()
-    mixed = callback.results["mixed"].active_share
+    mixed = callback.results["mixed"].active_share_mean
     assert mixed == pytest.approx(sum(shares) / len(shares), rel=1e-6)
 
 
