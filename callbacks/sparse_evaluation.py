@@ -75,7 +75,7 @@ class SparseEvaluation(Callback):
             raise ValueError("SparseEvaluation needs at least one plan")
         for name in plans:
             check_name("the name of a plan", name)
-        self.plans = {name: load_plan(_owner(name), plan) for name, plan in plans.items()}
+        self.plans = {n: load_plan(f"SparseEvaluation, {n!r}", p) for n, p in plans.items()}
         self.results: dict[str, SparseResult] = {}
         self._dense_loss = EvaluationLoss()
         self._meters: dict[str, tuple[SelectionPlan, EvaluationLoss, ActiveParameters]] = {}
@@ -101,7 +101,7 @@ class SparseEvaluation(Callback):
         self._dense_loss = EvaluationLoss().to(pl_module.device)
         self._meters = {}
         for name, spec in self.plans.items():
-            plan = plan_for(_owner(name), spec, decoder)
+            plan = plan_for(f"SparseEvaluation, {name!r}", spec, decoder)
             active = ActiveParameters(counts).to(pl_module.device)
             self._meters[name] = plan, EvaluationLoss().to(pl_module.device), active
 
@@ -148,7 +148,3 @@ class SparseEvaluation(Callback):
             scalars = {"loss": sparse_loss, "active_share": active_share, "gap": gap}
             names = {f"{stage}/sparse/{name}/{key}": value for key, value in scalars.items()}
             pl_module.log_dict(names, sync_dist=True)
-
-
-def _owner(name: str) -> str:
-    return f"SparseEvaluation, {name!r}"

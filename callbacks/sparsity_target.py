@@ -1,7 +1,4 @@
-"""A controller of the weights of the mutual-information loss.
-
-Shapes: B sequences, T positions.
-"""
+"""A controller of the weights of the mutual-information loss."""
 
 from typing import Any
 
@@ -140,7 +137,9 @@ class SparsityTarget(MIWeightSetter):
     ) -> None:
         step = self._steps_before_batch + 1
         if step % self.every == 0:
-            self._measure(outputs)
+            for kind, k in self.top_k.items():
+                totals = gate_mass_totals(getattr(outputs["routings"], kind), k, outputs["mask"])
+                self._totals[kind] = self._totals.get(kind, 0) + totals
         if trainer.global_step < step:
             return  # gradients are being accumulated
         for kind, totals in self._totals.items():
@@ -148,12 +147,6 @@ class SparsityTarget(MIWeightSetter):
         self._totals = {}
         masses = {f"{kind}/top_mass": mass for kind, mass in self._masses.items()}
         self._log(trainer, step, self._factors, **masses)
-
-    def _measure(self, outputs: Any) -> None:
-        routings, mask_BT = outputs["routings"], outputs["mask"]
-        for kind, k in self.top_k.items():
-            totals = gate_mass_totals(getattr(routings, kind), k, mask_BT)
-            self._totals[kind] = self._totals.get(kind, 0) + totals
 
     def _control(self, kind: str, totals: Tensor, step: int) -> None:
         mass, tokens = totals.tolist()

@@ -30,7 +30,7 @@ MOVED = {
     "checkpointed_model": "training.checkpoints",
     "objective": "training.objective",
     "routing_losses": "training.routing_losses",
-    "parameter_groups": "training.parameter_groups",
+    "parameter_groups": "training.optimization",
     "random_state": "training.random_state",
     "optimization": "training.optimization",
     "optimizer_settings": "training.optimizer_settings",

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from lightning_dsmoe.training.parameter_groups import is_hidden_matrix
+from lightning_dsmoe.training.optimization import is_hidden_matrix
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients with the steepest slope at 0 (https://kellerjordan.github.io/posts/muon/)."""

@@ -75,13 +75,12 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("context", context, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
+        self.files, self.cache_dir = files, cache_dir
+        self.context, self.batch_size = context, batch_size
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.seed, self.num_workers = seed, num_workers
+        for name, least in {"context": 1, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
+            if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -90,10 +89,6 @@ class TextDataModule(LightningDataModule):
                 f"test_fraction must be at least 0 and leave text for training beside "
                 f"val_fraction={val_fraction}, got {test_fraction}"
             )
-        self.files, self.cache_dir = files, cache_dir
-        self.context, self.batch_size = context, batch_size
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.seed, self.num_workers = seed, num_workers
         self._given_tokenizer = _given_tokenizer(tokenizer)
         self._token_file: TokenFile | None = None
         self._train_loader: ResumableLoader | None = None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
@@ -226,11 +225,11 @@ class DSMoELanguageModel(LightningModule):
         """Total loss of a batch; logs its terms."""
         weights = self._routing_loss_weights()
         group = strategies.data_parallel_group(self.device_mesh)
-        step = self._step(batch, self.plan, group)
+        step = Step.of(self, batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
             total, terms = consistent_objective(
-                step, self._step(batch, dense, group), weights, self.consistency_weight, group
+                step, Step.of(self, batch, dense, group), weights, self.consistency_weight, group
             )
         else:
             total, terms = objective(step, weights, group)
@@ -293,7 +292,7 @@ class DSMoELanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the decoder, to read its tokens and to resume exactly."""
-        checkpoints.add_content(checkpoint, self, self._data())
+        checkpoints.add_content(checkpoint, self, getattr(self._trainer, "datamodule", None))
         checkpoint["random_state"] = self._random_state.of_all_ranks(self._trainer)
         checkpoint["optimizer_settings"] = self._settings.current
 
@@ -342,11 +341,8 @@ class DSMoELanguageModel(LightningModule):
         else:
             gradients.check_and_clip(self, optimizer, *limit)
 
-    def _step(self, batch: Batch, plan: SelectionPlan, group: dist.ProcessGroup | None) -> Step:
-        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
-
     def _evaluate(self, batch: Batch, metric: EvaluationLoss, split: str) -> dict[str, Any]:
-        step = self._step(batch, self.plan, None)
+        step = Step.of(self, batch, self.plan)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
         _, terms = objective(step, self._routing_loss_weights())
@@ -355,7 +351,8 @@ class DSMoELanguageModel(LightningModule):
         return {"loss": step.loss, **step.results()}
 
     def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
-        for name, value in metric.summary(split, self._data()).items():
+        data = getattr(self.trainer, "datamodule", None)
+        for name, value in metric.summary(split, data).items():
             # The same on all ranks already; Lightning warns where `sync_dist` is missing.
             self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
@@ -373,7 +370,3 @@ class DSMoELanguageModel(LightningModule):
             return False
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
-
-    def _data(self) -> Any:
-        """The data module in use, if there is one."""
-        return getattr(self._trainer, "datamodule", None)

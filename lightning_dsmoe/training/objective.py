@@ -3,12 +3,14 @@
 Shapes: B sequences, T positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dsmoe.data.loader import Batch
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
 from lightning_dsmoe.losses import consistency_loss
@@ -39,19 +41,20 @@ class Step(NamedTuple):
     @classmethod
     def of(
         cls,
-        output: DecoderOutput,
-        labels_BT: Tensor,
+        model: Callable[[Tensor, SelectionPlan], DecoderOutput],
+        batch: Batch,
         plan: SelectionPlan,
         group: dist.ProcessGroup | None = None,
     ) -> Self:
-        """The step that led to an output.
+        """Run a batch.
 
         Args:
-            output: logits and routings of this rank's tokens.
-            labels_BT: their next tokens.
-            plan: the experts that ran.
+            model: gives logits and routings of tokens under a plan.
+            batch: this rank's tokens `input_ids` and the next tokens `labels`, `[B, T]`.
+            plan: the experts that run.
             group: process group over whose tokens the mean is, as in `mutual_information_loss`.
         """
+        output, labels_BT = model(batch["input_ids"], plan), batch["labels"]
         mask_BT = labels_BT != IGNORED
         nll = summed_cross_entropy(output.logits, labels_BT)
         totals = torch.stack([nll, mask_BT.sum().to(nll)])
