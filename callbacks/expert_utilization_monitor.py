@@ -64,15 +64,13 @@ class ExpertUtilizationMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
-        settings = {
-            f"every_n_steps={each.every_n_steps}, window={each.window}, "
-            f"dead_share={each.dead_share}"
-            for each in monitors
-        }
+        settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
         if len(settings) > 1:
+            form = "every_n_steps={}, window={}, dead_share={}"
+            listed = "; ".join(form.format(*each) for each in sorted(settings))
             raise ValueError(
                 "ExpertUtilizationMonitors with different settings log under the same names, so "
-                f"there can be only one, got {'; '.join(sorted(settings))}"
+                f"there can be only one, got {listed}"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
