@@ -162,7 +162,7 @@ def test_impossible_plans(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'lost'.*absent\.json"):
         SparseEvaluation({"lost": str(tmp_path / "absent.json")})
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"'bad'.*broken\.json: a plan is"):
+    with pytest.raises(ValueError, match=r"'bad'.*broken\.json: the plan must be"):
         SparseEvaluation({"bad": str(tmp_path / "broken.json")})
 
 
