@@ -27,20 +27,13 @@ class ParameterSummary(ModelSummary):
     """
 
     @staticmethod
-    def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def summarize(summary_data: list[tuple[str, list[str]]], *sizes: Any, **_: Any) -> None:
         columns = [(name, cells) for name, cells in summary_data if name != "FLOPs"]
         table = Table(*(name for name, _ in columns), header_style="bold magenta")
         for row in zip(*(cells for _, cells in columns), strict=True):
             table.add_row(*row)
-        total, trainable = map(get_human_readable_count, (total_parameters, trainable_parameters))
-        size = get_formatted_model_size(model_size)
+        total, trainable = map(get_human_readable_count, sizes[:2])
+        size = get_formatted_model_size(sizes[2])
         get_console().print(table, f"{total} parameters, {trainable} trainable, {size} MB")
 
 

@@ -1,7 +1,6 @@
 """How routers use their experts."""
 
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -67,10 +66,8 @@ class ExpertUtilizationMonitor(Callback):
         monitors = [each for each in callbacks if isinstance(each, ExpertUtilizationMonitor)]
         settings = {(each.every_n_steps, each.window, each.dead_share) for each in monitors}
         if len(settings) > 1:
-            listed = "; ".join(
-                "every_n_steps={}, window={}, dead_share={}".format(*each)
-                for each in sorted(settings)
-            )
+            form = "every_n_steps={}, window={}, dead_share={}"
+            listed = "; ".join(form.format(*each) for each in sorted(settings))
             raise ValueError(
                 "ExpertUtilizationMonitors with different settings log under the same names, so "
                 f"there can be only one, got {listed}"
@@ -81,7 +78,7 @@ class ExpertUtilizationMonitor(Callback):
         self._start("train", pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         place = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
         if place == 0 or place > self.every_n_steps - self.window:
@@ -98,13 +95,7 @@ class ExpertUtilizationMonitor(Callback):
         self._start("val", pl_module)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         _update(self._meters["val"], outputs)
 
@@ -126,12 +117,14 @@ class ExpertUtilizationMonitor(Callback):
         }
 
     def _report(self, stage: str, trainer: Trainer) -> None:
-        results = {
-            kind: [None if meter is None else _on_cpu(meter.compute()) for meter in meters]
+        self.results[stage] = {
+            kind: [
+                None if meter is None else Utilization(*(v.cpu() for v in meter.compute()))
+                for meter in meters
+            ]
             for kind, meters in self._meters[stage].items()
         }
-        self.results[stage] = results
-        log_scalars(trainer, _scalars(results, prefix=stage))
+        log_scalars(trainer, _scalars(stage, self.results[stage]))
 
     def _draw(self, stage: str, trainer: Trainer) -> None:
         utilizations = self.results[stage]
@@ -141,35 +134,27 @@ class ExpertUtilizationMonitor(Callback):
         if run is None or not trainer.is_global_zero:
             return
         step = trainer.global_step
-        folder = run / "utilization"
-        path = folder / f"{stage}_step_{step:08d}.png"
+        path = run / "utilization" / f"{stage}_step_{step:08d}.png"
         figure = utilization_figure(utilizations, title=f"gate shares, {stage}, step {step}")
         log_figure(trainer, f"utilization/{stage}", figure, path)
-        with atomic_path(folder / "last.png") as copy:
+        with atomic_path(path.with_name("last.png")) as copy:
             shutil.copyfile(path, copy)
 
 
 def _update(meters: Meters, outputs: Any) -> None:
-    routings = outputs["routings"]
-    for kind, layers in (("experts", routings.experts), ("attention", routings.attention)):
+    for kind, layers in outputs["routings"]._asdict().items():
         for meter, routing in zip(meters[kind], layers, strict=True):
             if meter is not None and routing is not None:
                 meter.update(routing.probs, outputs["mask"])
 
 
-def _on_cpu(utilization: Utilization) -> Utilization:
-    return Utilization(*(value.cpu() for value in utilization))
-
-
-def _scalars(
-    utilizations: Mapping[str, list[Utilization | None]], *, prefix: str
-) -> dict[str, float]:
+def _scalars(stage: str, utilizations: Utilizations) -> dict[str, float]:
     scalars = {}
     for kind, layers in utilizations.items():
         for layer, used in enumerate(layers):
             if used is None:
                 continue
-            name = f"{prefix}/{kind}/layer_{layer:02d}"
+            name = f"{stage}/{kind}/layer_{layer:02d}"
             scalars[f"{name}/effective"] = used.effective.item()
             scalars[f"{name}/entropy"] = used.entropy.item()
             scalars[f"{name}/conditional_entropy"] = used.conditional_entropy.item()

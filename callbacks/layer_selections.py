@@ -49,13 +49,10 @@ def plan_for(owner: str, spec: LayerSelections | SelectionPlan, decoder: Decoder
     Raises:
         ValueError: if it does not fit the decoder, naming `owner`.
     """
-    plan = spec
-    if isinstance(plan, LayerSelections):
-        plan = SelectionPlan.uniform(
-            decoder.n_layers, experts=plan.experts, attention=plan.attention
-        )
+    if isinstance(spec, LayerSelections):
+        spec = SelectionPlan.uniform(decoder.n_layers, **vars(spec))
     try:
-        plan.check(*decoder.plan_sizes)
+        spec.check(*decoder.plan_sizes)
     except ValueError as error:
         raise ValueError(f"{owner}: {error}") from None
-    return plan
+    return spec

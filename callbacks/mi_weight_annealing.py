@@ -1,13 +1,11 @@
 """A schedule of the weights of the mutual-information loss."""
 
 import math
-from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
-from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS
 
 Schedule = Literal["linear", "cosine", "constant_then_ramp"]
@@ -83,22 +81,24 @@ class MIWeightAnnealing(MIWeightSetter):
                 "delay must be at least 1 for constant_then_ramp and 0 for other schedules, "
                 f"got delay={delay} for {schedule}"
             )
-        self._factor = partial(
-            annealed_factor, schedule=schedule, start=start, end=end, steps=steps, delay=delay
-        )
+        self.schedule, self.start, self.end = schedule, start, end
+        self.steps, self.delay = steps, delay
 
     def factor(self, step: int) -> float:
         """Factor at an optimizer step."""
-        return self._factor(step)
+        return annealed_factor(
+            step,
+            schedule=self.schedule,
+            start=self.start,
+            end=self.end,
+            steps=self.steps,
+            delay=self.delay,
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remember(pl_module, MI_WEIGHTS)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         factors = dict.fromkeys(MI_WEIGHTS, self.factor(trainer.global_step))
         self._scale(pl_module, factors)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
-            log_scalars(trainer, self._weights(factors))
+        self._log(trainer, trainer.global_step, factors)

@@ -1,15 +1,15 @@
 """Base of the callbacks that set the weights of the mutual-information loss."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
-class MIWeightSetter(Callback, ABC):
+class MIWeightSetter(Callback):
     """Scales a model's MI weights in training, and restores them at its end."""
 
     def __init__(self) -> None:
@@ -24,17 +24,10 @@ class MIWeightSetter(Callback, ABC):
                 f"got {' and '.join(setters)}"
             )
 
-    @abstractmethod
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None: ...
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(pl_module)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._restore(pl_module)
 
     def _remember(self, pl_module: LightningModule, kinds: Iterable[str]) -> None:
@@ -45,12 +38,15 @@ class MIWeightSetter(Callback, ABC):
         for kind, factor in factors.items():
             setattr(pl_module, MI_WEIGHTS[kind], factor * self._configured[kind])
 
-    def _weights(self, factors: Mapping[str, float]) -> dict[str, float]:
-        """The scaled weights, by the names that they are logged under."""
-        return {
-            f"train/{MI_WEIGHTS[kind]}": factor * self._configured[kind]
-            for kind, factor in factors.items()
-        }
+    def _log(
+        self, trainer: Trainer, step: int, factors: Mapping[str, float], **others: float
+    ) -> None:
+        """Log the scaled weights and other scalars, if loggers write this step."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0:
+            weights = {MI_WEIGHTS[kind]: f * self._configured[kind] for kind, f in factors.items()}
+            scalars = weights | others
+            log_scalars(trainer, {f"train/{name}": value for name, value in scalars.items()})
 
     def _restore(self, pl_module: LightningModule) -> None:
         for kind, weight in self._configured.items():

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_dsmoe.training.logger_folder import logger_folder, version_name
+from lightning_dsmoe.training.last_checkpoint import logger_folder, version_name
 
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 

@@ -114,9 +114,9 @@ class SparseCompile(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder(trainer) is None:
+        if (folder := self._folder(trainer)) is None:
             return
-        folder: Path = trainer.strategy.broadcast(self._free_folder(trainer))  # type: ignore[assignment]
+        folder = trainer.strategy.broadcast(self._free(folder))
         decoder = routed_model(self, pl_module, "decoder").decoder
         on_rank_zero(trainer, lambda: self._write(trainer, decoder, folder))
         self.artifact = folder
@@ -128,10 +128,9 @@ class SparseCompile(Callback):
         run = run_folder(trainer)
         return None if run is None else run / self.name
 
-    def _free_folder(self, trainer: Trainer) -> Path | None:
+    def _free(self, folder: Path) -> Path:
         """The artifact's folder, or one beside it if another run has written to it meanwhile."""
-        folder = self._folder(trainer)
-        if folder is None or self.path is not None or folder == self.artifact:
+        if self.path is not None or folder == self.artifact:
             return folder
         free, number = folder, 0
         while free.exists():

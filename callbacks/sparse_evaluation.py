@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
@@ -18,6 +17,7 @@ from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.metrics import ActiveParameters, active_masks, count_parameters
 from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
 
 
 @renamed_attributes(loss="sparse_loss", gap="relative_gap", active_share="active_share_mean")
@@ -75,10 +75,10 @@ class SparseEvaluation(Callback):
             raise ValueError("SparseEvaluation needs at least one plan")
         for name in plans:
             check_name("the name of a plan", name)
-        self.plans = {name: load_plan(_owner(name), plan) for name, plan in plans.items()}
+        self.plans = {n: load_plan(f"SparseEvaluation, {n!r}", p) for n, p in plans.items()}
         self.results: dict[str, SparseResult] = {}
-        self._dense_loss = _mean()
-        self._meters: dict[str, _Meter] = {}
+        self._dense_loss = EvaluationLoss()
+        self._meters: dict[str, tuple[SelectionPlan, EvaluationLoss, ActiveParameters]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -98,12 +98,12 @@ class SparseEvaluation(Callback):
             )
         decoder = routed_model(self, pl_module, "decoder").decoder
         counts = count_parameters(decoder)
-        self._dense_loss = _mean().to(pl_module.device)
+        self._dense_loss = EvaluationLoss().to(pl_module.device)
         self._meters = {}
         for name, spec in self.plans.items():
-            plan = plan_for(_owner(name), spec, decoder)
+            plan = plan_for(f"SparseEvaluation, {name!r}", spec, decoder)
             active = ActiveParameters(counts).to(pl_module.device)
-            self._meters[name] = _Meter(plan, _mean().to(pl_module.device), active)
+            self._meters[name] = plan, EvaluationLoss().to(pl_module.device), active
 
     # In `fit` too, so that what does not fit the model fails before the first step.
     on_fit_start = on_test_start = on_validation_start
@@ -144,25 +144,7 @@ class SparseEvaluation(Callback):
             gap = sparse_loss / dense_loss - 1 if dense_loss else 0.0
             share = (value.item() for value in active.compute())
             self.results[name] = SparseResult(sparse_loss, dense_loss, gap, *share)
-            pl_module.log_dict(
-                {
-                    f"{stage}/sparse/{name}/loss": sparse_loss,
-                    f"{stage}/sparse/{name}/active_share": self.results[name].active_share_mean,
-                    f"{stage}/sparse/{name}/gap": gap,
-                },
-                sync_dist=True,
-            )
-
-
-class _Meter(NamedTuple):
-    plan: SelectionPlan
-    loss: MeanMetric
-    active: ActiveParameters
-
-
-def _mean() -> MeanMetric:
-    return MeanMetric(nan_strategy=float("nan"))  # NaN stays NaN, rather than being left out
-
-
-def _owner(name: str) -> str:
-    return f"SparseEvaluation, {name!r}"
+            active_share = self.results[name].active_share_mean
+            scalars = {"loss": sparse_loss, "active_share": active_share, "gap": gap}
+            names = {f"{stage}/sparse/{name}/{key}": value for key, value in scalars.items()}
+            pl_module.log_dict(names, sync_dist=True)

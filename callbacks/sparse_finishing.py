@@ -1,7 +1,6 @@
 """A last phase of training that runs only some experts."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.routed_model import routed_model
+from lightning_dsmoe.moved import warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -59,8 +59,7 @@ class SparseFinishing(Callback):
         turns_with: Sequence[PlanSpec] | None = None,
     ) -> None:
         if turns_with is not None:
-            message = "turns_with is now alternate_with; the old name goes with version 0.3"
-            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            warn_renamed("turns_with", "alternate_with")
             alternate_with = (*alternate_with, *turns_with)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
@@ -93,9 +92,7 @@ class SparseFinishing(Callback):
             )
         self._first = int(total) - self.steps
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._restore(pl_module)  # a batch that was skipped had no end
         assert self._first is not None
         step = trainer.global_step - self._first
@@ -104,14 +101,10 @@ class SparseFinishing(Callback):
             self._configured = model.plan
             model.plan = self._sparse[step % len(self._sparse)]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._restore(pl_module)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._restore(pl_module)
 
     def _restore(self, pl_module: LightningModule) -> None:

@@ -1,7 +1,4 @@
-"""A controller of the weights of the mutual-information loss.
-
-Shapes: B sequences, T positions.
-"""
+"""A controller of the weights of the mutual-information loss."""
 
 from typing import Any
 
@@ -10,7 +7,6 @@ from torch import Tensor
 
 from lightning_dsmoe.callbacks.gate_mass_controller import GateMassController, gate_mass_totals
 from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
-from lightning_dsmoe.callbacks.reporting import log_scalars
 from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
 
 
@@ -85,9 +81,9 @@ class SparsityTarget(MIWeightSetter):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.controller = GateMassController(mass, rate, ahead, least, most)
-        self.every = every
-        self.smoothing = smoothing
-        self.delay = delay
+        self.mass, self.rate, self.ahead = mass, rate, ahead
+        self.least, self.most = least, most
+        self.every, self.smoothing, self.delay = every, smoothing, delay
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -115,26 +111,24 @@ class SparsityTarget(MIWeightSetter):
         self._remember(pl_module, self.top_k)
         sizes = dict(zip(MI_WEIGHTS, decoder.plan_sizes, strict=True))
         for kind, k in self.top_k.items():
-            self._check(kind, k, [n for n in sizes[kind] if n is not None], self._configured[kind])
+            self._check(kind, k, min((n for n in sizes[kind] if n is not None), default=0))
 
-    def _check(self, kind: str, k: int, n_experts: list[int], weight: float) -> None:
-        target = self.controller.target
-        name = f"SparsityTarget, {MI_WEIGHTS[kind].removesuffix('_mi_weight')}_top_k={k}"
+    def _check(self, kind: str, k: int, n_experts: int) -> None:
+        weight = MI_WEIGHTS[kind]
+        name = f"SparsityTarget, {weight.removesuffix('_mi_weight')}_top_k={k}"
         if not n_experts:
             raise ValueError(f"{name}: the model has no router of this kind")
-        if k >= min(n_experts):
-            raise ValueError(f"{name}: must be below the number of experts, {min(n_experts)}")
-        if target <= k / min(n_experts):
+        if k >= n_experts:
+            raise ValueError(f"{name}: must be below the number of experts, {n_experts}")
+        if self.mass <= k / n_experts:
             raise ValueError(
-                f"{name}: equal gates of {min(n_experts)} experts give the top {k} a mass of "
-                f"{k / min(n_experts):.4g} already, and mass must be above it, got {target}"
+                f"{name}: equal gates of {n_experts} experts give the top {k} a mass of "
+                f"{k / n_experts:.4g} already, and mass must be above it, got {self.mass}"
             )
-        if not weight > 0:
-            raise ValueError(f"{name}: {MI_WEIGHTS[kind]} must be above 0, got {weight}")
+        if not self._configured[kind] > 0:
+            raise ValueError(f"{name}: {weight} must be above 0, got {self._configured[kind]}")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._steps_before_batch = trainer.global_step
         self._scale(pl_module, self._factors)
 
@@ -143,21 +137,16 @@ class SparsityTarget(MIWeightSetter):
     ) -> None:
         step = self._steps_before_batch + 1
         if step % self.every == 0:
-            self._measure(outputs)
+            for kind, k in self.top_k.items():
+                totals = gate_mass_totals(getattr(outputs["routings"], kind), k, outputs["mask"])
+                self._totals[kind] = self._totals.get(kind, 0) + totals
         if trainer.global_step < step:
             return  # gradients are being accumulated
         for kind, totals in self._totals.items():
             self._control(kind, trainer.strategy.reduce(totals, reduce_op="sum"), step)
         self._totals = {}
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and step % every == 0:
-            self._log(trainer)
-
-    def _measure(self, outputs: Any) -> None:
-        routings, mask_BT = outputs["routings"], outputs["mask"]
-        for kind, k in self.top_k.items():
-            totals = gate_mass_totals(getattr(routings, kind), k, mask_BT)
-            self._totals[kind] = self._totals.get(kind, 0) + totals
+        masses = {f"{kind}/top_mass": mass for kind, mass in self._masses.items()}
+        self._log(trainer, step, self._factors, **masses)
 
     def _control(self, kind: str, totals: Tensor, step: int) -> None:
         mass, tokens = totals.tolist()
@@ -169,7 +158,3 @@ class SparsityTarget(MIWeightSetter):
         if step >= self.delay:
             factor = self._factors[kind]
             self._factors[kind] = self.controller.next_factor(factor, mass, before)
-
-    def _log(self, trainer: Trainer) -> None:
-        masses = {f"train/{kind}/top_mass": mass for kind, mass in self._masses.items()}
-        log_scalars(trainer, self._weights(self._factors) | masses)

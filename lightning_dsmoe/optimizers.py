@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
-from lightning_dsmoe.training.parameter_groups import is_hidden_matrix
+from lightning_dsmoe.training.optimization import is_hidden_matrix
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients with the steepest slope at 0 (https://kellerjordan.github.io/posts/muon/)."""
@@ -75,13 +75,10 @@ class MuonWithAdamW(AdamW):
             named = list(zip(group.pop("param_names"), group.pop("params"), strict=True))
             if any(isinstance(parameter, DTensor) for _, parameter in named):
                 raise ValueError("MuonWithAdamW needs whole matrices, but the strategy shards them")
-            for muon in (True, False):
+            for muon, options in ((True, {"momentum": momentum}), (False, {})):
                 part = [pair for pair in named if is_hidden_matrix(*pair) == muon]
                 if part:
-                    self.add_param_group({**group, "params": part, "muon": muon})
-        for group in self.param_groups:
-            if group["muon"]:
-                group["momentum"] = momentum
+                    self.add_param_group({**group, "params": part, "muon": muon, **options})
 
     def _init_group(self, group: dict[str, Any], *args: Any) -> bool:
         # AdamW collects here what it updates: none of Muon's groups.

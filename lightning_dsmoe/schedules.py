@@ -33,12 +33,7 @@ class LinearWarmupCosine(LambdaLR):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        max_steps: int,
-        *,
-        warmup_steps: int = 0,
-        min_ratio: float = 0.1,
+        self, optimizer: Optimizer, max_steps: int, *, warmup_steps: int = 0, min_ratio: float = 0.1
     ) -> None:
         if not 0 <= warmup_steps < max_steps or not 0 <= min_ratio <= 1:
             raise ValueError(

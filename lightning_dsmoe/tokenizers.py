@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from operator import index
 from pathlib import Path
 from reprlib import repr as short_repr
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_dsmoe.reading import Bounds, check_json
+
 MAX_JSON_CHARACTERS = 256 * 1024**2
+_Text = Annotated[str, Bounds(1, MAX_JSON_CHARACTERS)]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -67,19 +71,19 @@ class Tokenizer(ABC):
             ValueError: On an unknown kind, unknown or missing keys, or wrong values.
         """
         kind = state.get("kind")
+        if kind not in ("byte", "char", "huggingface"):
+            raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
+        text = {"byte": {}, "char": {"alphabet": _Text}, "huggingface": {"json": _Text}}[kind]
+        known: dict[str, str] = check_json("tokenizer", dict(state), {"kind": str, **text})
         if kind == "byte":
-            _check_keys(state, {"kind"})
             return ByteTokenizer()
         if kind == "char":
-            _check_keys(state, {"kind", "alphabet"})
-            return CharTokenizer(_text(state, "alphabet"))
-        if kind == "huggingface":
-            _check_keys(state, {"kind", "json"})
-            text = _text(state, "json")
-            if not _is_object(text):  # which would be taken for a path
-                raise ValueError(f"tokenizer json must be a JSON object, got {short_repr(text)}")
-            return HuggingFaceTokenizer(text)
-        raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
+            return CharTokenizer(known["alphabet"])
+        if not _is_object(known["json"]):  # which would be taken for a path
+            raise ValueError(
+                f"tokenizer json must be a JSON object, got {short_repr(known['json'])}"
+            )
+        return HuggingFaceTokenizer(known["json"])
 
     def fingerprint(self) -> str:
         """Return a hash that two tokenizers share only if they encode alike."""
@@ -285,21 +289,3 @@ def _numbers(tokens: Sequence[int]) -> list[int]:
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-
-
-def _check_keys(state: Mapping[str, object], allowed: set[str]) -> None:
-    if set(state) != allowed:
-        raise ValueError(
-            f"a {state['kind']} tokenizer has the keys {sorted(allowed)}, got {sorted(state)}"
-        )
-
-
-def _text(state: Mapping[str, object], key: str) -> str:
-    value = state[key]
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_JSON_CHARACTERS:
-        size = f" of {len(value)} characters" if isinstance(value, str) else ""
-        raise ValueError(
-            f"tokenizer {key} must be a string of 1 to {MAX_JSON_CHARACTERS} characters, "
-            f"got {type(value).__name__}{size}"
-        )
-    return value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
 from lightning_dsmoe.optimizers import MuonWithAdamW, orthogonalize
-from lightning_dsmoe.training.parameter_groups import parameter_groups
+from lightning_dsmoe.training.optimization import parameter_groups
 
 STEPS = 3
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}

@@ -7,13 +7,3 @@ from lightning_dsmoe.tokenizers import ByteTokenizer as ByteTokenizer
 from lightning_dsmoe.tokenizers import CharTokenizer as CharTokenizer
 from lightning_dsmoe.tokenizers import HuggingFaceTokenizer as HuggingFaceTokenizer
 from lightning_dsmoe.tokenizers import Tokenizer as Tokenizer
-
-__all__ = [
-    "ByteTokenizer",
-    "CharTokenizer",
-    "HuggingFaceTokenizer",
-    "TextDataModule",
-    "Tokenizer",
-    "batch_size",
-    "batch_tokens",
-]

@@ -75,13 +75,12 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("context", context, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
+        self.files, self.cache_dir = files, cache_dir
+        self.context, self.batch_size = context, batch_size
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.seed, self.num_workers = seed, num_workers
+        for name, least in {"context": 1, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
+            if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -90,17 +89,7 @@ class TextDataModule(LightningDataModule):
                 f"test_fraction must be at least 0 and leave text for training beside "
                 f"val_fraction={val_fraction}, got {test_fraction}"
             )
-        self.files = files
-        self.context = context
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.seed = seed
-        self.num_workers = num_workers
-        self.cache_dir = cache_dir
-        self._given_tokenizer = (
-            tokenizer if isinstance(tokenizer, Tokenizer) else _named_tokenizer(tokenizer)
-        )
+        self._given_tokenizer = _given_tokenizer(tokenizer)
         self._token_file: TokenFile | None = None
         self._train_loader: ResumableLoader | None = None
         self._position: tuple[int, int] | None = None
@@ -199,9 +188,7 @@ class TextDataModule(LightningDataModule):
         epoch, batches = self._position or (0, 0)
         if (loader := self._train_loader) is not None:
             epoch, batches = loader.epoch, loader.batches - unfinished_batches(self.trainer)
-            limit: float = (
-                self.trainer.num_training_batches if self.trainer is not None else len(loader)
-            )
+            limit = len(loader) if self.trainer is None else self.trainer.num_training_batches
             if batches >= limit:
                 epoch, batches = epoch + 1, 0
         return {**self._identity(), "epoch": epoch, "batches": batches}
@@ -280,11 +267,13 @@ class TextDataModule(LightningDataModule):
         }
 
 
-def _named_tokenizer(name: str) -> Tokenizer | None:
+def _given_tokenizer(given: str | Tokenizer) -> Tokenizer | None:
     """Return the tokenizer, or None for "char", whose alphabet is that of the corpus."""
-    if name == "char":
+    if isinstance(given, Tokenizer):
+        return given
+    if given == "char":
         return None
-    return ByteTokenizer() if name == "byte" else load_tokenizer(name)
+    return ByteTokenizer() if given == "byte" else load_tokenizer(given)
 
 
 def _format(value: object) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -151,11 +151,7 @@ def _char_tokenizer(corpus: Corpus) -> CharTokenizer:
 
 
 def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) -> TokenFile:
-    dtype = next(
-        name
-        for name in ("uint8", "uint16", "uint32")
-        if tokenizer.vocab_size - 1 <= np.iinfo(name).max
-    )
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
     sizes: dict[Split, SplitSize] = {}
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
@@ -170,9 +166,7 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) ->
         "dtype": dtype,
         "content": _content(path),
         "tokenizer": tokenizer.to_dict(),
-        "splits": {
-            split: [size.tokens, size.bytes, size.characters] for split, size in sizes.items()
-        },
+        "splits": {split: astuple(size) for split, size in sizes.items()},
     }
     write_text(path.with_suffix(".json"), json.dumps(record))
     return TokenFile(path, dtype, tokenizer, sizes)

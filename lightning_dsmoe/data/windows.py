@@ -97,9 +97,6 @@ class TrainingSampler(DistributedSampler[int]):
         self.num_samples = max(1, self.n_windows // num_replicas)
         self.start = 0
 
-    def __len__(self) -> int:
-        return self.num_samples
-
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
         phase = generator.integers(self.n_phases)
@@ -121,10 +118,6 @@ class EvaluationSampler(DistributedSampler[int]):
 
     def __init__(self, windows: EvaluationWindows, *, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(windows, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.num_samples = -(-len(windows) // num_replicas)
-
-    def __len__(self) -> int:
-        return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.num_samples * self.num_replicas, self.num_replicas))

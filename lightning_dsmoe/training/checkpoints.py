@@ -20,15 +20,8 @@ from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import nn
 
 from lightning_dsmoe.finite import not_finite
+from lightning_dsmoe.serialization import checkpoint as checkpoint_file
 from lightning_dsmoe.serialization.architecture import describe_decoder, differences
-from lightning_dsmoe.serialization.checkpoint import (
-    FORMAT_VERSION,
-    check_embeddings,
-    check_format,
-    check_sharing,
-    check_state,
-    read_checkpoint,
-)
 from lightning_dsmoe.serialization.class_paths import check_hyperparameters
 from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.training.restored_paths import drop_foreign_paths
@@ -61,15 +54,15 @@ def load_checked(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is invalid or does not match the class.
     """
-    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    checkpoint = checkpoint_file.read_checkpoint(path, weights_only=weights_only)
     for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
         check_hyperparameters(checkpoint.get(key, {}), cls)
-        check_embeddings(checkpoint.get(key, {}), checkpoint["state_dict"])
+        checkpoint_file.check_embeddings(checkpoint.get(key, {}), checkpoint["state_dict"])
     load = partial(load, path, weights_only=weights_only, **options)
     is_untrusted = weights_only and options.keys() <= {"hparams_file", "strict"}
     try:
         if is_untrusted and options.get("hparams_file") is None:
-            check_sharing(checkpoint["state_dict"])
+            checkpoint_file.check_sharing(checkpoint["state_dict"])
             # A file of a few kilobytes can name sizes of many gigabytes. So the model is built on
             # the meta device first, which allocates nothing and runs the same checks of shapes. A
             # user's router or norm may read its values in its constructor, which fails there.
@@ -101,7 +94,7 @@ def add_content(checkpoint: dict[str, Any], model: nn.Module, data: Any) -> None
         FloatingPointError: if weights are not finite, so that they replace no good checkpoint.
     """
     _check_weights(model)
-    checkpoint["format_version"] = FORMAT_VERSION
+    checkpoint["format_version"] = checkpoint_file.FORMAT_VERSION
     checkpoint["architecture"] = _architecture(model)
     if hasattr(data, "tokenizer"):
         checkpoint["tokenizer"] = data.tokenizer.to_dict()
@@ -121,14 +114,14 @@ def check_content(checkpoint: dict[str, Any], model: nn.Module, trainer: Trainer
     Raises:
         ValueError: if the format, the architecture, or a name or shape of a weight differs.
     """
-    check_format(checkpoint)
+    checkpoint_file.check_format(checkpoint)
     if trainer is not None:
         drop_foreign_paths(checkpoint, trainer)
     before, now = checkpoint.get("architecture"), _architecture(model)
     if before is not None and now is not None and (changes := differences(before, now)):
         raise ValueError(f"the checkpoint is of another model: {'; '.join(changes)}")
     if "state_dict" in checkpoint:  # strategies that shard have loaded and checked it
-        check_state(model.state_dict(), checkpoint["state_dict"])
+        checkpoint_file.check_state(model.state_dict(), checkpoint["state_dict"])
 
 
 def drop_objects(hyperparameters: MutableMapping[str, Any]) -> None:

@@ -10,11 +10,6 @@ from torch.optim import Optimizer
 from lightning_dsmoe.finite import is_finite, not_finite, total_norm
 
 
-def scales_gradients(module: LightningModule) -> bool:
-    """Whether the precision scales gradients (fp16), and skips steps that overflow by itself."""
-    return getattr(module.trainer.precision_plugin, "scaler", None) is not None
-
-
 def check_and_clip(
     module: LightningModule,
     optimizer: Optimizer,

@@ -7,41 +7,21 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_dsmoe.decoder import (
-    AttentionFactory,
-    Decoder,
-    DecoderOutput,
-    FeedForwardFactory,
-    NormFactory,
-)
+from lightning_dsmoe import decoder
+from lightning_dsmoe.data.loader import Batch
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
-from lightning_dsmoe.training.checkpoints import (
-    add_content,
-    check_content,
-    drop_objects,
-    load_checked,
-    use_safe_checkpoint_io,
-)
+from lightning_dsmoe.training import checkpoints, gradients, optimization, strategies
 from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
-from lightning_dsmoe.training.gradients import check_and_clip, scales_gradients
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
-from lightning_dsmoe.training.optimization import (
-    check_validated,
-    make_optimizer,
-    schedule_options,
-    step_plateaus,
-)
 from lightning_dsmoe.training.optimizer_settings import ResumableSettings
 from lightning_dsmoe.training.random_state import ResumableRandomState
 from lightning_dsmoe.training.routing_losses import RoutingLossWeights
-from lightning_dsmoe.training.strategies import check_strategy, data_parallel_group, shard
 
 
 class DSMoELanguageModel(LightningModule):
@@ -118,9 +98,9 @@ class DSMoELanguageModel(LightningModule):
         d_model: int,
         n_layers: int,
         *,
-        attention: AttentionFactory,
-        feed_forward: FeedForwardFactory,
-        norm: NormFactory = nn.RMSNorm,
+        attention: decoder.AttentionFactory,
+        feed_forward: decoder.FeedForwardFactory,
+        norm: decoder.NormFactory = nn.RMSNorm,
         max_positions: int | None = None,
         tie_embeddings: bool = True,
         dropout: float = 0.0,
@@ -137,43 +117,28 @@ class DSMoELanguageModel(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        weights = (
-            expert_mi_weight,
-            attention_mi_weight,
-            load_balancing_weight,
-            router_z_weight,
-            consistency_weight,
-        )
+        self.save_hyperparameters()
+        checkpoints.drop_objects(self.hparams)
+        self.vocab_size, self.d_model, self.n_layers = vocab_size, d_model, n_layers
+        self.attention, self.feed_forward, self.norm = attention, feed_forward, norm
+        self.max_positions, self.tie_embeddings = max_positions, tie_embeddings
+        self.dropout, self.checkpoint_activations = dropout, checkpoint_activations
+        self.compile_blocks = compile_blocks
+        self.expert_mi_weight, self.attention_mi_weight = expert_mi_weight, attention_mi_weight
+        self.load_balancing_weight, self.router_z_weight = load_balancing_weight, router_z_weight
+        self.consistency_weight = consistency_weight
+        weights = (*self._routing_loss_weights(), consistency_weight)
         if min(weights) < 0:
             raise ValueError(f"loss weights must be 0 or more, got {weights}")
-        self.save_hyperparameters()
-        drop_objects(self.hparams)
-        self.vocab_size = vocab_size
-        self.d_model = d_model
-        self.n_layers = n_layers
-        self.attention = attention
-        self.feed_forward = feed_forward
-        self.norm = norm
-        self.max_positions = max_positions
-        self.tie_embeddings = tie_embeddings
-        self.dropout = dropout
-        self.checkpoint_activations = checkpoint_activations
-        self.compile_blocks = compile_blocks
-        self.expert_mi_weight = expert_mi_weight
-        self.attention_mi_weight = attention_mi_weight
-        self.load_balancing_weight = load_balancing_weight
-        self.router_z_weight = router_z_weight
-        self.consistency_weight = consistency_weight
         self.plan = SelectionPlan.uniform(
             n_layers, experts=expert_selection, attention=attention_selection
         )
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._settings = ResumableSettings()
         self._random_state = ResumableRandomState()
         self.val_loss = EvaluationLoss()
         self.test_loss = EvaluationLoss()
-        self.decoder = Decoder(
+        self.decoder = decoder.Decoder(
             vocab_size,
             d_model,
             n_layers,
@@ -213,7 +178,7 @@ class DSMoELanguageModel(LightningModule):
             ValueError: if the file is not a checkpoint of this class, is of another model, or names
                 a class that is not known.
         """
-        return load_checked(
+        return checkpoints.load_checked(
             cls,
             super().load_from_checkpoint,
             checkpoint_path,
@@ -228,14 +193,14 @@ class DSMoELanguageModel(LightningModule):
         """Prepare a run, and drop what an earlier one has left of a checkpoint."""
         self._settings.forget()
         self._random_state.forget()
-        use_safe_checkpoint_io(self._trainer)
+        checkpoints.use_safe_checkpoint_io(self._trainer)
 
     def configure_model(self) -> None:
         """Shard the decoder where the strategy shards, then compile its blocks; each once."""
         if self._trainer is not None:
-            check_strategy(self._trainer)
+            strategies.check_strategy(self._trainer)
         if self.device_mesh is not None:
-            shard(self.decoder, self.device_mesh["data_parallel"])
+            strategies.shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             for block in self.decoder.blocks:
                 # What `compile` sets is lost in a deep copy, as weight averaging makes one, and in
@@ -243,7 +208,7 @@ class DSMoELanguageModel(LightningModule):
                 if block._compiled_call_impl is None:
                     block.compile()
 
-    def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> DecoderOutput:
+    def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> decoder.DecoderOutput:
         """Logits and routings of token sequences.
 
         Args:
@@ -253,39 +218,41 @@ class DSMoELanguageModel(LightningModule):
         Returns:
             Logits `[B, T, V]` and the routing of every layer.
         """
-        output: DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
+        output: decoder.DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        weights, group = self._routing_loss_weights(), data_parallel_group(self.device_mesh)
-        step = self._step(batch, self.plan, group)
+        weights = self._routing_loss_weights()
+        group = strategies.data_parallel_group(self.device_mesh)
+        step = Step.of(self, batch, self.plan, group)
         dense = SelectionPlan.uniform(self.n_layers)
         if self.consistency_weight and self.plan != dense:
             total, terms = consistent_objective(
-                step, self._step(batch, dense, group), weights, self.consistency_weight, group
+                step, Step.of(self, batch, dense, group), weights, self.consistency_weight, group
             )
         else:
             total, terms = objective(step, weights, group)
         if not torch.isfinite(total):
+            listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise FloatingPointError(
                 f"the loss is {total.item()} at step {self.global_step}, batch {batch_idx} "
-                f"(language model {step.loss.item()}, {_format(terms)}); no step was taken"
+                f"(language model {step.loss.item()}, {listed}); no step was taken"
             )
         self.log("train/loss", step.loss, prog_bar=True)
         if self._logs_are_due():
             self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return {"loss": total, **step.results()}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Language-model loss of a validation batch."""
         return self._evaluate(batch, self.val_loss, "val")
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Language-model loss of a test batch."""
         return self._evaluate(batch, self.test_loss, "test")
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Negative log-likelihood of each token in nats, `[B, T]`, 0 where labels are ignored."""
         logits_BTV = self(batch["input_ids"]).logits
         return F.cross_entropy(logits_BTV.mT.float(), batch["labels"], reduction="none")
@@ -305,7 +272,7 @@ class DSMoELanguageModel(LightningModule):
         """
         self._log_epoch(self.val_loss, "val")
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            step_plateaus(self.trainer)
+            optimization.step_plateaus(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Log the loss over the whole split."""
@@ -317,21 +284,21 @@ class DSMoELanguageModel(LightningModule):
         A schedule steps after every optimizer step, `lightning.pytorch.cli.ReduceLROnPlateau` after
         every validation.
         """
-        optimizer = make_optimizer(self.optimizer, self)
+        optimizer = optimization.make_optimizer(self.optimizer, self)
         schedule = self._settings.make_schedule(optimizer, self.lr_scheduler)
         if schedule is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": schedule_options(schedule)}
+        return {"optimizer": optimizer, "lr_scheduler": optimization.schedule_options(schedule)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the decoder, to read its tokens and to resume exactly."""
-        add_content(checkpoint, self, self._data())
+        checkpoints.add_content(checkpoint, self, getattr(self._trainer, "datamodule", None))
         checkpoint["random_state"] = self._random_state.of_all_ranks(self._trainer)
         checkpoint["optimizer_settings"] = self._settings.current
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check a checkpoint, and note what `fit` is to resume with."""
-        check_content(checkpoint, self, self._trainer)
+        checkpoints.check_content(checkpoint, self, self._trainer)
         if self._trainer is not None and self._trainer.state.fn == "fit":
             self._random_state.load(checkpoint, self._trainer)
             self._settings.load(checkpoint)
@@ -342,7 +309,7 @@ class DSMoELanguageModel(LightningModule):
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
-        check_validated(self.trainer)
+        optimization.check_validated(self.trainer)
         self._settings.apply(self.trainer, self.lr_scheduler)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -362,42 +329,30 @@ class DSMoELanguageModel(LightningModule):
     ) -> None:
         """Check that gradients are finite, then clip them.
 
-        Where the precision scales gradients, that is left to Lightning.
+        Where the precision scales gradients (fp16) and skips steps that overflow by itself, that
+        is left to Lightning.
 
         Raises:
             FloatingPointError: if a gradient is not finite.
         """
-        if scales_gradients(self):
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
+        limit = gradient_clip_val, gradient_clip_algorithm
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            super().configure_gradient_clipping(optimizer, *limit)
         else:
-            check_and_clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+            gradients.check_and_clip(self, optimizer, *limit)
 
-    def _step(
-        self,
-        batch: dict[str, Tensor],
-        plan: SelectionPlan,
-        group: dist.ProcessGroup | None = None,
-    ) -> Step:
-        return Step.of(self(batch["input_ids"], plan), batch["labels"], plan, group)
-
-    def _evaluate(
-        self, batch: dict[str, Tensor], metric: EvaluationLoss, split: str
-    ) -> dict[str, Any]:
-        step = self._step(batch, self.plan)
+    def _evaluate(self, batch: Batch, metric: EvaluationLoss, split: str) -> dict[str, Any]:
+        step = Step.of(self, batch, self.plan)
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
         _, terms = objective(step, self._routing_loss_weights())
-        self.log_dict(
-            {f"{split}/{name}": value for name, value in terms.items()},
-            batch_size=max(1, int(count)),
-            sync_dist=True,
-        )
+        terms = {f"{split}/{name}": value for name, value in terms.items()}
+        self.log_dict(terms, batch_size=max(1, int(count)), sync_dist=True)
         return {"loss": step.loss, **step.results()}
 
     def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
-        for name, value in metric.summary(split, self._data()).items():
+        data = getattr(self.trainer, "datamodule", None)
+        for name, value in metric.summary(split, data).items():
             # The same on all ranks already; Lightning warns where `sync_dist` is missing.
             self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
@@ -415,11 +370,3 @@ class DSMoELanguageModel(LightningModule):
             return False
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
-
-    def _data(self) -> Any:
-        """The data module in use, if there is one."""
-        return getattr(self._trainer, "datamodule", None)
-
-
-def _format(terms: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())

@@ -1,15 +1,14 @@
 """The newest checkpoint of a run, or of the version of it before."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.serialization.archive import check_archive
-from lightning_dsmoe.training.logger_folder import logger_folder, version_name
 
 _SHOWN = 3
 
@@ -35,7 +34,9 @@ def find_last_checkpoint(trainer: Trainer) -> str:
     if any(isinstance(c, ModelCheckpoint) and c.dirpath is None for c in callbacks):
         groups += [[folder] for folder in _earlier_versions(trainer)]
     for folders in groups:
-        for path in sorted(_checkpoints(folders), key=lambda path: -path.stat().st_mtime_ns):
+        names = f"[!.]*{ModelCheckpoint.FILE_EXTENSION}"
+        found = [path for folder in folders for path in folder.glob(names) if path.exists()]
+        for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns):
             if _is_complete(path):
                 return str(path)
     looked = list(dict.fromkeys(str(folder) for folders in groups for folder in folders))
@@ -44,6 +45,23 @@ def find_last_checkpoint(trainer: Trainer) -> str:
         + (", ".join(looked[:_SHOWN]) or "any folder, since no ModelCheckpoint is configured")
         + (f" and {len(looked) - _SHOWN} other versions" if len(looked) > _SHOWN else "")
     )
+
+
+def logger_folder(trainer: Trainer) -> str:
+    """Folder of all versions of the first logger; a string, since it may be a remote address.
+
+    Args:
+        trainer: has a logger.
+    """
+    logger = trainer.loggers[0]
+    save_dir = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    return f"{save_dir}/{logger.name}"
+
+
+def version_name(logger: Logger) -> str:
+    """Name of a logger's version as a folder."""
+    version = logger.version
+    return version if isinstance(version, str) else f"version_{version}"
 
 
 def _own_folders(trainer: Trainer) -> list[str]:
@@ -71,13 +89,6 @@ def _earlier_versions(trainer: Trainer) -> list[Path]:
 
     folders = Path(logger_folder(trainer)).expanduser().glob("*/checkpoints")
     return sorted(folders, key=age, reverse=True)
-
-
-def _checkpoints(folders: list[Path]) -> Iterator[Path]:
-    for folder in folders:
-        for path in folder.glob(f"*{ModelCheckpoint.FILE_EXTENSION}"):
-            if path.exists() and not path.name.startswith("."):
-                yield path
 
 
 def _is_complete(path: Path) -> bool:

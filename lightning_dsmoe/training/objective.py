@@ -3,12 +3,14 @@
 Shapes: B sequences, T positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_dsmoe.data.loader import Batch
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
 from lightning_dsmoe.losses import consistency_loss
@@ -39,19 +41,20 @@ class Step(NamedTuple):
     @classmethod
     def of(
         cls,
-        output: DecoderOutput,
-        labels_BT: Tensor,
+        model: Callable[[Tensor, SelectionPlan], DecoderOutput],
+        batch: Batch,
         plan: SelectionPlan,
         group: dist.ProcessGroup | None = None,
     ) -> Self:
-        """The step that led to an output.
+        """Run a batch.
 
         Args:
-            output: logits and routings of this rank's tokens.
-            labels_BT: their next tokens.
-            plan: the experts that ran.
+            model: gives logits and routings of tokens under a plan.
+            batch: this rank's tokens `input_ids` and the next tokens `labels`, `[B, T]`.
+            plan: the experts that run.
             group: process group over whose tokens the mean is, as in `mutual_information_loss`.
         """
+        output, labels_BT = model(batch["input_ids"], plan), batch["labels"]
         mask_BT = labels_BT != IGNORED
         nll = summed_cross_entropy(output.logits, labels_BT)
         totals = torch.stack([nll, mask_BT.sum().to(nll)])
@@ -68,25 +71,21 @@ class Step(NamedTuple):
         return {"routings": Routings(experts, attention), "mask": self.mask_BT}
 
 
-class Objective(NamedTuple):
-    """The loss to minimize, and its detached terms by name, for logging."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
 def objective(
     step: Step, weights: RoutingLossWeights, group: dist.ProcessGroup | None = None
-) -> Objective:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_LM + the weighted losses of all routers.
 
     Args:
         step: a batch under the plan that is trained.
         weights: of the losses of each router.
         group: process group over whose tokens all means are, as in `mutual_information_loss`.
+
+    Returns:
+        The loss to minimize, and its detached terms by name, for logging.
     """
-    losses = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
-    return Objective(step.loss + losses.total, losses.terms)
+    total, terms = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
+    return step.loss + total, terms
 
 
 def consistent_objective(
@@ -95,7 +94,7 @@ def consistent_objective(
     weights: RoutingLossWeights,
     consistency_weight: float,
     group: dist.ProcessGroup | None = None,
-) -> Objective:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(L under a plan + L with all experts) / 2 + delta L_consistency.
 
     Source: R-Drop, arXiv 2106.14448, eq. 4, halved: delta is half of its alpha.
@@ -106,9 +105,12 @@ def consistent_objective(
         weights: of the losses of each router.
         consistency_weight: delta.
         group: as in `objective`.
+
+    Returns:
+        As `objective`.
     """
     total, terms = objective(sparse, weights, group)
     dense_total, _ = objective(dense, weights, group)
     consistency = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
     more = {"all_experts/loss": dense.loss.detach(), "consistency": consistency.detach()}
-    return Objective((total + dense_total) / 2 + consistency_weight * consistency, terms | more)
+    return (total + dense_total) / 2 + consistency_weight * consistency, terms | more

@@ -42,7 +42,6 @@ class ResumableSettings:
         """Make the schedule of a new optimizer, and note the settings of both before any step."""
         groups = _group_settings(optimizer)  # before a schedule changes them
         schedule = None if factory is None else factory(optimizer)
-        state = {} if schedule is None else schedule.state_dict()
         self.current = {
             "optimizer": _name(optimizer),
             "groups": groups,
@@ -51,7 +50,7 @@ class ResumableSettings:
                 for old, new in zip(groups, _group_settings(optimizer), strict=True)
             ],
             "schedule": None if schedule is None else _name(schedule),
-            "schedule_settings": {key: _plain(value) for key, value in state.items()},
+            "schedule_settings": _plain({} if schedule is None else schedule.state_dict()),
         }
         return schedule
 
@@ -158,8 +157,7 @@ def _changes(before: Settings, now: Settings) -> list[str]:
         )
     pairs = [*zip(before["groups"], now["groups"], strict=True)]
     if before["schedule"] == now["schedule"]:
-        pairs.append((_schedule_settings(before), _schedule_settings(now)))
-        pairs += zip(_scheduled(before), _scheduled(now), strict=False)
+        pairs += zip(_schedule_settings(before), _schedule_settings(now), strict=False)
     changes = [
         f"{key} was {old.get(key)}, is {new.get(key)}"
         for old, new in pairs
@@ -196,18 +194,12 @@ def _update(group: Settings, settings: Settings) -> None:
         group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _schedule_settings(settings: Settings) -> Settings:
-    """Settings of a schedule but for the rates, which its groups name as `lr`."""
-    of_groups = ("base_lrs", "_last_lr")
-    return {k: v for k, v in settings["schedule_settings"].items() if k not in of_groups}
-
-
-def _scheduled(settings: Settings) -> list[Settings]:
-    """What a schedule put into the groups, where `OneCycleLR` keeps all of its settings."""
-    return [
-        {"lr" if key == "initial_lr" else key: value for key, value in group.items()}
-        for group in settings["scheduled"]
-    ]
+def _schedule_settings(settings: Settings) -> list[Settings]:
+    """Settings of a schedule, and those it put into groups, where `OneCycleLR` keeps all of its."""
+    rates = ("base_lrs", "_last_lr")  # which groups name as `lr`
+    own = {k: v for k, v in settings["schedule_settings"].items() if k not in rates}
+    groups = settings["scheduled"]
+    return [own, *({"lr" if k == "initial_lr" else k: v for k, v in g.items()} for g in groups)]
 
 
 def _name(value: object) -> str:

@@ -33,12 +33,24 @@ class ResumableRandomState:
         self._at_batch_start: dict[str, Any] | None = None
 
     def load(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-        """Read this rank's state; it is restored by the first batch.
+        """Read this rank's state, unless as many ranks did not save theirs; a warning says so.
 
-        Not before, since what runs until then draws numbers too: workers of loaders, a sanity
-        check, other callbacks.
+        The first batch restores it, not earlier, since what runs until then draws numbers too:
+        workers of loaders, a sanity check, other callbacks.
         """
-        self._restored = _of_rank(checkpoint, trainer)
+        saved = checkpoint.get("random_state", [None] * trainer.world_size)
+        states = saved if isinstance(saved, list) else [saved]  # a single one in older files
+        for state in states:
+            if state is not None:
+                check_random_state(state)
+        if saved is not None and len(states) == trainer.world_size:
+            self._restored = states[trainer.global_rank]
+            return
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {0 if saved is None else len(states)} "
+            f"processes and this run has {trainer.world_size}: random numbers, as of dropout, "
+            "start anew from the seed"
+        )
 
     def begin_batch(self) -> None:
         """Restore what was loaded, once, and note the state that this batch begins with."""
@@ -79,12 +91,7 @@ def random_state() -> dict[str, Any]:
     if numpy_state["bit_generator"] == _MERSENNE_TWISTER:
         key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
         numpy = (key, numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"])
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": cuda,
-        "python": random.getstate(),
-        "numpy": numpy,
-    }
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
 
 
 def check_random_state(state: Any) -> None:
@@ -122,21 +129,3 @@ def _numpy_state(state: Any) -> tuple[Any, ...]:
     if key.shape != (_WORDS,):  # before it takes memory
         raise ValueError("numpy")
     return (_MERSENNE_TWISTER, key.cpu().numpy().astype(np.uint32), position, has_gauss, gauss)
-
-
-def _of_rank(checkpoint: Mapping[str, Any], trainer: Trainer) -> dict[str, Any] | None:
-    """State of this rank's generators; None, with a warning, if as many ranks did not save them."""
-    saved = checkpoint.get("random_state", [None] * trainer.world_size)
-    states = saved if isinstance(saved, list) else [saved]  # a single one in older files
-    for state in states:
-        if state is not None:
-            check_random_state(state)
-    if len(states) != trainer.world_size or saved is None:
-        n_saved = 0 if saved is None else len(states)
-        rank_zero_warn(
-            f"the checkpoint holds the random states of {n_saved} processes and this run has "
-            f"{trainer.world_size}: random numbers, as of dropout, start anew from the seed"
-        )
-        return None
-    mine: dict[str, Any] | None = states[trainer.global_rank]
-    return mine

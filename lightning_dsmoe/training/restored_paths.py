@@ -51,9 +51,8 @@ def _drop(state: dict[str, Any], callback: ModelCheckpoint, resumed: str | Path 
     named = [state.get("best_model_path")]
     if state.get("dirpath", callback.dirpath) == callback.dirpath:  # else Lightning drops the rest
         named += [*(state.get(name) for name in _PATHS), *best]
-    if foreign := list(
-        dict.fromkeys(repr(path)[:200] for path in named if path and not is_own(path))
-    ):
+    shown = [repr(path)[:200] for path in named if path and not is_own(path)]
+    if foreign := list(dict.fromkeys(shown)):
         rank_zero_warn(
             "paths in the checkpoint that are no checkpoints of this run are not taken over: "
             + ", ".join(foreign[:_SHOWN])

@@ -2,19 +2,18 @@
 
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_dsmoe.decoder import Decoder
+
+_SUPPORTED = strategies.SingleDeviceStrategy, strategies.DDPStrategy, ModelParallelStrategy
+_DERIVED = strategies.DeepSpeedStrategy, XLAStrategy
+"""Subclasses of `DDPStrategy` that are not supported."""
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -29,10 +28,7 @@ def check_strategy(trainer: Trainer) -> None:
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    others = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | XLAStrategy)
-    if others or not isinstance(
-        strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy
-    ):
+    if isinstance(strategy, _DERIVED) or not isinstance(strategy, _SUPPORTED):
         raise ValueError(
             f"{name} is not supported; use one device, DDPStrategy or, to shard the model, "
             "ModelParallelStrategy with tensor_parallel_size=1"

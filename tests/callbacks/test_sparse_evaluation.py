@@ -90,7 +90,7 @@ def test_same_as_a_loop_over_tokens(
             ):
                 active += layer.per_expert * selection.mask(routing.probs).sum(-1)
         shares += (active / counts.hidden)[batch["labels"] != -100].tolist()
-    mixed = callback.results["mixed"].active_share
+    mixed = callback.results["mixed"].active_share_mean
     assert mixed == pytest.approx(sum(shares) / len(shares), rel=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_impossible_plans(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'lost'.*absent\.json"):
         SparseEvaluation({"lost": str(tmp_path / "absent.json")})
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"'bad'.*broken\.json: a plan is"):
+    with pytest.raises(ValueError, match=r"'bad'.*broken\.json: the plan must be"):
         SparseEvaluation({"bad": str(tmp_path / "broken.json")})
 
 

@@ -110,3 +110,24 @@ def test_the_old_name_of_further_plans_still_works() -> None:
 def test_mistakes_are_named(options: str, message: str) -> None:
     with pytest.raises((ArgumentError, ValueError), match=message):
         parse(f"- {options}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (
+            MIWeightAnnealing,
+            {"schedule": "constant_then_ramp", "start": 2.0, "end": 0.5, "steps": 3, "delay": 4},
+        ),
+        (
+            SparsityTarget,
+            {"mass": 0.9, "rate": 1.2, "every": 5, "smoothing": 0.1, "ahead": 2.0, "delay": 7}
+            | {"least": 0.5, "most": 3.0},
+        ),
+        (ExpertUtilizationMonitor, {"every_n_steps": 20, "window": 5, "dead_share": 0.2}),
+    ],
+)
+def test_options_are_attributes_of_the_same_name(kind: type, options: dict[str, Any]) -> None:
+    more = {"expert_top_k": 2} if kind is SparsityTarget else {}
+    callback = kind(**options, **more)
+    assert {name: getattr(callback, name) for name in options} == options

@@ -174,10 +174,10 @@ def test_own_description_loads_from_a_file(tmp_path: Path) -> None:
     [
         ({"kind": "os.system"}, "must be byte, char or huggingface, got 'os.system'"),
         ({}, "got None"),
-        ({"kind": "byte", "size": 256}, "has the keys"),
-        ({"kind": "char"}, "has the keys"),
-        ({"kind": "char", "alphabet": ""}, "1 to"),
-        ({"kind": "char", "alphabet": 7}, "got int"),
+        ({"kind": "byte", "size": 256}, "must have the fields kind; .* unknown: \\['size'\\]"),
+        ({"kind": "char"}, "must have the fields kind, alphabet; missing"),
+        ({"kind": "char", "alphabet": ""}, "alphabet must be a string of length 1 to"),
+        ({"kind": "char", "alphabet": 7}, "alphabet must be a string of .*, got 7"),
         ({"kind": "huggingface", "json": "{}"}, "not a tokenizers JSON"),
     ],
 )

@@ -50,7 +50,7 @@ def test_the_refusal_comes_before_any_step(
     make_trainer: Callable[..., Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_dsmoe.training.strategies.SingleDeviceStrategy", DDPStrategy)
+    monkeypatch.setattr("lightning_dsmoe.training.strategies._SUPPORTED", DDPStrategy)
     trainer = make_trainer(max_steps=1)
     with pytest.raises(ValueError, match="SingleDeviceStrategy is not supported"):
         trainer.fit(make_one_model(), make_loader(), make_loader())
