@@ -42,7 +42,7 @@ MOVED = {
     "inference.artifact_certificate": "inference.artifact.certificate",
     "inference.artifact_hashes": "inference.artifact.hashes",
     "inference.model_card": "inference.artifact.model_card",
-    "inference.context": "inference.reader",
+    "inference.context": "inference.generation",
     "inference.option_names": "inference.prompts",
     "inference.engine.calibration": "inference.engine.tuning",
     "inference.engine.rows": "inference.engine.weights.row_major",
