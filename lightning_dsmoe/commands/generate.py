@@ -5,13 +5,7 @@ from itertools import chain
 import torch
 
 from lightning_dsmoe.commands.evaluation_setup import read_plan
-from lightning_dsmoe.inference import (
-    SparseModel,
-    SwitchPoints,
-    compile_sparse,
-    load_decoder,
-    load_sparse,
-)
+from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_decoder, load_sparse
 from lightning_dsmoe.routing import SelectionPlan
 
 
@@ -47,7 +41,13 @@ def generate(
     """
     if (ckpt is None) == (artifact is None):
         raise ValueError("generate needs either --ckpt or --artifact")
-    model = _model_of_checkpoint(ckpt) if ckpt is not None else load_sparse(str(artifact))
+    if ckpt is None:
+        model = load_sparse(str(artifact))
+    else:
+        trained = load_decoder(ckpt)
+        dense = SelectionPlan.uniform(trained.decoder.n_layers)
+        uncompiled = SwitchPoints(gather_up_to=0)  # one text is done before a step is compiled
+        model = compile_sparse(trained, dense, switch_points=uncompiled)
     pieces = model.stream(
         prompt,
         max_new_tokens,
@@ -55,18 +55,8 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=[] if stop is None else [stop],
+        stop=stop,
         generator=torch.Generator().manual_seed(seed),
     )
-    for piece in chain([prompt], pieces):
+    for piece in chain([prompt], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print()
-
-
-def _model_of_checkpoint(path: str) -> SparseModel:
-    loaded = load_decoder(path)
-    return compile_sparse(
-        loaded,
-        SelectionPlan.uniform(loaded.decoder.n_layers),
-        switch_points=SwitchPoints(gather_up_to=0),  # one text is done before a step is compiled
-    )
