@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.sampling import Sampler
 from lightning_dsmoe.moved import renamed_options
@@ -173,9 +173,12 @@ def _reader(
     if isinstance(model, Engine):
         return model.open(batch_size, capacity, plan).read
     caches = model.new_caches(batch_size, capacity)
-    return lambda tokens_BT, mask_BT: model(tokens_BT, plan, mask=mask_BT, caches=caches).logits[
-        :, -1
-    ]
+
+    def read(tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        output: DecoderOutput = model(tokens_BT, plan, mask=mask_BT, caches=caches)
+        return output.logits[:, -1]
+
+    return read
 
 
 def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:

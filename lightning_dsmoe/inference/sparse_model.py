@@ -6,7 +6,7 @@ head width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.generation import Tokens
-from lightning_dsmoe.inference.prompts import Prompts, Texts, continue_prompts, stream_prompt
-from lightning_dsmoe.inference.text import example_prompt
+from lightning_dsmoe.inference.generation import Tokens, generate
+from lightning_dsmoe.inference.prompts import check_names
+from lightning_dsmoe.inference.text import TextGeneration, example_prompt
 from lightning_dsmoe.moved import renamed_options, warn_renamed
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
+Texts = list[str] | tuple[str, ...]
+Prompts = str | Texts | Tokens
 _Plan = SelectionPlan | None
 
 
@@ -347,8 +349,16 @@ class SparseModel(nn.Module):
             >>> model.generate([[72, 105, 32], [72, 111, 32]], 5, top_p=0.9).shape
             torch.Size([2, 8])
         """
+        if isinstance(prompts, str):
+            return self.generate([prompts], max_new_tokens, plan, **options)[0]
+        texts = cast(Texts, prompts if isinstance(prompts, list | tuple) else ())
+        if texts and all(isinstance(text, str) for text in texts):
+            return self._continue("generate", texts, max_new_tokens, plan, options).texts()
+        check_names("generate", options, of_text=False)
+        if prompts is None:
+            raise TypeError("generate needs prompts: a text, texts or tokens")
         options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        return continue_prompts(self.engine, prompts, max_new_tokens, options, self._text_tokenizer)
+        return generate(self.engine, cast(Tokens, prompts), max_new_tokens, **options)
 
     @renamed_options(context="context_length")
     def stream(
@@ -392,15 +402,27 @@ class SparseModel(nn.Module):
             >>> "def " + "".join(pieces) == model.generate("def ", 5, temperature=0)
             True
         """
-        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        return stream_prompt(self.engine, prompt, max_new_tokens, options, self._text_tokenizer)
+        if not isinstance(prompt, str):
+            raise TypeError(
+                "stream needs one text; for tokens, generate calls on_tokens with each new one"
+            )
+        return self._continue("stream", [prompt], max_new_tokens, plan, options).pieces()
 
-    def _text_tokenizer(self) -> Tokenizer:
+    def _continue(
+        self,
+        call: str,
+        texts: Texts,
+        max_new_tokens: int,
+        plan: SelectionPlan | None,
+        options: dict[str, Any],
+    ) -> TextGeneration:
+        check_names(call, options, of_text=True)
         if (tokenizer := self.tokenizer) is None:
             raise ValueError(
                 "this model was saved without a tokenizer, so it continues tokens and not text"
             )
-        return tokenizer
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return TextGeneration(self.engine, tokenizer, texts, max_new_tokens, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
