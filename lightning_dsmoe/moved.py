@@ -148,7 +148,7 @@ def renamed_options(
 
 
 def renamed_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
-    """Let attributes of a class be read by their names of version 0.1, with a warning.
+    """Let attributes of a class be used by their names of version 0.1, with a warning.
 
     Args:
         names: the new name for each old one.
@@ -158,9 +158,13 @@ def renamed_attributes(**names: str) -> Callable[[type[Owner]], type[Owner]]:
         warn_renamed(f"{type(instance).__name__}.{old}", new)
         return getattr(instance, new)
 
+    def assign(new: str, old: str, instance: object, value: Any) -> None:
+        warn_renamed(f"{type(instance).__name__}.{old}", new)
+        setattr(instance, new, value)
+
     def decorate(owner: type[Owner]) -> type[Owner]:
         for old, new in names.items():
-            setattr(owner, old, property(partial(get, new, old)))
+            setattr(owner, old, property(partial(get, new, old), partial(assign, new, old)))
         return owner
 
     return decorate

@@ -23,7 +23,7 @@ from lightning_dsmoe.inference.engine.weights.packing import Quantization, quant
 from lightning_dsmoe.inference.generation import Tokens, generate
 from lightning_dsmoe.inference.prompts import check_names
 from lightning_dsmoe.inference.text import TextGeneration, example_prompt
-from lightning_dsmoe.moved import renamed_options, warn_renamed
+from lightning_dsmoe.moved import renamed_attributes, renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
@@ -46,6 +46,7 @@ class WeightReport(NamedTuple):
     quantized: dict[str, int]
 
 
+@renamed_attributes(calibrate="tune", context="context_length")
 class SparseModel(nn.Module):
     """A decoder for inference under a selection plan; built by `compile_sparse` or `load_sparse`.
 
@@ -201,22 +202,6 @@ class SparseModel(nn.Module):
         """
         self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
-
-    def calibrate(self) -> SwitchPoints:
-        """Old name of `tune`, until version 0.3."""
-        warn_renamed("SparseModel.calibrate", "SparseModel.tune")
-        return self.tune()
-
-    @property
-    def context(self) -> int | None:
-        """Old name of `context_length`, until version 0.3."""
-        warn_renamed("SparseModel.context", "SparseModel.context_length")
-        return self.context_length
-
-    @context.setter
-    def context(self, context_length: int | None) -> None:
-        warn_renamed("SparseModel.context", "SparseModel.context_length")
-        self.context_length = context_length
 
     @torch.inference_mode()
     def forward(
