@@ -68,24 +68,49 @@ class SparseModel(nn.Module):
 
     Example:
         >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse, load_sparse
+        >>> from lightning_dsmoe.inference import SwitchPoints
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer
         >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
         >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
         >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-        >>> from lightning_dsmoe.inference import SwitchPoints
-        >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
         >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
-        >>> model = compile_sparse(decoder, plan, switch_points=uncompiled)
+        >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
+        >>> model = compile_sparse(
+        ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
+        ... )
+
+        Text gives text, all at once or piece by piece:
+
+        >>> text = model.generate("def ", 5, temperature=0)
+        >>> "def " + "".join(model.stream("def ", 5, temperature=0)) == text
+        True
+
+        Tokens give tokens, under another plan if a call has one:
+
         >>> tokens = torch.tensor([[72, 105, 32], [72, 111, 32]])
+        >>> model.generate(tokens, 5, SelectionPlan.uniform(2), top_p=0.9).shape
+        torch.Size([2, 8])
         >>> model.logits(tokens).shape
         torch.Size([2, 3, 256])
-        >>> model.generate(tokens, max_new_tokens=5).shape
-        torch.Size([2, 8])
-        >>> dense = SelectionPlan.uniform(2)  # another plan for one call
-        >>> model.generate(tokens, 5, dense).shape
-        torch.Size([2, 8])
+        >>> logits, routings = model(tokens)
+        >>> routings.experts[0].probs.shape
+        torch.Size([2, 3, 4])
+
+        A directory holds the model, with a card that describes it:
+
+        >>> with TemporaryDirectory() as folder:
+        ...     model.save(f"{folder}/model")
+        ...     loaded = load_sparse(f"{folder}/model")
+        >>> loaded.plan == model.plan
+        True
+        >>> model.report()
+        WeightReport(n_bytes=36160, quantized={})
+        >>> model.card({}).splitlines()[2]
+        '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
     """
 
     _tokenizer: Tokenizer | None
@@ -155,21 +180,6 @@ class SparseModel(nn.Module):
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file was changed or is invalid.
-
-        Example:
-            >>> from tempfile import TemporaryDirectory
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> with TemporaryDirectory() as folder:
-            ...     model.save(f"{folder}/model")
-            ...     loaded = SparseModel.load(f"{folder}/model")
-            >>> loaded.plan == model.plan
-            True
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
         del config["format_version"]
@@ -220,19 +230,6 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: if the plan does not match the model.
             TypeError: if the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> logits, routings = model(torch.tensor([[72, 105, 32]]))
-            >>> logits.shape, routings.experts[0].probs.shape
-            (torch.Size([1, 3, 256]), torch.Size([1, 3, 4]))
         """
         return self.engine.forward(tokens, self._plan(plan), mask=mask)
 
@@ -252,18 +249,6 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: if the plan does not match the model.
             TypeError: if the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.logits(torch.tensor([[72, 105, 32]])).shape
-            torch.Size([1, 3, 256])
         """
         return self.forward(tokens, plan, mask=mask).logits
 
@@ -313,26 +298,6 @@ class SparseModel(nn.Module):
             ValueError: if a prompt is empty or longer than the context, an option is out of range,
                 the plan does not match the model, or there is a text but no tokenizer.
             TypeError: if there is no such option, or the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> from lightning_dsmoe.inference import SwitchPoints
-            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
-            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
-            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
-            >>> model = compile_sparse(
-            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
-            ... )
-            >>> model.generate("def ", 5, temperature=0).startswith("def ")
-            True
-            >>> model.generate([[72, 105, 32], [72, 111, 32]], 5, top_p=0.9).shape
-            torch.Size([2, 8])
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, plan, **options)[0]
@@ -368,24 +333,6 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: as `generate` does.
             TypeError: as `generate` does, and if the prompt is not one text.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> from lightning_dsmoe.inference import SwitchPoints
-            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
-            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
-            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
-            >>> model = compile_sparse(
-            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
-            ... )
-            >>> pieces = list(model.stream("def ", 5, temperature=0))
-            >>> "def " + "".join(pieces) == model.generate("def ", 5, temperature=0)
-            True
         """
         if not isinstance(prompt, str):
             raise TypeError(
@@ -421,19 +368,7 @@ class SparseModel(nn.Module):
         return self.plan if plan is None else plan
 
     def report(self) -> WeightReport:
-        """Bytes of the weights, and which of them are quantised.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.report()
-            WeightReport(n_bytes=36160, quantized={})
-        """
+        """Bytes of the weights, and which of them are quantised."""
         tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
         return WeightReport(sum(t.nbytes for t in tensors), quantized_bytes(self.decoder))
 
@@ -456,21 +391,6 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is at the path.
             ValueError: if the artifact could not be loaded again, or the certificate belongs to
                 another model.
-
-        Example:
-            >>> import os
-            >>> from tempfile import TemporaryDirectory
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> with TemporaryDirectory() as folder:
-            ...     model.save(f"{folder}/model")
-            ...     sorted(os.listdir(f"{folder}/model"))
-            ['README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'plan.json']
         """
         config = {
             "architecture": self.architecture,
@@ -497,17 +417,6 @@ class SparseModel(nn.Module):
         Args:
             certificate: measurements of this model, empty for none.
             frontier: show the `frontier.png` beside the card.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.card({}).splitlines()[2]
-            '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
         """
         prompt = example_prompt(self.tokenizer_description)
         report = self.report()
