@@ -122,16 +122,21 @@ def new_tokens(
     Options are checked now, and each token is computed when the iterator is advanced.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
+    _check_prompts(decoder, prompts_BT, mask, stop)
+    most = decoder.max_positions
     if context_length is None:
-        context_length = decoder.max_positions
-    _check_prompts(decoder, prompts_BT, mask, context_length, stop)
+        context_length = most
+    elif most is not None and context_length > most:
+        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
+    batch_size, length = prompts_BT.shape
+    if context_length is not None and length > context_length:
+        raise ValueError(f"the prompt has {length} tokens, the context holds {context_length}")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
     sampler = Sampler(**sampling)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
     check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
-    batch_size, length = prompts_BT.shape
     capacity = min(length + max_new_tokens, context_length or length + max_new_tokens)
 
     @torch.inference_mode()
@@ -235,11 +240,7 @@ def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tenso
 
 
 def _check_prompts(
-    decoder: Decoder,
-    tokens: Tensor,
-    mask: Tensor | None,
-    context_length: int | None,
-    stop: Collection[int],
+    decoder: Decoder, tokens: Tensor, mask: Tensor | None, stop: Collection[int]
 ) -> None:
     if not isinstance(stop, Collection) or not all(
         isinstance(token, int | np.integer) for token in stop
@@ -249,13 +250,6 @@ def _check_prompts(
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
-    most = decoder.max_positions
-    if context_length is not None and most is not None and context_length > most:
-        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
-    if context_length is not None and tokens.shape[1] > context_length:
-        raise ValueError(
-            f"the prompt has {tokens.shape[1]} tokens, the context holds {context_length}"
-        )
     if mask is None:
         return
     if mask.shape != tokens.shape:

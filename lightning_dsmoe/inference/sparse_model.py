@@ -301,13 +301,13 @@ class SparseModel(nn.Module):
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, plan, **options)[0]
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
         texts = cast(Texts, prompts if isinstance(prompts, list | tuple) else ())
         if texts and all(isinstance(text, str) for text in texts):
-            return self._continue("generate", texts, max_new_tokens, plan, options).texts()
+            return self._continue("generate", texts, max_new_tokens, options).texts()
         check_names("generate", options, of_text=False)
         if prompts is None:
             raise TypeError("generate needs prompts: a text, texts or tokens")
-        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
         return generate(self.engine, cast(Tokens, prompts), max_new_tokens, **options)
 
     @renamed_options(context="context_length")
@@ -338,22 +338,17 @@ class SparseModel(nn.Module):
             raise TypeError(
                 "stream needs one text; for tokens, generate calls on_tokens with each new one"
             )
-        return self._continue("stream", [prompt], max_new_tokens, plan, options).pieces()
+        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
+        return self._continue("stream", [prompt], max_new_tokens, options).pieces()
 
     def _continue(
-        self,
-        call: str,
-        texts: Texts,
-        max_new_tokens: int,
-        plan: SelectionPlan | None,
-        options: dict[str, Any],
+        self, call: str, texts: Texts, max_new_tokens: int, options: dict[str, Any]
     ) -> TextGeneration:
         check_names(call, options, of_text=True)
         if (tokenizer := self.tokenizer) is None:
             raise ValueError(
                 "this model was saved without a tokenizer, so it continues tokens and not text"
             )
-        options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
         return TextGeneration(self.engine, tokenizer, texts, max_new_tokens, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
