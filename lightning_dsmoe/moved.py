@@ -29,7 +29,7 @@ MOVED = {
     "routing_losses": "training.routing_losses",
     "checkpoint_io": "training.checkpoint_io",
     "inference.model_card": "inference.artifact.model_card",
-    "inference.context": "inference.reader",
+    "inference.context": "inference.generation",
     "inference.engine.rows": "inference.engine.weights.row_major",
     "inference.engine.tiles": "inference.engine.weights.tiled",
     "inference.engine.head": "inference.engine.weights.int8_head",
@@ -101,7 +101,7 @@ def renamed_options(**new_names: str) -> Callable[[Named], Named]:
 
 
 def renamed_attributes(**new_names: str) -> Callable[[Named], Named]:
-    """Let attributes of a class be read by their old names too, with a warning.
+    """Let attributes of a class be read and set by their old names too, with a warning.
 
     Args:
         new_names: the present name of each old one.
@@ -111,9 +111,13 @@ def renamed_attributes(**new_names: str) -> Callable[[Named], Named]:
         warn_renamed(f"{type(instance).__name__}.{old}", new)
         return getattr(instance, new)
 
+    def assign(new: str, old: str, instance: object, value: Any) -> None:
+        warn_renamed(f"{type(instance).__name__}.{old}", new)
+        setattr(instance, new, value)
+
     def decorate(owner: Named) -> Named:
         for old, new in new_names.items():
-            setattr(owner, old, property(partial(get, new, old)))
+            setattr(owner, old, property(partial(get, new, old), partial(assign, new, old)))
         return owner
 
     return decorate

@@ -48,7 +48,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=[] if stop is None else [stop],
+        stop=stop,
         generator=torch.Generator().manual_seed(seed),
     )
     for piece in chain([prompt], pieces):

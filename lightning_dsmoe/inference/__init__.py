@@ -1,8 +1,8 @@
 """Sparse inference: a trained decoder that runs only the experts of a plan.
 
 Here: building the model (`compilation`), the model (`sparse_model`), what it continues (`prompts`,
-`text`), generation and sampling of tokens, and the readers that generation runs on. `engine` runs
-the experts fast, `artifact` is the model's directory. Nothing here imports Lightning.
+`text`), generation and sampling of tokens. `engine` runs the experts fast, `artifact` is the
+model's directory. Nothing here imports Lightning.
 """
 
 from lightning_dsmoe.inference.compilation import compile_sparse as compile_sparse

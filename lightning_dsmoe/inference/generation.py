@@ -4,17 +4,16 @@ Shapes: B sequences in a batch, T positions of the prompt, S all positions so fa
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.reader import DecoderReader, Reader
 from lightning_dsmoe.inference.sampling import Sampler
 from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
@@ -123,59 +122,68 @@ def new_tokens(
     Options are checked now, and each token is computed when the iterator is advanced.
     """
     decoder = model if isinstance(model, Decoder) else model.decoder
+    _check_prompts(decoder, prompts_BT, mask, stop)
+    most = decoder.max_positions
     if context_length is None:
-        context_length = decoder.max_positions
-    _check_prompts(decoder, prompts_BT, mask, context_length, stop)
+        context_length = most
+    elif most is not None and context_length > most:
+        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
+    batch_size, length = prompts_BT.shape
+    if context_length is not None and length > context_length:
+        raise ValueError(f"the prompt has {length} tokens, the context holds {context_length}")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
     sampler = Sampler(**sampling)
     plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
     check_plan(plan, decoder.n_layers)
     plan.check(*decoder.plan_sizes)
-    longest = prompts_BT.shape[1] + max_new_tokens
-    capacity = min(longest, context_length or longest)
-    reads = model.open if isinstance(model, Engine) else partial(DecoderReader, model)
-    open_reader = partial(reads, len(prompts_BT), capacity, plan)
-    return _columns(open_reader, prompts_BT, max_new_tokens, mask, capacity, stop, sampler)
+    capacity = min(length + max_new_tokens, context_length or length + max_new_tokens)
+
+    @torch.inference_mode()
+    def columns() -> Iterator[Tensor]:
+        stops = torch.tensor(sorted(stop), dtype=prompts_BT.dtype, device=prompts_BT.device)
+        ended_B = prompts_BT.new_zeros(batch_size, dtype=torch.bool)
+        sequences_BS = F.pad(prompts_BT, (0, max_new_tokens))
+        valid_BS = None if mask is None else F.pad(mask.bool(), (0, max_new_tokens), value=True)
+        read = _reader(model, batch_size, capacity, plan)
+        first = start = 0  # of the tokens in the cache, and of those to read
+        for end in range(length, length + max_new_tokens):
+            if end - first > capacity:
+                # Half is forgotten at once: a window that moved with every token would shift all
+                # positions, and so need all of it to be read again for each of them.
+                read = _reader(model, batch_size, capacity, plan)
+                first = start = end - max(1, capacity // 2)
+            # Without a mask single tokens may take the compiled step, which knows no padding.
+            new_mask = valid_BS[:, start:end] if valid_BS is not None and start < length else None
+            new_B = sampler(read(sequences_BS[:, start:end], new_mask))
+            if len(stops):
+                new_B = torch.where(ended_B, sequences_BS[:, end - 1], new_B)
+                ended_B |= torch.isin(new_B, stops)
+            sequences_BS[:, end] = new_B
+            start = end
+            yield new_B
+            if len(stops) and bool(ended_B.all()):
+                return
+
+    return columns()
 
 
-@torch.inference_mode()
-def _columns(
-    open_reader: Callable[[], Reader],
-    prompts_BT: Tensor,
-    max_new_tokens: int,
-    mask_BT: Tensor | None,
-    capacity: int,
-    stop: Collection[int],
-    sampler: Sampler,
-) -> Iterator[Tensor]:
-    batch_size, length = prompts_BT.shape
-    stops = torch.tensor(sorted(stop), dtype=prompts_BT.dtype, device=prompts_BT.device)
-    ended_B = prompts_BT.new_zeros(batch_size, dtype=torch.bool)
-    sequences_BS = prompts_BT.new_empty(batch_size, length + max_new_tokens)
-    sequences_BS[:, :length] = prompts_BT
-    valid_BS = sequences_BS.new_ones(sequences_BS.shape, dtype=torch.bool)
-    if mask_BT is not None:
-        valid_BS[:, :length] = mask_BT.bool()
-    reader = open_reader()
-    start = 0
-    for end in range(length, length + max_new_tokens):
-        if reader.length + end - start > capacity:
-            # Half is forgotten at once: a window that moved with every token would shift all
-            # positions, and so need all of it to be read again for each of them.
-            reader = open_reader()
-            start = end - max(1, capacity // 2)
-        # Without a mask single tokens may take the compiled step, which knows no padding.
-        new_mask = None if mask_BT is None or start >= length else valid_BS[:, start:end]
-        new_B = sampler(reader.read(sequences_BS[:, start:end], new_mask))
-        if len(stops):
-            new_B = torch.where(ended_B, sequences_BS[:, end - 1], new_B)
-            ended_B |= torch.isin(new_B, stops)
-        sequences_BS[:, end] = new_B
-        start = end
-        yield new_B
-        if len(stops) and bool(ended_B.all()):
-            return
+def _reader(
+    model: Decoder | Engine, batch_size: int, capacity: int, plan: SelectionPlan
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Start sequences: a function of new tokens `[B, T]` that gives the logits after the last.
+
+    Its second argument is bool `[B, T]`, false for padding on the left; None for no padding.
+    """
+    if isinstance(model, Engine):
+        return model.open(batch_size, capacity, plan).read
+    caches = model.new_caches(batch_size, capacity)
+
+    def read(tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        output: DecoderOutput = model(tokens_BT, plan, mask=mask_BT, caches=caches)
+        return output.logits[:, -1]
+
+    return read
 
 
 def as_tokens(model: Decoder | Engine, tokens: Tokens) -> Tensor:
@@ -232,11 +240,7 @@ def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tenso
 
 
 def _check_prompts(
-    decoder: Decoder,
-    tokens: Tensor,
-    mask: Tensor | None,
-    context_length: int | None,
-    stop: Collection[int],
+    decoder: Decoder, tokens: Tensor, mask: Tensor | None, stop: Collection[int]
 ) -> None:
     if not isinstance(stop, Collection) or not all(
         isinstance(token, int | np.integer) for token in stop
@@ -246,13 +250,6 @@ def _check_prompts(
     outside = [t for t in (int(tokens.min()), int(tokens.max()), *stop) if t not in vocabulary]
     if outside:
         raise ValueError(f"token {outside[0]} is not in 0 to {decoder.vocab_size - 1}")
-    most = decoder.max_positions
-    if context_length is not None and most is not None and context_length > most:
-        raise ValueError(f"a context of {context_length}, but the model has {most} positions")
-    if context_length is not None and tokens.shape[1] > context_length:
-        raise ValueError(
-            f"the prompt has {tokens.shape[1]} tokens, the context holds {context_length}"
-        )
     if mask is None:
         return
     if mask.shape != tokens.shape:

@@ -6,7 +6,7 @@ head width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.generation import Tokens
-from lightning_dsmoe.inference.prompts import Prompts, Texts, continue_prompts, stream_prompt
-from lightning_dsmoe.inference.text import example_prompt
-from lightning_dsmoe.moved import renamed_options, warn_renamed
+from lightning_dsmoe.inference.generation import Tokens, generate
+from lightning_dsmoe.inference.prompts import check_names
+from lightning_dsmoe.inference.text import TextGeneration, example_prompt
+from lightning_dsmoe.moved import renamed_attributes, renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
+Texts = list[str] | tuple[str, ...]
+Prompts = str | Texts | Tokens
 _Plan = SelectionPlan | None
 
 
@@ -44,6 +46,7 @@ class WeightReport(NamedTuple):
     quantized: dict[str, int]
 
 
+@renamed_attributes(calibrate="tune", context="context_length")
 class SparseModel(nn.Module):
     """A decoder for inference under a selection plan; built by `compile_sparse` or `load_sparse`.
 
@@ -65,24 +68,49 @@ class SparseModel(nn.Module):
 
     Example:
         >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
+        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse, load_sparse
+        >>> from lightning_dsmoe.inference import SwitchPoints
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer
         >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
         >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
         >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-        >>> from lightning_dsmoe.inference import SwitchPoints
-        >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
         >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
-        >>> model = compile_sparse(decoder, plan, switch_points=uncompiled)
+        >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
+        >>> model = compile_sparse(
+        ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
+        ... )
+
+        Text gives text, all at once or piece by piece:
+
+        >>> text = model.generate("def ", 5, temperature=0)
+        >>> "def " + "".join(model.stream("def ", 5, temperature=0)) == text
+        True
+
+        Tokens give tokens, under another plan if a call has one:
+
         >>> tokens = torch.tensor([[72, 105, 32], [72, 111, 32]])
+        >>> model.generate(tokens, 5, SelectionPlan.uniform(2), top_p=0.9).shape
+        torch.Size([2, 8])
         >>> model.logits(tokens).shape
         torch.Size([2, 3, 256])
-        >>> model.generate(tokens, max_new_tokens=5).shape
-        torch.Size([2, 8])
-        >>> dense = SelectionPlan.uniform(2)  # another plan for one call
-        >>> model.generate(tokens, 5, dense).shape
-        torch.Size([2, 8])
+        >>> logits, routings = model(tokens)
+        >>> routings.experts[0].probs.shape
+        torch.Size([2, 3, 4])
+
+        A directory holds the model, with a card that describes it:
+
+        >>> with TemporaryDirectory() as folder:
+        ...     model.save(f"{folder}/model")
+        ...     loaded = load_sparse(f"{folder}/model")
+        >>> loaded.plan == model.plan
+        True
+        >>> model.report()
+        WeightReport(n_bytes=36160, quantized={})
+        >>> model.card({}).splitlines()[2]
+        '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
     """
 
     _tokenizer: Tokenizer | None
@@ -152,21 +180,6 @@ class SparseModel(nn.Module):
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file was changed or is invalid.
-
-        Example:
-            >>> from tempfile import TemporaryDirectory
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> with TemporaryDirectory() as folder:
-            ...     model.save(f"{folder}/model")
-            ...     loaded = SparseModel.load(f"{folder}/model")
-            >>> loaded.plan == model.plan
-            True
         """
         decoder, plan, config = read_artifact(Path(path), certified=certified)
         del config["format_version"]
@@ -200,22 +213,6 @@ class SparseModel(nn.Module):
         self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
 
-    def calibrate(self) -> SwitchPoints:
-        """Old name of `tune`, until version 0.3."""
-        warn_renamed("SparseModel.calibrate", "SparseModel.tune")
-        return self.tune()
-
-    @property
-    def context(self) -> int | None:
-        """Old name of `context_length`, until version 0.3."""
-        warn_renamed("SparseModel.context", "SparseModel.context_length")
-        return self.context_length
-
-    @context.setter
-    def context(self, context_length: int | None) -> None:
-        warn_renamed("SparseModel.context", "SparseModel.context_length")
-        self.context_length = context_length
-
     @torch.inference_mode()
     def forward(
         self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
@@ -233,19 +230,6 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: if the plan does not match the model.
             TypeError: if the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> logits, routings = model(torch.tensor([[72, 105, 32]]))
-            >>> logits.shape, routings.experts[0].probs.shape
-            (torch.Size([1, 3, 256]), torch.Size([1, 3, 4]))
         """
         return self.engine.forward(tokens, self._plan(plan), mask=mask)
 
@@ -265,18 +249,6 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: if the plan does not match the model.
             TypeError: if the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.logits(torch.tensor([[72, 105, 32]])).shape
-            torch.Size([1, 3, 256])
         """
         return self.forward(tokens, plan, mask=mask).logits
 
@@ -326,29 +298,17 @@ class SparseModel(nn.Module):
             ValueError: if a prompt is empty or longer than the context, an option is out of range,
                 the plan does not match the model, or there is a text but no tokenizer.
             TypeError: if there is no such option, or the plan is no `SelectionPlan`.
-
-        Example:
-            >>> from functools import partial
-            >>> import torch
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> from lightning_dsmoe.inference import SwitchPoints
-            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
-            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
-            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
-            >>> model = compile_sparse(
-            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
-            ... )
-            >>> model.generate("def ", 5, temperature=0).startswith("def ")
-            True
-            >>> model.generate([[72, 105, 32], [72, 111, 32]], 5, top_p=0.9).shape
-            torch.Size([2, 8])
         """
+        if isinstance(prompts, str):
+            return self.generate([prompts], max_new_tokens, plan, **options)[0]
         options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        return continue_prompts(self.engine, prompts, max_new_tokens, options, self._text_tokenizer)
+        texts = cast(Texts, prompts if isinstance(prompts, list | tuple) else ())
+        if texts and all(isinstance(text, str) for text in texts):
+            return self._continue("generate", texts, max_new_tokens, options).texts()
+        check_names("generate", options, of_text=False)
+        if prompts is None:
+            raise TypeError("generate needs prompts: a text, texts or tokens")
+        return generate(self.engine, cast(Tokens, prompts), max_new_tokens, **options)
 
     @renamed_options(context="context_length")
     def stream(
@@ -373,34 +333,23 @@ class SparseModel(nn.Module):
         Raises:
             ValueError: as `generate` does.
             TypeError: as `generate` does, and if the prompt is not one text.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> from lightning_dsmoe.inference import SwitchPoints
-            >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
-            >>> from lightning_dsmoe.tokenizers import ByteTokenizer
-            >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
-            >>> model = compile_sparse(
-            ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
-            ... )
-            >>> pieces = list(model.stream("def ", 5, temperature=0))
-            >>> "def " + "".join(pieces) == model.generate("def ", 5, temperature=0)
-            True
         """
+        if not isinstance(prompt, str):
+            raise TypeError(
+                "stream needs one text; for tokens, generate calls on_tokens with each new one"
+            )
         options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        return stream_prompt(self.engine, prompt, max_new_tokens, options, self._text_tokenizer)
+        return self._continue("stream", [prompt], max_new_tokens, options).pieces()
 
-    def _text_tokenizer(self) -> Tokenizer:
+    def _continue(
+        self, call: str, texts: Texts, max_new_tokens: int, options: dict[str, Any]
+    ) -> TextGeneration:
+        check_names(call, options, of_text=True)
         if (tokenizer := self.tokenizer) is None:
             raise ValueError(
                 "this model was saved without a tokenizer, so it continues tokens and not text"
             )
-        return tokenizer
+        return TextGeneration(self.engine, tokenizer, texts, max_new_tokens, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -414,19 +363,7 @@ class SparseModel(nn.Module):
         return self.plan if plan is None else plan
 
     def report(self) -> WeightReport:
-        """Bytes of the weights, and which of them are quantised.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.report()
-            WeightReport(n_bytes=36160, quantized={})
-        """
+        """Bytes of the weights, and which of them are quantised."""
         tensors = [*self.decoder.parameters(), *self.decoder.buffers()]
         return WeightReport(sum(t.nbytes for t in tensors), quantized_bytes(self.decoder))
 
@@ -449,21 +386,6 @@ class SparseModel(nn.Module):
             FileExistsError: if something else than an artifact is at the path.
             ValueError: if the artifact could not be loaded again, or the certificate belongs to
                 another model.
-
-        Example:
-            >>> import os
-            >>> from tempfile import TemporaryDirectory
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> with TemporaryDirectory() as folder:
-            ...     model.save(f"{folder}/model")
-            ...     sorted(os.listdir(f"{folder}/model"))
-            ['README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'plan.json']
         """
         config = {
             "architecture": self.architecture,
@@ -490,17 +412,6 @@ class SparseModel(nn.Module):
         Args:
             certificate: measurements of this model, empty for none.
             frontier: show the `frontier.png` beside the card.
-
-        Example:
-            >>> from functools import partial
-            >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-            >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-            >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
-            >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
-            >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-            >>> model = compile_sparse(decoder, SelectionPlan.uniform(2, experts=TopK(2)))
-            >>> model.card({}).splitlines()[2]
-            '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
         """
         prompt = example_prompt(self.tokenizer_description)
         report = self.report()

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
-
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.generation import as_tokens, left_pad, new_tokens
@@ -20,16 +18,10 @@ _LONGEST_CHARACTER = 4
 """Most bytes of a character in UTF-8, and thus most tokens."""
 
 
-def continue_texts(
-    model: Decoder | Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    *,
-    stop: Stop | None = None,
-    **options: Any,
-) -> list[str]:
-    """Continue prompts of any lengths, each up to and with the first stop text in what is new.
+class TextGeneration:
+    """Continues prompts of any lengths, each up to and with the first stop text in what is new.
+
+    Options are checked now, and tokens are computed as `texts` or `pieces` need them.
 
     Args:
         model: the model, in evaluation mode.
@@ -39,43 +31,45 @@ def continue_texts(
         stop: a text that ends a continuation, or several.
         options: those of `lightning_dsmoe.inference.generate`, but for the mask.
 
-    Returns:
-        Prompts and continuations.
-
     Raises:
         ValueError: if a prompt is empty or longer than the context, or an option is out of range.
     """
-    texts = [_TextStream(tokenizer, prompt, stop) for prompt in prompts]
-    columns = _new_tokens(model, texts, max_new_tokens, options)
-    # Reading a token's number waits for the device. Only a stop text needs it before the end.
-    for new_B in columns if stop else list(columns):
-        for text, token in zip(texts, new_B.tolist(), strict=True):
-            text.add(token)
-        if all(text.ended for text in texts):
-            break
-    return [text.text for text in texts]
 
+    def __init__(
+        self,
+        model: Decoder | Engine,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        stop: Stop | None = None,
+        **options: Any,
+    ) -> None:
+        self._texts = [_TextStream(tokenizer, prompt, stop) for prompt in prompts]
+        tokens, mask = left_pad([text.tokens for text in self._texts])
+        tokens = as_tokens(model, tokens)
+        padding = None if bool(mask.all()) else mask.to(tokens.device)
+        self._columns = new_tokens(model, tokens, max_new_tokens, mask=padding, **options)
+        self._can_stop = bool(stop)
 
-def stream_text(
-    model: Decoder | Engine,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    stop: Stop | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """Yield what `continue_texts` adds to one prompt, piece by piece; options are checked now."""
-    text = _TextStream(tokenizer, prompt, stop)
-    return _pieces(text, _new_tokens(model, [text], max_new_tokens, options))
+    def texts(self) -> list[str]:
+        """Prompts and continuations."""
+        # Reading a token's number waits for the device. Only a stop text needs it before the end.
+        for new_B in self._columns if self._can_stop else list(self._columns):
+            for text, token in zip(self._texts, new_B.tolist(), strict=True):
+                text.add(token)
+            if all(text.ended for text in self._texts):
+                break
+        return [text.text for text in self._texts]
 
-
-def _pieces(text: "_TextStream", columns: Iterator[Tensor]) -> Iterator[str]:
-    for new_1 in columns:
-        if piece := text.add(int(new_1)):
-            yield piece
-        if text.ended:
-            return
+    def pieces(self) -> Iterator[str]:
+        """What is added to the only prompt, piece by piece."""
+        [text] = self._texts
+        for new_1 in self._columns:
+            if piece := text.add(int(new_1)):
+                yield piece
+            if text.ended:
+                return
 
 
 def example_prompt(description: dict[str, Any] | None) -> str | None:
@@ -137,12 +131,3 @@ class _TextStream:
             return ""  # the bytes at the end may begin a character
         self._overlap, self._decoded = self._decoded, len(self.tokens)
         return text[len(overlap) :]
-
-
-def _new_tokens(
-    model: Decoder | Engine, texts: list[_TextStream], max_new_tokens: int, options: dict[str, Any]
-) -> Iterator[Tensor]:
-    tokens, mask = left_pad([text.tokens for text in texts])
-    tokens = as_tokens(model, tokens)
-    padding = None if bool(mask.all()) else mask.to(tokens.device)
-    return new_tokens(model, tokens, max_new_tokens, mask=padding, **options)

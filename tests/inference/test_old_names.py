@@ -24,9 +24,9 @@ def test_context(one_decoder: Decoder, tokens: Tensor) -> None:
     with pytest.warns(DeprecationWarning, match=rf"^compile_sparse\(context=\) {old}"):
         model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED, context=5)  # type: ignore[call-arg]
     assert torch.equal(model.generate(tokens[:, :4], 9, temperature=0), short)
-    with pytest.warns(DeprecationWarning, match=r"SparseModel\.context is now"):
+    with pytest.warns(DeprecationWarning, match=r"^SparseModel\.context is now context_length;"):
         assert model.context == 5
-    with pytest.warns(DeprecationWarning, match=r"SparseModel\.context is now"):
+    with pytest.warns(DeprecationWarning, match=r"^SparseModel\.context is now context_length;"):
         model.context = 13
     assert model.context_length == 13
     with pytest.warns(DeprecationWarning, match=rf"^SparseModel\.generate\(context=\) {old}"):
@@ -41,7 +41,7 @@ def test_calibrate(one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Non
     points = SwitchPoints(gather_up_to=7)
     monkeypatch.setattr(SparseModel, "tune", lambda self: points)
     model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED)
-    with pytest.warns(DeprecationWarning, match=r"SparseModel\.calibrate is now SparseModel\.tune"):
+    with pytest.warns(DeprecationWarning, match=r"^SparseModel\.calibrate is now tune;"):
         assert model.calibrate() == points
     with pytest.warns(DeprecationWarning, match=r"SparseCompile\(calibrate=\) is now tune="):
         assert SparseCompile(LayerSelections(), calibrate=True).tune

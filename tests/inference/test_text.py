@@ -52,11 +52,11 @@ def test_characters_come_once_and_whole_up_to_a_stop_text(
 
     monkeypatch.setattr(text, "new_tokens", recited)
     given = (rotary_glu(), ByteTokenizer())
-    pieces = list(text.stream_text(*given, "> .", 9, stop=stop))
+    pieces = list(text.TextGeneration(*given, ["> ."], 9, stop=stop).pieces())
     assert "".join(pieces) == expected
     assert all(pieces)
     assert len(pieces) > 2
-    both = text.continue_texts(*given, ["> .", "\n\n"], 9, stop=stop)
+    both = text.TextGeneration(*given, ["> .", "\n\n"], 9, stop=stop).texts()
     assert both == [f"> .{expected}", f"\n\n{expected}"]
 
 
