@@ -12,7 +12,7 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference import Remaining, SparseModel, SwitchPoints, compile_sparse, prune
-from lightning_dsmoe.inference.engine.batched import forward as many
+from lightning_dsmoe.inference.engine.batched import grouped_layers
 from lightning_dsmoe.routing import (
     AllExperts,
     CosineRouter,
@@ -103,7 +103,7 @@ def some_text() -> HeldOut:
 
 @pytest.fixture(autouse=True)
 def grouping_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "grouping_pays", lambda *args: True)
+    monkeypatch.setattr(grouped_layers, "grouping_pays", lambda *args: True)
 
 
 def compiled(
