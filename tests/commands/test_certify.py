@@ -283,7 +283,7 @@ def test_another_text(
 def test_broken_certificates(certify: Certify, artifact: Path, tmp_path: Path) -> None:
     forge(artifact, kl="small")
     error = fails(certify(), tmp_path, content(tmp_path))
-    assert error.endswith("certificate.json: kl must be a number, got 'small'")
+    assert error.endswith("certificate.json: kl must be a finite number, got 'small'")
     (artifact / "certificate.json").write_text("{")
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
