@@ -131,12 +131,12 @@ def _side(decoder: Decoder, shape: tuple[int, int], *, compiled: bool) -> Side:
     device = decoder.embedding.weight.device
     torch.manual_seed(0)
     text_BT = torch.randint(decoder.vocab_size, (shape[0], shape[1] + 1), device=device)
+    batch = {"input_ids": text_BT[:, :-1], "labels": text_BT[:, 1:]}
     plan = SelectionPlan.uniform(decoder.n_layers)
 
     def loss() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            output = decoder(text_BT[:, :-1], plan)
-            return objective(Step.of(output, text_BT[:, 1:], plan), MI_WEIGHTS).total
+            return objective(Step.of(decoder, batch, plan), MI_WEIGHTS)[0]
 
     step = partial(training_step, decoder, optimizer, loss)
     return Side(decoder, partial(seconds_per_call, step, STEPS))

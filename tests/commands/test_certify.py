@@ -303,7 +303,7 @@ def test_an_interruption_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     before = content(tmp_path)
-    monkeypatch.setattr("lightning_dsmoe.inference.artifact.directory.sum_lines", failing)
+    monkeypatch.setattr("lightning_dsmoe.inference.artifact.hashes.sum_lines", failing)
     error = fails(certify("--batch_tokens=64"), tmp_path, before)
     assert "No space left on device" in error
 

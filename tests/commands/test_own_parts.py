@@ -95,7 +95,7 @@ def test_python_says_the_same_and_the_lines_of_the_page_run(
 
 def test_a_plan_of_unknown_selections_says_how(cli: Any, trained: Any, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(
-        '{"format_version": 1, "experts": [{"selection": "Unheard"}], "attention": []}'
+        '{"format_version": 1, "experts": [{"selection": "Unheard"}], "attention": [{}]}'
     )
     outcome = cli("generate", f"--ckpt={trained.checkpoint}", f"--plan={tmp_path}/plan.json")
     assert "is not a selection; known are AllExperts" in outcome.err
