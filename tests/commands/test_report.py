@@ -236,6 +236,6 @@ def test_the_split_is_checked_before_anything_is_read(
 
 @pytest.mark.parametrize("command", ["sweep", "calibrate", "report", "prune"])
 def test_help_tells_the_options_of_the_text(cli: Callable[..., Outcome], command: str) -> None:
-    told = " ".join(cli(command, "--help").out.split())
-    assert "--max_tokens MAX_TOKENS most tokens to use. (type: int, default: 100000)" in told
-    assert "Conditional" not in told
+    shown = " ".join(cli(command, "--help").out.split())
+    assert "--max_tokens MAX_TOKENS maximum number of tokens. (type: int, default: 100000)" in shown
+    assert "Conditional" not in shown
