@@ -45,7 +45,7 @@ def result_table(
         dense: what was measured of all experts.
         speed: show tokens per second as well.
     """
-    caption = "loss: nats per token; vs all: than all experts; active: share of hidden parameters"
+    caption = "loss: nats per token; vs all: change from all experts; active: hidden parameters"
     table = Table("plan", "loss", "vs all", "active", "median", "95th pct", title=title)
     table.caption = caption
     if speed:

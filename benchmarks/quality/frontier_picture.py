@@ -1,11 +1,14 @@
-"""Draw docs/images/frontier.png from the measured table of docs/lab_notes/quality.md."""
+"""Draw docs/images/frontier.png from the measured table of docs/lab_notes/quality.md.
+
+    python -m benchmarks.quality.frontier_picture
+"""
 
 import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {
     "weak": ("MI weights 0.01", "#00796b"),
     "middle": ("MI weights 0.02", "#e67e22"),
