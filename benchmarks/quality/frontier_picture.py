@@ -1,6 +1,6 @@
 """Draw docs/images/frontier.png from the measured table of docs/lab_notes/quality.md.
 
-    python -m benchmarks.quality.frontier_picture
+python -m benchmarks.quality.frontier_picture
 """
 
 import re
