@@ -69,8 +69,8 @@ def main() -> None:
     model = load_sparse(folder / "sparse")
     model.switch_points = SwitchPoints(gather_up_to=0)  # too small a model to compile kernels for
     generator = torch.Generator().manual_seed(1234)
-    continuation = model.generate(PROMPT, 300, temperature=0.7, generator=generator)
-    console.print(PROMPT + continuation, markup=False, highlight=False)
+    text = model.generate(PROMPT, 300, temperature=0.7, generator=generator)
+    console.print(text, markup=False, highlight=False)
 
     console.rule("Speed of as sparse a model of 100 M parameters")
     console.print(

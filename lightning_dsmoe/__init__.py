@@ -9,6 +9,7 @@ if Path(__path__[0], "callbacks").is_file():
     # file. Its target, like that of `cli_configs`, is beside this package.
     __path__.append(str(Path(__path__[0]).parent))
 
+from lightning_dsmoe import moved
 from lightning_dsmoe.attention import GroupedQueryAttention as GroupedQueryAttention
 from lightning_dsmoe.attention import MixtureOfAttentionHeads as MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder as Decoder
@@ -21,7 +22,6 @@ from lightning_dsmoe.inference import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference import compile_sparse as compile_sparse
 from lightning_dsmoe.inference import load_sparse as load_sparse
 from lightning_dsmoe.losses import mutual_information_loss as mutual_information_loss
-from lightning_dsmoe.moved import find_moved_modules
 from lightning_dsmoe.routing import AllExperts as AllExperts
 from lightning_dsmoe.routing import CosineRouter as CosineRouter
 from lightning_dsmoe.routing import LinearRouter as LinearRouter
@@ -38,10 +38,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-find_moved_modules()
+moved.find_moved_modules()
 
 # Imported when first used, so that the blocks can be had without loading Lightning.
 _WITH_LIGHTNING = {"DSMoELanguageModel": "training.language_model", "TextDataModule": "data"}
+# Names that `from lightning_dsmoe import *` gives, without modules and helpers.
+_IMPORTED = [k for k, v in globals().items() if getattr(v, "__module__", "").startswith(__name__)]
+__all__ = ["__version__", *_IMPORTED, *_WITH_LIGHTNING]
 
 
 def __getattr__(name: str) -> object:

@@ -84,3 +84,10 @@ def test_an_old_pickle_is_read_with_a_warning() -> None:
     assert b"inference.pruning" in old
     with pytest.warns(DeprecationWarning, match="is now lightning_dsmoe.serialization.pruning"):
         assert pickle.loads(old) == remaining
+
+
+def test_all_public_names_can_be_imported_at_once() -> None:
+    found: dict[str, object] = {}
+    exec("from lightning_dsmoe import *", found)
+    assert {"__version__", "Decoder", "DSMoELanguageModel", "TextDataModule", "TopK"} <= set(found)
+    assert not {"Path", "TYPE_CHECKING", "import_module", "moved"} & set(found)

@@ -1,4 +1,4 @@
-"""Decoding and reading by the sparse engine in bfloat16, for `gpu.py`.
+"""Decoding and reading by the sparse engine in bfloat16, for `python -m benchmarks.gpu`.
 
 The twin, all experts and each plan run in the same engine by turns, at the engine's own switch
 points, with random weights on random text.

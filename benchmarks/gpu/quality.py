@@ -1,4 +1,4 @@
-"""nanoGPT's recipe of 10.7 M parameters trained as DS-MoE, for `gpu.py`.
+"""nanoGPT's recipe of 10.7 M parameters trained as DS-MoE, for `python -m benchmarks.gpu`.
 
 The runs are those of `reproduce.py --preset gpu --steps 1000`; its JSON file of them is kept too.
 """

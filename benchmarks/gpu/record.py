@@ -1,4 +1,4 @@
-"""Results of a part of `gpu.py`, on disk after each measurement."""
+"""Results of a part of `python -m benchmarks.gpu`, on disk after each measurement."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""Models that `gpu.py` compares, and comparing them on a device."""
+"""Models that `python -m benchmarks.gpu` compares, and comparing them on a device."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, for `gpu.py`: each file in a process of its own.
+"""The tests that need a GPU, for `python -m benchmarks.gpu`: each file in a process of its own.
 
 One file's crash, or a package that it lacks, then leaves the others' results.
 """

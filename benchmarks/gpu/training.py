@@ -1,4 +1,4 @@
-"""Training steps of the paper's 1B shape and of its dense twin, for `gpu.py`.
+"""Training steps of the paper's 1B shape and of its dense twin, for `python -m benchmarks.gpu`.
 
 A step is what `fit` does with `precision: bf16-mixed`: the forward pass under autocast, the
 language-model and the mutual-information loss, the backward pass, clipping and fused AdamW, on one

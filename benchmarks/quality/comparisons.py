@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from benchmarks.quality.models import DS_MOE, MI_WEIGHTS
 
 Run = Mapping[str, Any]
-"""What `reproduce_runs.carry_out` gave."""
+"""What `runs.carry_out` gave."""
 Runs = Mapping[str, Mapping[int, Run]]
 """Runs by model and seed."""
 

@@ -57,6 +57,11 @@ def _check_records(archive: ZipFile, file_bytes: int) -> None:
             )
         if record.flag_bits & _ENCRYPTED or record.external_attr & _FOLDER or record.is_dir():
             raise ValueError(f"{record.filename!r:.200} is encrypted or a folder")
+        # Seeking there may raise an OSError, as if the disk were at fault and not the file.
+        if record.header_offset + record.file_size > file_bytes:
+            raise ValueError(
+                f"{record.filename!r:.200} lies beyond the {file_bytes} bytes of the file"
+            )
     # Records that overlap are a zip bomb without compression: many names for the same bytes.
     if sum(record.file_size for record in records) > file_bytes:
         raise ValueError(f"its records are larger than the {file_bytes} bytes of the file")

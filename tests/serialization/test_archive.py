@@ -129,3 +129,13 @@ def test_records_of_one_name_and_records_in_one_place(whole: bytes) -> None:
             archive.filelist.append(record)
     with pytest.raises(ValueError, match=r"larger than the \d+ bytes of the file"):
         check_archive(packed)
+
+
+@pytest.mark.parametrize("place", [2**31, 2**62, 2**63])
+def test_a_record_beyond_the_end_is_the_fault_of_the_file(place: int, tmp_path: Path) -> None:
+    """Seeking there is an OSError, which readers take for a fault of the disk."""
+    with zipfile.ZipFile(tmp_path / "file.ckpt", "w") as archive:
+        archive.writestr("data", b"some bytes")
+        archive.infolist()[0].header_offset = place
+    with pytest.raises(ValueError, match=r"'data' lies beyond the \d+ bytes of the file"):
+        check_archive(tmp_path / "file.ckpt")
