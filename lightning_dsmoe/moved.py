@@ -17,7 +17,6 @@ Named = TypeVar("Named", bound=Callable[..., Any])  # a function or a class
 
 _PACKAGE = "lightning_dsmoe"
 MOVED = {
-    "losses.entropy": "losses.mutual_information",
     "routing.gate_scale": "routing.routing",
     "experts.layer": "experts.feed_forward",
     "inference.architecture": "serialization.architecture",
@@ -34,7 +33,6 @@ MOVED = {
     "inference.engine.tiles": "inference.engine.weights.tiled",
     "inference.engine.head": "inference.engine.weights.int8_head",
     "analysis.plan_search": "analysis.plans.search",
-    "analysis.frontier": "analysis.plans.frontier",
     "analysis.sweep": "analysis.plans.frontier",
     "analysis.pruning": "analysis.unused_experts",
     "analysis.utilization": "analysis.report.utilization",

@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -91,3 +92,10 @@ def test_all_public_names_can_be_imported_at_once() -> None:
     exec("from lightning_dsmoe import *", found)
     assert {"__version__", "Decoder", "DSMoELanguageModel", "TextDataModule", "TopK"} <= set(found)
     assert not {"Path", "TYPE_CHECKING", "import_module", "moved"} & set(found)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_no_old_module_name_hides_a_public_name(old: str) -> None:
+    room, _, name = f"lightning_dsmoe.{old}".rpartition(".")
+    named = getattr(importlib.import_module(room), name, None)
+    assert named is None or isinstance(named, ModuleType)  # one that was imported before
