@@ -19,10 +19,10 @@ demo: $(STAMP) ## set up, then train, evaluate and compile a small model on the 
 	$(BIN)/python $(DEMO)
 
 test: $(STAMP) ## set up, then run all tests and the examples of the docstrings
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(STAMP) ## set up, then run the tests that train, compile and start nothing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not ddp"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not ddp"
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -77,9 +77,8 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "top k": Variant(rotary_mlp, TOP_K, [0]),
-    "threshold, padded": Variant(rotary_mlp, THRESHOLDS, [0, 5, 8]),
+    "threshold, padded, pruned": Variant(pruned_mlp, THRESHOLDS, [0, 5, 8]),
     "8 bits": Variant(learned_positions_glu, uniform(TopK(2)), [0], int8=True),
-    "pruned": Variant(pruned_mlp, uniform(Threshold(0.8)), [0]),
     "half": Variant(rotary_mlp, EVERYONE, [0], dtype=torch.bfloat16, near=3e-2),
 }
 
