@@ -197,7 +197,7 @@ def compare_product(
             f"--config={config}",
             f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.max_steps={skip + rounds * steps + 1}",
-            "--trainer.callbacks+=take_turns.TakeTurns",
+            "--trainer.callbacks+=benchmarks.speed.take_turns.TakeTurns",
             f"--trainer.callbacks.steps={steps}",
             f"--trainer.callbacks.skip={skip}",
             *overrides,
