@@ -351,6 +351,12 @@ class SparseModel(nn.Module):
             )
         return TextGeneration(self.engine, tokenizer, texts, max_new_tokens, **options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle; version 0.1 called the context length `context`."""
+        renamed = {"context": "context_length"}
+        state = {renamed.get(name, name): value for name, value in state.items()}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.switch_points = self.engine.given_points  # compiled steps hold the weights of before

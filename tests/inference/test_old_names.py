@@ -8,6 +8,7 @@ from lightning_dsmoe.callbacks import SparseCompile
 from lightning_dsmoe.callbacks.layer_selections import LayerSelections
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, generate
+from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.routing import SelectionPlan
 
 from .conftest import UNCOMPILED
@@ -47,3 +48,17 @@ def test_calibrate(one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Non
         assert SparseCompile(LayerSelections(), calibrate=True).tune
     assert SparseCompile(LayerSelections(), tune=True).tune
     assert not SparseCompile(LayerSelections()).tune
+
+
+def test_a_model_that_was_pickled_whole(one_decoder: Decoder, tokens: Tensor) -> None:
+    model = compile_sparse(one_decoder, PLAN, switch_points=UNCOMPILED, context_length=5)
+    of_engine = model.engine.__getstate__() | {"_warned": False}
+    del of_engine["max_tokens"], of_engine["can_compile"]
+    engine = Engine.__new__(Engine)
+    engine.__setstate__(of_engine)
+    state = vars(model) | {"engine": engine, "context": model.context_length}
+    del state["context_length"]
+    loaded = SparseModel.__new__(SparseModel)
+    loaded.__setstate__(state)
+    expected = model.generate(tokens[:, :4], 9, temperature=0)
+    assert torch.equal(loaded.generate(tokens[:, :4], 9, temperature=0), expected)

@@ -101,6 +101,11 @@ class Engine:
         """What copies and pickles hold: nothing compiled, and that another machine may compile."""
         return {**self.__dict__, "_steps": {}, "_layouts": {}, "can_compile": True}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take that state, also from a pickle of version 0.1, which has no `max_tokens`."""
+        self.__init__(state["decoder"], state["given_points"])  # type: ignore[misc]
+        self.max_tokens = state.get("max_tokens", self.max_tokens)
+
     def layout(self, n_sequences: int) -> Decoder:
         """The decoder with its weights laid out for a compiled step of so many sequences."""
         several = n_sequences > 1
