@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
+from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 
 CHUNK = 1024
@@ -16,6 +17,7 @@ CHUNK = 1024
 of its logits, which a large vocabulary makes the largest tensor of a step."""
 
 
+@renamed_options(others="other_logits")
 def consistency_loss(
     logits: Tensor,
     other_logits: Tensor,

@@ -124,3 +124,11 @@ def test_other_shapes_are_refused() -> None:
         consistency_loss(torch.zeros(2, 5), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="mask of shape"):
         consistency_loss(torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(3))
+
+
+def test_the_old_name_of_the_other_logits() -> None:
+    logits = torch.zeros(2, 3)
+    with pytest.warns(
+        DeprecationWarning, match=r"consistency_loss\(others=\) is now other_logits="
+    ):
+        assert consistency_loss(logits, others=logits) == 0  # type: ignore[call-arg]
