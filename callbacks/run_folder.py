@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_dsmoe.training.last_checkpoint import logger_folder, version_name
+from lightning_dsmoe.training.last_checkpoint import version_name
 
 _FOLDERS: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
@@ -15,9 +15,10 @@ def run_folder(trainer: Trainer) -> Path | None:
     """The folder of a trainer's run, the same on all ranks; None with `fast_dev_run`.
 
     Call on all ranks. It is the first logger's directory, name and version, where `ModelCheckpoint`
-    has its folder of checkpoints. `Trainer.log_dir` has name and version only for the CSV and the
-    TensorBoard logger; with any other, runs would replace each other's files. Where the logger has
-    no version, it is a new folder `version_0`, `version_1` and so on for each trainer.
+    has its folder of checkpoints if there are all three. `Trainer.log_dir` has name and version
+    only for the CSV and the TensorBoard logger; with any other, runs would replace each other's
+    files. Where the logger has no version, it is a new folder `version_0`, `version_1` and so on
+    for each trainer.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -34,7 +35,7 @@ def _folder(trainer: Trainer) -> Path:
     logger = trainer.loggers[0]
     if isinstance(logger, CSVLogger | TensorBoardLogger):
         return Path(logger.log_dir)
-    parent = Path(logger_folder(trainer))
+    parent = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "")
     return _new_version(parent) if logger.version is None else parent / version_name(logger)
 
 

@@ -26,13 +26,14 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.artifact.directory import check_free
 from lightning_dsmoe.inference.engine.weights.packing import Quantization
-from lightning_dsmoe.moved import warn_renamed
+from lightning_dsmoe.moved import renamed_attributes, warn_renamed
 from lightning_dsmoe.serialization.architecture import describe_decoder
 
 _RESERVED = {"checkpoints", "utilization"}
 """Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write to."""
 
 
+@renamed_attributes(calibrate="tune")
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 

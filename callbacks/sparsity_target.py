@@ -80,11 +80,16 @@ class SparsityTarget(MIWeightSetter):
             )
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-        self.controller = GateMassController(mass, rate, ahead, least, most)
         self.mass, self.rate, self.ahead = mass, rate, ahead
         self.least, self.most = least, most
         self.every, self.smoothing, self.delay = every, smoothing, delay
+        _ = self.controller  # checks its numbers
         self._start_afresh()
+
+    @property
+    def controller(self) -> GateMassController:
+        """What changes the factors, with the options as they are now."""
+        return GateMassController(self.mass, self.rate, self.ahead, self.least, self.most)
 
     def _start_afresh(self) -> None:
         self._factors = dict.fromkeys(self.top_k, 1.0)

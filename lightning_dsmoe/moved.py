@@ -25,6 +25,7 @@ MOVED = {
     "language_model": "training.language_model",
     "checkpointed_model": "training.checkpoints",
     "objective": "training.objective",
+    "parameter_groups": "training.optimization",
     "routing_losses": "training.routing_losses",
     "checkpoint_io": "training.checkpoint_io",
     "inference.model_card": "inference.artifact.model_card",

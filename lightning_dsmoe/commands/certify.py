@@ -64,7 +64,10 @@ def certify(
     name = f"{path / 'certificate.json'}"
     model = SparseModel.load(path, certified=not renew)
     recorded = None if renew else read_certificate(name, load_certificate(path))
-    source = None if ckpt_path is None else _verified_source(Path(ckpt_path), model)
+    source = digest = None
+    if ckpt_path is not None:
+        source = _verified_source(Path(ckpt_path), model)
+        digest = sha256(Path(ckpt_path))  # before measuring: training may write it again meanwhile
     given = {
         "split": split,
         "val_fraction": val_fraction,
@@ -78,7 +81,6 @@ def certify(
     )
     text, origin = _text(trained_on, files, given, recorded)
     judgement = _measure(model, text, source)
-    digest = None if ckpt_path is None else sha256(Path(ckpt_path))
     measured = certificate(judgement, text, origin, checkpoint=digest)
     if recorded is None:
         save_certificate(path, model, measured)

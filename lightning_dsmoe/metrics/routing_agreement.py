@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.metrics.active_parameters import active_masks
+from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 
 
+@renamed_options(found="routings", expected="other_routings")
 def routing_agreement(
     routings: Routings, other_routings: Routings, plan: SelectionPlan, mask: Tensor
 ) -> Tensor:

@@ -51,3 +51,13 @@ def test_a_trial_run_has_no_folder(make_remote: Callable[..., Any], tmp_path: Pa
     for logger in (False, make_remote(tmp_path)):
         assert run_folder(make_trainer(tmp_path, logger, fast_dev_run=True)) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logger_without_a_name_or_a_folder(
+    make_remote: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    remote = make_remote("", version="b1x2")
+    assert run_folder(make_trainer(tmp_path, remote)) == tmp_path / "project" / "b1x2"
+    monkeypatch.setattr(type(remote), "name", None)
+    remote = make_remote(tmp_path / "logs", version="b1x2")
+    assert run_folder(make_trainer(tmp_path, remote)) == tmp_path / "logs" / "b1x2"

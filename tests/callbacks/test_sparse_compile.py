@@ -317,3 +317,13 @@ def test_impossible_options(tmp_path: Path) -> None:
         SparseCompile(PLAN, max_batches=-1)
     with pytest.raises(ValueError, match=r"name of an artifact must begin .*, got '\.\./x'"):
         SparseCompile(PLAN, name="../x")
+
+
+def test_the_old_name_of_tuning_is_read_and_set_too() -> None:
+    with pytest.warns(DeprecationWarning, match=r"SparseCompile\(calibrate=\) is now tune="):
+        compiling = SparseCompile(PLAN, calibrate=True)
+    with pytest.warns(DeprecationWarning, match=r"SparseCompile\.calibrate is now tune"):
+        assert compiling.calibrate  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning, match=r"SparseCompile\.calibrate is now tune"):
+        compiling.calibrate = False  # type: ignore[attr-defined]
+    assert not compiling.tune

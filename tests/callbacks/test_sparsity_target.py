@@ -311,3 +311,10 @@ def test_fast_dev_run(
     trainer = make_trainer(fast_dev_run=2, callbacks=[SparsityTarget(expert_top_k=1)])
     trainer.fit(model, make_loader(3), make_loader(2))
     assert trainer.global_step == 2
+
+
+def test_options_that_are_set_later_control_too() -> None:
+    target = SparsityTarget(**CONTROL)
+    assert target.controller.next_factor(1.0, 0.2, 0.2) == target.rate
+    target.rate = 1.25
+    assert target.controller.next_factor(1.0, 0.2, 0.2) == 1.25

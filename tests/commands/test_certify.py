@@ -262,6 +262,24 @@ def test_an_engine_that_computes_something_else(
     assert "a logit differs by 0.01 of the largest one, rounding explains 1e-05" in error
 
 
+def test_the_hash_is_that_of_the_checkpoint_that_was_measured(
+    certify: Certify, bare: Path, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "last.ckpt"
+    shutil.copyfile(trained.checkpoint, checkpoint)
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    judge = certify_module.judge
+
+    def judge_while_training(*args: Any) -> Any:
+        checkpoint.write_bytes(b"a later one")
+        return judge(*args)
+
+    monkeypatch.setattr(certify_module, "judge", judge_while_training)
+    outcome = certify(f"--ckpt_path={checkpoint}", "--max_tokens=64", "--batch_tokens=64")
+    assert outcome.code == 0, outcome.err
+    assert read(bare)["checkpoint_sha256"] == digest
+
+
 def test_another_text(
     cli: Callable[..., Outcome], certify: Certify, artifact: Path, tmp_path: Path
 ) -> None:

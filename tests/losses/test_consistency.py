@@ -128,8 +128,6 @@ def test_other_shapes_are_refused() -> None:
 
 def test_the_old_name_of_an_argument_warns() -> None:
     logits, other_logits = torch.randn(2, 3, 5)
-    with pytest.warns(
-        DeprecationWarning, match="is now other_logits="
-    ):
+    with pytest.warns(DeprecationWarning, match="is now other_logits="):
         old = consistency_loss(logits, others=other_logits)  # type: ignore[call-arg]
     assert torch.equal(old, consistency_loss(logits, other_logits))

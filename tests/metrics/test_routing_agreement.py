@@ -43,3 +43,14 @@ def test_without_tokens_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
     found = Routings((routing(0, 1, 2, 0), None), (None, None))
     other = Routings((routing(1, 2, 0, 1), None), (None, None))
     assert routing_agreement(found, other, PLAN, mask & False).item() == 1
+
+
+def test_old_names_of_arguments(mask: Tensor) -> None:
+    routings = Routings((routing(0, 1, 2, 0), None), (None, None))
+    with pytest.warns(DeprecationWarning, match="routing_agreement") as caught:
+        agreement = routing_agreement(found=routings, expected=routings, plan=PLAN, mask=mask)  # type: ignore[call-arg]
+    assert agreement == 1
+    assert sorted(str(each.message).partition(";")[0] for each in caught) == [
+        "routing_agreement(expected=) is now other_routings=",
+        "routing_agreement(found=) is now routings=",
+    ]
