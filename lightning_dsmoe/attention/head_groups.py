@@ -2,7 +2,7 @@
 
 Shapes: B sequences in a batch, T new positions, S positions so far, N = B T tokens, D width,
 E groups of query heads, H heads of one group = KV heads, R = H C rows of one group, C head width,
-G = H E heads of all groups, M new tokens that use one group.
+G = H E heads and J = E R rows of all groups, M new tokens that use one group.
 """
 
 import torch
@@ -115,8 +115,8 @@ class HeadGroups(nn.Module):
             gates_BTE: gate of each group; None for 1.
         """
         b_q = None if self.b_q is None else self.b_q.flatten()
-        q_BTR = F.linear(x_BTD, rearrange(self.w_q(), "e r d -> (e r) d"), b_q)
-        q_BGTC = rearrange(q_BTR, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
+        q_BTJ = F.linear(x_BTD, rearrange(self.w_q(), "e r d -> (e r) d"), b_q)
+        q_BGTC = rearrange(q_BTJ, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
         q_BGTC = self.place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
         heads_BGTC = F.scaled_dot_product_attention(
             q_BGTC,
