@@ -125,7 +125,9 @@ def read_checkpoint(
             weights_only=weights_only,
             mmap=mmap and isinstance(path, str | Path),
         )
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except MemoryError:  # which says nothing by itself
+        raise MemoryError(f"there is not enough memory to read {path}") from None
+    except (OSError, torch.OutOfMemoryError):
         raise  # no fault of the file
     except Exception as error:
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__

@@ -36,15 +36,22 @@ def test_other_files(garbage: bytes, tmp_path: Path) -> None:
         load_decoder(tmp_path / "other.ckpt")
 
 
-@pytest.mark.parametrize("error", [MemoryError, PermissionError(13, "not permitted")])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), r"not enough memory to read .*model\.ckpt$"),
+        (PermissionError(13, "not permitted"), "not permitted$"),
+    ],
+    ids=["memory", "permission"],
+)
 def test_what_is_no_fault_of_the_file_is_told_as_it_is(
-    error: Any, trained: Trained, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*args: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(error if isinstance(error, type) else type(error)):
+    with pytest.raises(type(error), match=message):
         read_checkpoint(trained.path)
 
 

@@ -131,11 +131,12 @@ def _headline(facts: dict[str, Any]) -> list[str]:
     for name in _GAP:
         facts.pop(name, None)
     text = f"- loss {_format(loss, _NATS)}, {_from_zero(gap)} all experts"
-    if isinstance(interval, list | tuple) and len(interval) == 2:
-        low, high = sorted(interval, key=abs)
+    bounds = interval if isinstance(interval, list | tuple) else ()
+    if len(bounds) == 2 and all(isinstance(end, int | float) for end in bounds):
+        low, high = sorted(bounds, key=abs)
         same_side = low * high > 0
         ends = f"{_digits(abs(low), '%')} to {_format(abs(high), '%')}"
-        ends = ends if same_side else " to ".join(map(_from_zero, interval))
+        ends = ends if same_side else " to ".join(map(_from_zero, bounds))
         text += f" (95 % interval {ends})"
     return [text]
 
@@ -162,8 +163,8 @@ def _flat(facts: dict[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
             yield within + label, _format(value, unit)
 
 
-def _label(name: str) -> tuple[str, str]:
-    return _LABELS.get(name, (name.replace("_", " "), ""))
+def _label(name: object) -> tuple[str, str]:
+    return _LABELS.get(str(name), (str(name).replace("_", " "), ""))
 
 
 def _format(value: Any, unit: str = "") -> str:
@@ -175,12 +176,16 @@ def _format(value: Any, unit: str = "") -> str:
     return f"{_digits(value, unit)} {unit}".rstrip()
 
 
-def _digits(value: float, unit: str = "") -> str:
+def _digits(value: Any, unit: str = "") -> str:
     """Three significant digits, and three decimals of a loss, whose differences are small."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
     if unit == _NATS:
         return f"{value:.3f}"
     number = 100 * value if unit == "%" else value
-    if isinstance(number, int) or abs(number) >= 999.5:
+    if isinstance(number, int):
+        return f"{number:,}"
+    if abs(number) >= 999.5:
         return f"{number:,.0f}"
     return f"{number:.3g}"
 

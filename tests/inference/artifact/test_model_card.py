@@ -80,3 +80,14 @@ def test_the_frontier_is_shown_where_it_is(model: SparseModel, tmp_path: Path) -
     assert (path / "frontier.png").read_bytes() == b"a picture"
     model.save(path, frontier=path / "frontier.png")
     assert (path / "frontier.png").read_bytes() == b"a picture"
+
+
+def test_values_of_any_kind_are_told_as_they_are(model: SparseModel) -> None:
+    """A certificate of one's own is any plain data."""
+    rows = [{"error_mean": None, "by": "me"}, None]
+    interval = {"sparse_loss": 1.5, "relative_gap": 0.1, "relative_gap_95": [None, None]}
+    card = model.card({"experts": rows, 7: "seven", "huge": 10**400, **interval})
+    assert "| 0 | None | me |" in card
+    assert "- 7: seven\n" in card
+    assert "10 % above all experts\n" in card
+    assert f"- huge: {10**400:,}" in card
