@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         if kind not in ("byte", "char", "huggingface"):
             raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
         text = {"byte": {}, "char": {"alphabet": _Text}, "huggingface": {"json": _Text}}[kind]
-        known: dict[str, str] = check_json("tokenizer", dict(state), {"kind": str, **text})
+        known: dict[str, str] = check_json(f"{kind} tokenizer", dict(state), {"kind": str, **text})
         if kind == "byte":
             return ByteTokenizer()
         if kind == "char":
