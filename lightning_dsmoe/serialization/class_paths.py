@@ -60,7 +60,8 @@ def known_class(path: object, part: str) -> type:
     Raises:
         ValueError: for anything else.
     """
-    bases = tuple({each.base for each in ([PARTS[part]] if part in PARTS else PARTS.values())})
+    parts = [PARTS[part]] if part in PARTS else PARTS.values()
+    bases = tuple(dict.fromkeys(each.base for each in parts))  # in one order, for the message
     found = named_object(path)
     if not (isinstance(found, type) and issubclass(found, bases)) or _is_other_torch_module(found):
         raise _unknown(path, *bases)

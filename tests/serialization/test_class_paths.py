@@ -210,3 +210,9 @@ def test_every_part_has_a_base_that_files_may_name_subclasses_of() -> None:
     assert known_class("lightning_dsmoe.attention.Attention", "attention") is Attention
     with pytest.raises(ValueError, match="is not a known Attention"):
         known_class("lightning_dsmoe.routing.LinearRouter", "attention")
+
+
+def test_a_message_names_each_base_once_in_one_order() -> None:
+    bases = "Attention or FeedForwardLayer or Module or Router or Experts or Selection or Optimizer"
+    with pytest.raises(ValueError, match=rf"is not a known {bases} or LRScheduler$"):
+        known_class("os.system", "dropout")

@@ -78,7 +78,7 @@ def sum_lines(path: Path) -> list[str]:
 
 
 def hashed_files(path: Path) -> list[str]:
-    """The files in SHA256SUMS: all but the model card, which people may edit."""
+    """The files in SHA256SUMS: all but the model card, which people may edit, and its picture."""
     return sorted(n for n in (CERTIFICATE, CONFIG, PLAN, WEIGHTS) if (path / n).is_file())
 
 
