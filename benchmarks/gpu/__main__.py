@@ -33,7 +33,7 @@ SECONDS = {"tests": 300, "decode": 300, "prefill": 240, "training": 360, "qualit
 """After which a part begins nothing new; together under half an hour, so that all have a turn."""
 HARD_LIMIT = 470
 """Seconds after which a part is ended whatever it does; the files are whole at any time."""
-ENGINE = ("numpy", "einops", "safetensors", "torchmetrics", "yaml")
+ENGINE = ("numpy", "einops", "rich", "safetensors", "torchmetrics", "yaml")
 NEEDS = {
     "tests": ("pytest",),
     "decode": ENGINE,
