@@ -60,9 +60,9 @@ def main() -> None:
     share = metrics["test/sparse/threshold/active_share"]
     loss, sparse_loss = metrics["test/loss"], metrics["test/sparse/threshold/loss"]
     table = Table("", "all experts", "sparse")
-    table.add_row("active share of the hidden parameters", "100 %", f"{share:.1%}")
+    table.add_row("active share of the hidden parameters", "100 %", f"{100 * share:.1f} %")
     table.add_row("test loss, nats per byte", f"{loss:.4g}", f"{sparse_loss:.4g}")
-    table.add_row("", "", f"{sparse_loss / loss - 1:+.2%}")
+    table.add_row("", "", f"{100 * (sparse_loss / loss - 1):+.2f} %")
     console.print(table)
 
     console.rule("Text from the sparse model")
@@ -75,8 +75,8 @@ def main() -> None:
     console.rule("Speed of as sparse a model of 100 M parameters")
     console.print(
         "The model above fits into the processor's cache, where reading fewer weights saves "
-        "little.\nSo this is the same architecture with random weights at a size that people run. "
-        "Its decoding\nkernels are compiled first."
+        "little. So this is the same architecture with random weights at a size that people run. "
+        "Its decoding kernels are compiled first."
     )
     console.print(speed(share))
     console.rule("Files")

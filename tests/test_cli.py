@@ -15,6 +15,8 @@ import torch
 from lightning_dsmoe import cli
 from lightning_dsmoe.cli import main
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "lightning_dsmoe"]
 
 

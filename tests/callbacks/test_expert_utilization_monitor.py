@@ -17,6 +17,8 @@ from lightning_dsmoe.metrics import Utilization, expert_utilization
 from lightning_dsmoe.routing import LinearRouter
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 
 class Recorder(Callback):
     """Keeps what every step returned."""

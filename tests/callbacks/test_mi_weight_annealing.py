@@ -13,6 +13,8 @@ from lightning_dsmoe.callbacks import MIWeightAnnealing
 from lightning_dsmoe.callbacks.mi_weight_annealing import Schedule, annealed_factor
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 schedules = st.sampled_from(["linear", "cosine", "constant_then_ramp"])
 factors = st.floats(0, 10)
 

@@ -26,6 +26,8 @@ from lightning_dsmoe.inference.artifact.hashes import certified_hashes
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 PLAN = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
 
 

@@ -18,6 +18,8 @@ from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 TOP_1 = LayerSelections(experts=TopK(1), attention=TopK(1))
 
 

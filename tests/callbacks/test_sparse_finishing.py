@@ -11,6 +11,8 @@ from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]
 MakeTrainer = Callable[..., Trainer]

@@ -16,6 +16,8 @@ from lightning_dsmoe.callbacks import MIWeightAnnealing, SparsityTarget
 from lightning_dsmoe.routing import Routing
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]
 MakeTrainer = Callable[..., Trainer]

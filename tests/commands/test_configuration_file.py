@@ -7,6 +7,8 @@ import pytest
 
 from lightning_dsmoe.commands.configuration_file import options_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("content", ["", "\n", "# trainer:\n", "---\n", "null\n"])
 def test_a_file_without_options_adds_nothing(content: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from lightning_dsmoe.commands.errors import OneLineErrors, one_line
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
+pytestmark = pytest.mark.slow
+
 MODEL = "--model.init_args."
 ATTENTION = f"{MODEL}attention.init_args."
 FEED_FORWARD = f"{MODEL}feed_forward.init_args."

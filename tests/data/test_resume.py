@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import TrainingWindows
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 5
 
 

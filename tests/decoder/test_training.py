@@ -16,6 +16,8 @@ from lightning_dsmoe.losses import mutual_information_loss
 from lightning_dsmoe.precision import at_least_float32
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
+pytestmark = pytest.mark.slow
+
 MakeDecoder = Callable[..., Decoder]
 
 

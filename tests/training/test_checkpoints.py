@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_dsmoe.routing import LinearRouter, Router
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 MakeModel = Callable[..., DSMoELanguageModel]
 Save = Callable[..., Path]
 load = DSMoELanguageModel.load_from_checkpoint

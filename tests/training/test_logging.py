@@ -17,6 +17,8 @@ from lightning_dsmoe.losses import consistency_loss, entropy, mutual_information
 from lightning_dsmoe.routing import SelectionPlan, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 MakeModel = Callable[..., DSMoELanguageModel]
 TERMS = [
     f"{kind}/{term}"

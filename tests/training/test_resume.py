@@ -17,6 +17,8 @@ from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.schedules import LinearWarmupCosine
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 MakeModel = Callable[..., DSMoELanguageModel]
 STEPS = 8
 

@@ -18,6 +18,8 @@ from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 4
 
 
