@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 _NAMED = 3
 
@@ -31,7 +30,8 @@ def is_finite(norm: Tensor) -> bool:
 
     Every rank gets the same answer, or some would stop and the others wait for them.
     """
-    return bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+    # Only a DTensor has `full_tensor`. To import its class takes a second, also without shards.
+    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
