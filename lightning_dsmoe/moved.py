@@ -27,7 +27,6 @@ MOVED = {
     "routing_losses": "training.routing_losses",
     "checkpoint_io": "training.checkpoint_io",
     "inference.model_card": "inference.artifact.model_card",
-    "inference.context": "inference.generation",
     "inference.engine.rows": "inference.engine.weights.row_major",
     "inference.engine.tiles": "inference.engine.weights.tiled",
     "inference.engine.head": "inference.engine.weights.int8_head",

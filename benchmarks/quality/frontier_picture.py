@@ -14,9 +14,6 @@ NAMES = {
     "middle": ("MI weights 0.02", "#e67e22"),
     "strong": ("MI weights 0.05 and 0.1", "#8e44ad"),
 }
-DENSE = 1.7005
-SMALL = (33.5, 1.7580)
-"""Loss of the dense twin; share of its parameters and loss of a smaller dense model."""
 
 
 def curve(rows: list[str], weight: str) -> list[tuple[float, float]]:
@@ -33,16 +30,27 @@ def curve(rows: list[str], weight: str) -> list[tuple[float, float]]:
     return points
 
 
+def dense(rows: list[str], name: str) -> tuple[float, float]:
+    """Millions of hidden parameters of a dense model, and its loss."""
+    [row] = [row for row in rows if row.startswith(f"| {name} | ")]
+    hidden, loss = row.split("|")[4], re.search(r"\*\*([\d.]+)\*\*", row)
+    assert loss is not None
+    return float(hidden), float(loss[1])
+
+
 def main() -> None:
     """Write the picture."""
     rows = (DOCS / "lab_notes" / "quality.md").read_text(encoding="utf-8").splitlines()
+    twin, twin_loss = dense(rows, "dense")
+    small, small_loss = dense(rows, "dense, active size")
+    small_share = 100 * small / twin
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(DENSE, color="black", linestyle="--", linewidth=1.2)
-    axes.text(100, DENSE + 0.002, "dense twin", ha="right", va="bottom", fontsize=10)
-    axes.plot(*SMALL, "o", color="#c0392b")
+    axes.axhline(twin_loss, color="black", linestyle="--", linewidth=1.2)
+    axes.text(100, twin_loss + 0.002, "dense twin", ha="right", va="bottom", fontsize=10)
+    axes.plot(small_share, small_loss, "o", color="#c0392b")
     text = "dense model with a third of the parameters"
-    axes.text(SMALL[0] + 1.5, SMALL[1], text, va="center", fontsize=10, color="#c0392b")
+    axes.text(small_share + 1.5, small_loss, text, va="center", fontsize=10, color="#c0392b")
     for weight, (label, color) in NAMES.items():
         points = curve(rows, weight)
         axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=2, markersize=4)
