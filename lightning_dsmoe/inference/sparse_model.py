@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.artifact.directory import read_artifact, write_artifact
-from lightning_dsmoe.inference.artifact.hashes import FRONTIER
 from lightning_dsmoe.inference.artifact.model_card import model_card
 from lightning_dsmoe.inference.engine.decode.export import export_step
 from lightning_dsmoe.inference.engine.engine import Engine
@@ -385,8 +384,7 @@ class SparseModel(nn.Module):
         Args:
             path: the directory.
             certificate: measurements of this model; plain data.
-            frontier: a picture for the model card, the `frontier.png` of `lightning-dsmoe sweep`;
-                None leaves the one of an earlier artifact.
+            frontier: a picture for the model card, the `frontier.png` of `lightning-dsmoe sweep`.
 
         Raises:
             FileExistsError: if something else than an artifact is at the path.
@@ -401,13 +399,12 @@ class SparseModel(nn.Module):
             "tokenizer": self.tokenizer_description,
             "switch_points": self.engine.given_points._asdict(),
         }
-        has_frontier = frontier is not None or (Path(path) / FRONTIER).is_file()
         write_artifact(
             Path(path),
             self.decoder,
             self.plan,
             config,
-            card=self.card(certificate or {}, frontier=has_frontier),
+            card=self.card(certificate or {}, frontier=frontier is not None),
             certificate=certificate,
             frontier=None if frontier is None else Path(frontier),
         )

@@ -97,11 +97,9 @@ def write_artifact(
     folder = hidden_beside(path)
     try:
         if path.exists():  # the user's files beside an earlier artifact stay
-            copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD})
+            copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD, hashes.FRONTIER})
         folder.mkdir(exist_ok=True)
         if frontier is not None:
-            # What is there may be a link to the earlier artifact's own picture.
-            (folder / hashes.FRONTIER).unlink(missing_ok=True)
             shutil.copyfile(frontier, folder / hashes.FRONTIER)
         state = {n: t.detach().contiguous().cpu() for n, t in _stored_state(decoder).items()}
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
