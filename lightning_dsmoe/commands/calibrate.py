@@ -11,11 +11,12 @@ from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.plans.solvers import FIXED_NUMBERS, THRESHOLDS, best_uniform
 from lightning_dsmoe.commands.evaluation_setup import open_trained
-from lightning_dsmoe.commands.result_table import percent, result_table
+from lightning_dsmoe.commands.result_table import result_table
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import describe_selections
+from lightning_dsmoe.units import percent
 
 
 def calibrate(

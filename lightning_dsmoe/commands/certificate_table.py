@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_dsmoe.commands.result_table import compared, percent
+from lightning_dsmoe.units import compared, percent
 
 
 def print_certificates(certificates: Mapping[str, Mapping[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from rich.table import Table
 from lightning_dsmoe.analysis import evaluate_plan
 from lightning_dsmoe.analysis.unused_experts import Proof, prove, used_experts
 from lightning_dsmoe.commands.evaluation_setup import read_plan, text_for
-from lightning_dsmoe.commands.result_table import compared
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import Remaining, compile_sparse, load_decoder
 from lightning_dsmoe.inference import prune as without_others
@@ -17,6 +16,7 @@ from lightning_dsmoe.inference.artifact.directory import check_free
 from lightning_dsmoe.inference.engine.weights.packing import Quantization
 from lightning_dsmoe.metrics import count_parameters
 from lightning_dsmoe.serialization.pruning import remaining_experts
+from lightning_dsmoe.units import compared
 
 
 def prune(

@@ -13,10 +13,11 @@ from rich.progress import Progress
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee, sweep_plans
 from lightning_dsmoe.analysis.plans.frontier import frontier_figure
 from lightning_dsmoe.commands.evaluation_setup import open_trained
-from lightning_dsmoe.commands.result_table import percent, result_table
+from lightning_dsmoe.commands.result_table import result_table
 from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import describe
+from lightning_dsmoe.units import percent
 
 Results = dict[str, PlanResult]
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -18,11 +17,11 @@ from lightning_dsmoe.analysis.report.utilization import ModelUse
 from lightning_dsmoe.analysis.report.view import kinds_of, printable, sample_tokens, visible
 from lightning_dsmoe.metrics import DEAD_SHARE, ParameterCounts
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.units import digits, percent
 
 _PACKAGE = "lightning_dsmoe.analysis.report"
 _LEVELS, _CHANGES = 10, 5
 _LARGEST_SQUARE = 32
-_SMALLEST = 0.001
 _MOST_QUANTILE = 0.98  # otherwise a few outliers would take most of the color scale
 
 
@@ -140,19 +139,6 @@ def change(value: float, most: float) -> str:
     """The same for a number from -`most` to `most`: less5 to less1, s0, more1 to more5."""
     step = round(_CHANGES * min(1.0, abs(value) / most)) if most > 0 else 0
     return f"{'more' if value > 0 else 'less'}{step}" if step else "s0"
-
-
-def digits(value: float) -> str:
-    """A number with three significant digits and without an exponent."""
-    if 0 < abs(value) < _SMALLEST:
-        return f"<{_SMALLEST}"
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
-
-
-def percent(share: float) -> str:
-    """A share in per cent, such as "12.5 %"."""
-    return f"{digits(100 * share)} %"
 
 
 def size(number: float) -> str:

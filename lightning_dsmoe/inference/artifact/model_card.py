@@ -11,6 +11,7 @@ from lightning_dsmoe.inference.artifact.hashes import FRONTIER
 from lightning_dsmoe.routing import Selection, SelectionPlan
 from lightning_dsmoe.routing.plan import describe_selections
 from lightning_dsmoe.serialization.pruning import Numbers, Remaining, remaining_experts
+from lightning_dsmoe.units import compared, digits, percent
 
 _MEASURED = "## Measured"
 _KINDS = {"experts": "feed-forward experts", "attention": "attention experts"}
@@ -88,7 +89,7 @@ def model_card(
         "# A sparse DS-MoE language model",
         "",
         f"- {decoder.n_layers} layers of width {decoder.d_model}, "
-        f"vocabulary of {decoder.vocab_size}, {_digits(n_bytes / 2**20)} MiB of weights",
+        f"vocabulary of {decoder.vocab_size}, {digits(n_bytes / 2**20)} MiB of weights",
         f"- feed-forward experts: {experts}",
         f"- attention experts: {attention}",
         f"- in 8 bits: {_quantized(quantized)}",
@@ -130,19 +131,15 @@ def _headline(facts: dict[str, Any]) -> list[str]:
         return []
     for name in _GAP:
         facts.pop(name, None)
-    text = f"- loss {_format(loss, _NATS)}, {_from_zero(gap)} all experts"
+    text = f"- loss {_format(loss, _NATS)}, {compared(gap)} all experts"
     bounds = interval if isinstance(interval, list | tuple) else ()
     if len(bounds) == 2 and all(isinstance(end, int | float) for end in bounds):
-        low, high = sorted(bounds, key=abs)
-        same_side = low * high > 0
-        ends = f"{_digits(abs(low), '%')} to {_format(abs(high), '%')}"
-        ends = ends if same_side else " to ".join(map(_from_zero, bounds))
+        low, high = sorted(map(abs, bounds))
+        same_side = bounds[0] * bounds[1] > 0
+        ends = f"{percent(low).removesuffix(' %')} to {percent(high)}"
+        ends = ends if same_side else " to ".join(map(compared, bounds))
         text += f" (95 % interval {ends})"
     return [text]
-
-
-def _from_zero(gap: float) -> str:
-    return f"{_format(abs(gap), '%')} {'below' if gap < 0 else 'above'}"
 
 
 def _use(prompt: str | None) -> str:
@@ -168,26 +165,15 @@ def _label(name: object) -> tuple[str, str]:
 
 
 def _format(value: Any, unit: str = "") -> str:
-    """A value with its unit; shares become per cent."""
+    """A value with its unit; shares become per cent, and losses have three decimals."""
     if isinstance(value, list | tuple):
         return " to ".join(_format(each, unit) for each in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{_digits(value, unit)} {unit}".rstrip()
-
-
-def _digits(value: Any, unit: str = "") -> str:
-    """Three significant digits, and three decimals of a loss, whose differences are small."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if unit == _NATS:
-        return f"{value:.3f}"
-    number = 100 * value if unit == "%" else value
-    if isinstance(number, int):
-        return f"{number:,}"
-    if abs(number) >= 999.5:
-        return f"{number:,.0f}"
-    return f"{number:.3g}"
+    if unit == "%":
+        return percent(value)
+    text = f"{value:.3f}" if unit == _NATS else digits(value)
+    return f"{text} {unit}".rstrip()
 
 
 def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
@@ -201,7 +187,7 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
     lines = [f"What the plan changes in the {_KINDS[kind]} of each layer:", ""]
     lines += [f"| layer | {' | '.join(heads)} |", f"|{' ---: |' * (len(labels) + 1)}"]
     for layer, errors in rows.items():
-        cells = (_digits(errors[name], unit) for name, (_, unit) in labels.items())
+        cells = (_format(errors[n], unit).removesuffix(" %") for n, (_, unit) in labels.items())
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -214,7 +200,7 @@ def _quantized(n_bytes: dict[str, int]) -> str:
         parts.append("the head")
     if not parts:
         return "nothing"
-    return f"{' and '.join(parts)}, {_digits(sum(n_bytes.values()) / 2**20)} MiB of them"
+    return f"{' and '.join(parts)}, {digits(sum(n_bytes.values()) / 2**20)} MiB of them"
 
 
 def _experts(
