@@ -36,7 +36,7 @@ class ExpertUtilizationMonitor(Callback):
         ValueError: if not 1 <= window <= every_n_steps or `dead_share` not in [0, 1), and before
             the first batch if there is another ExpertUtilizationMonitor with other settings.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> from lightning_dsmoe.callbacks import ExpertUtilizationMonitor
         >>> monitor = ExpertUtilizationMonitor(every_n_steps=200, window=20)

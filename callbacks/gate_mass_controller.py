@@ -53,7 +53,7 @@ class GateMassController:
     Raises:
         ValueError: if a number is out of range.
 
-    Example:
+    Examples:
         >>> controller = GateMassController(target=0.9, rate=1.5, ahead=0.0, least=0.1, most=10.0)
         >>> controller.next_factor(1.0, mass=0.5, mass_before=0.5)  # far below: as much as it may
         1.5

@@ -14,7 +14,7 @@ class LayerSelections:
         experts: selection of the feed-forward experts.
         attention: selection of the attention experts.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe import Threshold, TopK
         >>> from lightning_dsmoe.callbacks import LayerSelections
         >>> LayerSelections(experts=Threshold(0.1), attention=TopK(1)).attention.k

@@ -24,7 +24,7 @@ def annealed_factor(
         steps: optimizer steps of the change.
         delay: optimizer steps before it.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.callbacks.mi_weight_annealing import annealed_factor
         >>> [annealed_factor(s, schedule="linear", start=0, end=1, steps=4) for s in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
@@ -53,7 +53,7 @@ class MIWeightAnnealing(MIWeightSetter):
     Raises:
         ValueError: if the schedule does not exist or a number is out of range.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.callbacks import MIWeightAnnealing
         >>> annealing = MIWeightAnnealing(schedule="cosine", start=0.0, end=1.0, steps=1000)
         >>> round(annealing.factor(500), 3)

@@ -61,7 +61,7 @@ class SparseCompile(Callback):
         FileExistsError: before training, if something else than an artifact is at `path`, or
             anything in the place of the artifact in the log directory.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe import Threshold
         >>> from lightning_dsmoe.callbacks import LayerSelections, SparseCompile
         >>> plan = LayerSelections(experts=Threshold(0.1), attention=Threshold(0.1))

@@ -57,7 +57,7 @@ class SparseEvaluation(Callback):
             first batch if another SparseEvaluation has a plan of the same name, a plan does not fit
             the model or the strategy is FSDP.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe import Threshold, TopK
         >>> from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation
         >>> evaluation = SparseEvaluation(

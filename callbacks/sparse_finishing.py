@@ -41,7 +41,7 @@ class SparseFinishing(Callback):
             and before the first step if the plan does not fit the model, the length of the run is
             unknown or `steps` is not below it.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe import TopK
         >>> from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
         >>> plans = [LayerSelections(experts=TopK(k)) for k in (2, 4)]

@@ -45,7 +45,7 @@ class SparsityTarget(MIWeightSetter):
         ValueError: if a number is out of range, if there is another callback that sets these
             weights, and before training if a K does not fit the model or its weight is 0.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.callbacks import SparsityTarget
         >>> target = SparsityTarget(expert_top_k=2, attention_top_k=1, mass=0.99)
         >>> target.top_k

@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     Raises:
         ValueError: if a size is below 1 or dropout is not in [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

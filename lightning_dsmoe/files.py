@@ -25,7 +25,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Renaming within a folder is atomic: a process that is killed leaves the old file or the new.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     with atomic_path(Path(folder, "plan.json")) as temporary:

@@ -40,7 +40,7 @@ class MuonWithAdamW(AdamW):
     Raises:
         ValueError: if parameters have no names, are sharded, or a number is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_dsmoe.optimizers import MuonWithAdamW
@@ -121,7 +121,7 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5) -> Tensor:
     Returns:
         `[..., R, D]`, in bfloat16 on a GPU, where it suffices and is fast, else in float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.optimizers import orthogonalize
         >>> values = torch.linalg.svdvals(orthogonalize(torch.tensor([[3.0, 0.0], [0.0, 1.0]])))

@@ -52,7 +52,7 @@ def check_json(name: str, data: object, kind: Any) -> Any:
     Raises:
         ValueError: in one line, naming the field, its value and what is allowed.
 
-    Example:
+    Examples:
         >>> from typing import Annotated
         >>> check_json("plan.json", {"k": 2, "eps": None}, {"k": int, "eps": float | None})
         {'k': 2, 'eps': None}

@@ -18,7 +18,7 @@ class LinearWarmupCosine(LambdaLR):
     Raises:
         ValueError: if the warm-up is not shorter than the schedule or a value is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.schedules import LinearWarmupCosine
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)

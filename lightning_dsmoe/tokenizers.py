@@ -22,7 +22,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer(ABC):
     """Turns text into token ids and back.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.tokenizers import CharTokenizer, Tokenizer
         >>> saved = CharTokenizer("hello").to_dict()
         >>> saved
@@ -93,7 +93,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8: no vocabulary to learn, no unknown tokens.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.tokenizers import ByteTokenizer
         >>> ByteTokenizer().encode("é!").tolist()
         [195, 169, 33]
@@ -123,7 +123,7 @@ class CharTokenizer(Tokenizer):
     Raises:
         ValueError: If `alphabet` is empty.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.tokenizers import CharTokenizer
         >>> tokenizer = CharTokenizer("hello")
         >>> tokenizer.encode("hole").tolist()
@@ -174,7 +174,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ImportError: If the package is not installed.
         ValueError: If `source` is not a readable tokenizer JSON.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.tokenizers import HuggingFaceTokenizer
         >>> words = '{"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}'
         >>> tokenizer = HuggingFaceTokenizer(f'{{"model": {words}}}')  # doctest: +SKIP
@@ -232,7 +232,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         ValueError: If the file is missing or not such a JSON.
 
-    Example:
+    Examples:
         >>> import json, pathlib, tempfile
         >>> from lightning_dsmoe.tokenizers import ByteTokenizer, load_tokenizer
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "tokenizer.json"

@@ -6,7 +6,7 @@ from decimal import Decimal
 def digits(value: float) -> str:
     """A number with three significant digits, or its whole part if that has more; no exponent.
 
-    Example:
+    Examples:
         >>> digits(2.0947), digits(0.5), digits(12345.6), digits(12345), digits(1.234e-5)
         ('2.09', '0.5', '12,346', '12,345', '0.0000123')
     """
@@ -22,7 +22,7 @@ def percent(share: float, *, sign: str = "") -> str:
         share: the share.
         sign: "+" to mark positive numbers, too.
 
-    Example:
+    Examples:
         >>> percent(0.12345), percent(-0.0005), percent(0.0123, sign="+"), percent(0.9997)
         ('12.3 %', '-0.05 %', '+1.23 %', '99.97 %')
         >>> percent(1e-9), percent(0)
@@ -40,7 +40,7 @@ def percent(share: float, *, sign: str = "") -> str:
 def compared(gap: float) -> str:
     """A relative difference in words.
 
-    Example:
+    Examples:
         >>> compared(1.411 / 1.4117 - 1), compared(1.5 / 1.411 - 1), compared(0)
         ('0.05 % below', '6.31 % above', '0 % above')
     """

@@ -60,7 +60,7 @@ class PlanResult(NamedTuple):
         tokens_per_second: speed of reading the text and taking its loss.
         window_losses: cross entropy of each window of the text, summed over its tokens.
 
-    Example:
+    Examples:
         >>> dense = PlanResult(1.5, 1.0, 1.0, 1.0, 900.0, window_losses=(3.0, 3.0))
         >>> sparse = PlanResult(1.6, 0.3, 0.3, 0.4, 1800.0, window_losses=(3.1, 3.3))
         >>> f"{sparse.loss / dense.loss - 1:+.1%} at {sparse.active_share_mean:.0%} active"
@@ -114,7 +114,7 @@ def evaluate_plan(
     Raises:
         FloatingPointError: if the loss is not a finite number.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

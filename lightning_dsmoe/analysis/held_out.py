@@ -22,7 +22,7 @@ class HeldOut(NamedTuple):
         batches: inputs and labels, int64 `[B, T]`; labels of -100 do not count.
         n_tokens: labels that count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.analysis import HeldOut
         >>> tokens = torch.arange(24).view(4, 6)
@@ -117,7 +117,7 @@ def held_out(
         ValueError: if the text is missing or shorter than a window, there is no test split, or a
             number of tokens is less than 1.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> from lightning_dsmoe.analysis.held_out import held_out

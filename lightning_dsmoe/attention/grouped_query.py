@@ -26,7 +26,7 @@ class GroupedQueryAttention(Attention):
     Raises:
         ValueError: if `n_kv_heads` does not divide `n_heads` or a size is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe import GroupedQueryAttention
         >>> attention = GroupedQueryAttention(64, 8, 2, 16)  # 8 query heads, 2 KV heads of width 16

@@ -26,7 +26,7 @@ class KVCache:
     Raises:
         ValueError: on writing more tokens than fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe import GroupedQueryAttention
         >>> from lightning_dsmoe.attention import KVCache

@@ -33,7 +33,7 @@ class MixtureOfAttentionHeads(Attention):
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe import MixtureOfAttentionHeads, TopK
         >>> attention = MixtureOfAttentionHeads(64, 4, 2, 16)  # 4 experts of 2 heads of width 16

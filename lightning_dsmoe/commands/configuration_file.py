@@ -18,7 +18,7 @@ def options_in(content: str, name: str) -> str:
             the last, or an empty section, which would override the whole section of an earlier
             configuration.
 
-    Example:
+    Examples:
         >>> options_in("trainer: {max_steps: 1, max_steps: 2}", "my.yaml")
         Traceback (most recent call last):
         ...

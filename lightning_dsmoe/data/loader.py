@@ -66,7 +66,7 @@ def unfinished_batches(trainer: Trainer | None) -> int:
 def batch_size(batch: Batch) -> int:
     """Number of sequences B in a batch, for Lightning's ThroughputMonitor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.data import batch_size
         >>> batch_size({"input_ids": torch.zeros(2, 8)})
@@ -78,7 +78,7 @@ def batch_size(batch: Batch) -> int:
 def batch_tokens(batch: Batch) -> int:
     """Number of tokens B·T in a batch, for Lightning's ThroughputMonitor.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.data import batch_tokens
         >>> batch_tokens({"input_ids": torch.zeros(2, 8)})

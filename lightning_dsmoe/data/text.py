@@ -43,7 +43,7 @@ class TextDataModule(LightningDataModule):
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from lightning_dsmoe import TextDataModule
         >>> folder = pathlib.Path(tempfile.mkdtemp())

@@ -44,7 +44,7 @@ class Experts(nn.Module, ABC):
     Raises:
         ValueError: if a size is below 1 or the activation is not one of `ACTIVATIONS`.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.experts import MLPExperts
         >>> class SquaredReLUExperts(MLPExperts):
         ...     def hidden(self, projected):
@@ -166,7 +166,7 @@ class MLPExperts(Experts):
         activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
 
-    Example:
+    Examples:
         >>> import torch
         >>> experts = MLPExperts(8, 4, 16)  # 4 experts of 16 hidden units for tokens of width 8
         >>> experts(torch.randn(5, 8), torch.rand(5, 4)).shape
@@ -190,7 +190,7 @@ class GLUExperts(Experts):
         activation: silu gives SwiGLU, gelu GEGLU.
         bias: whether the projections have biases.
 
-    Example:
+    Examples:
         >>> import torch
         >>> swiglu = GLUExperts(8, 4, 16, activation="silu")
         >>> swiglu(torch.randn(5, 8), torch.rand(5, 4)).shape

@@ -41,7 +41,7 @@ class FeedForward(FeedForwardLayer):
         d_hidden: hidden units.
         experts: class of the network, called as `experts(d_model, 1, d_hidden)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = FeedForward(8, 32)
         >>> layer(torch.randn(2, 3, 8)).output.shape

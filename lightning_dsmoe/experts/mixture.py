@@ -31,7 +31,7 @@ class MixtureOfExperts(FeedForwardLayer):
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe import MixtureOfExperts, TopK, mutual_information_loss
         >>> moe = MixtureOfExperts(64, 8, 32)  # width 64, 8 experts of 32 hidden units

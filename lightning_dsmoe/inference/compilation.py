@@ -56,7 +56,7 @@ def compile_sparse(
         TypeError: if the plan is no `SelectionPlan`.
         ImportError: if int8 is wanted and bitsandbytes is not installed.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
@@ -99,7 +99,7 @@ def load_sparse(path: str | Path) -> SparseModel:
         FileNotFoundError: if a file is missing.
         ValueError: if a file was changed or is invalid.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from tempfile import TemporaryDirectory
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

@@ -68,7 +68,7 @@ def generate(
             option is out of range.
         FloatingPointError: if the logits are not finite.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
@@ -220,7 +220,7 @@ def left_pad(sequences: list[list[int]], *, pad: int = 0) -> tuple[Tensor, Tenso
     Returns:
         Tokens `[B, T]` and the mask `[B, T]`, false for padding.
 
-    Example:
+    Examples:
         >>> tokens, mask = left_pad([[5], [1, 2, 3]])
         >>> tokens
         tensor([[0, 0, 5],

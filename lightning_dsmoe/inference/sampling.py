@@ -27,7 +27,7 @@ class Sampler:
     Raises:
         ValueError: if an option is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sampler = Sampler(temperature=0)
         >>> sampler(torch.tensor([[0.1, 0.7, 0.2], [3.0, 1.0, 2.0]]))

@@ -65,7 +65,7 @@ class SparseModel(nn.Module):
     Raises:
         ValueError: if the plan or the context length does not match the decoder.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from tempfile import TemporaryDirectory
         >>> import torch
@@ -204,7 +204,7 @@ class SparseModel(nn.Module):
         Returns:
             The switch points, which hold on machines like this one.
 
-        Example:
+        Examples:
             >>> model = load_sparse("sparse_model")  # doctest: +SKIP
             >>> model.tune()  # doctest: +SKIP
             SwitchPoints(gather_up_to=16, grouped_from=1, measured_on='cpu with AVX512, …')
@@ -442,7 +442,7 @@ class SparseModel(nn.Module):
         Raises:
             CannotCompile: if there is no working compiler, or a layer is not one of this library.
 
-        Example:
+        Examples:
             >>> model = load_sparse("sparse_model")  # doctest: +SKIP
             >>> model.export_step("step.pt2")  # doctest: +SKIP
             >>> step = torch._inductor.aoti_load_package("step.pt2")  # doctest: +SKIP

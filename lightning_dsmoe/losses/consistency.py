@@ -44,7 +44,7 @@ def consistency_loss(
     Raises:
         ValueError: if the shapes differ or the mask does not cover the tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import consistency_loss
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])

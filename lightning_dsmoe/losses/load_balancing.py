@@ -32,7 +32,7 @@ def load_balancing_loss(
     Raises:
         ValueError: if the shapes differ or the mask does not cover the tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import load_balancing_loss
         >>> from lightning_dsmoe.routing import TopK
@@ -62,7 +62,7 @@ def load_balancing_losses(
     Returns:
         One loss for each router, `[R]`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import load_balancing_losses
         >>> probs = torch.full((3, 5, 4), 0.25)  # 3 routers, 5 tokens, 4 experts

@@ -25,7 +25,7 @@ def entropy(probs: Tensor) -> Tensor:
     Returns:
         Entropies `[...]`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import entropy
         >>> round(entropy(torch.tensor([0.5, 0.5, 0.0])).item(), 3)  # ln 2
@@ -71,7 +71,7 @@ def mutual_information_loss(
     Raises:
         ValueError: if the mask does not cover the tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe import mutual_information_loss
         >>> specialised = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # one expert for each token
@@ -101,7 +101,7 @@ def routing_entropies(
     Raises:
         ValueError: if the mask does not cover the tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import routing_entropies
         >>> probs = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one router, two tokens

@@ -26,7 +26,7 @@ def router_z_loss(
     Returns:
         A scalar of at least float32.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.losses import router_z_loss
         >>> round(router_z_loss(torch.zeros(5, 4)).item(), 3)  # (ln 4)^2

@@ -54,7 +54,7 @@ def active_masks(
         Two lists, of the feed-forward and of the attention experts: for each layer bool `[..., E]`,
         or None where it has no router.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.decoder import Routings
         >>> from lightning_dsmoe.metrics import active_masks
@@ -101,7 +101,7 @@ def active_parameters(
     Raises:
         ValueError: if the number or shape of the masks does not match the decoder.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.metrics import (
         ...     ParameterCounts, RoutedParameters, active_parameters
@@ -129,7 +129,7 @@ class ActiveParameters(Metric):
         **options: options of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
             metric that only one rank computes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

@@ -68,7 +68,7 @@ def expert_utilization(
     Raises:
         ValueError: if the shape of the mask is not that of the tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.metrics import expert_utilization
         >>> used = expert_utilization(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]))
@@ -96,7 +96,7 @@ class ExpertUtilization(Metric):
     Raises:
         ValueError: if `n_experts` is below 1 or `dead_share` not in [0, 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.metrics import ExpertUtilization
         >>> metric = ExpertUtilization(n_experts=2)

@@ -34,7 +34,7 @@ class ParameterCounts(NamedTuple):
         experts: feed-forward experts of each layer, None without a mixture of experts.
         attention: attention experts of each layer, None without a mixture of attention heads.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.metrics import ParameterCounts, RoutedParameters
         >>> counts = ParameterCounts(
         ...     outside=100, always=20, experts=(RoutedParameters(4, 20),), attention=(None,)
@@ -67,7 +67,7 @@ def count_parameters(decoder: Decoder) -> ParameterCounts:
     Returns:
         The counts.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> from lightning_dsmoe.metrics import count_parameters

@@ -27,7 +27,7 @@ def routing_agreement(
     Returns:
         A scalar from 0 to 1; 1 if there are no routers or no tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.decoder import Routings
         >>> from lightning_dsmoe.metrics import routing_agreement

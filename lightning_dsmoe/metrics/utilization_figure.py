@@ -29,7 +29,7 @@ def utilization_figure(
     Raises:
         ValueError: if no layer has a router.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.metrics import expert_utilization, utilization_figure
         >>> layers = [expert_utilization(torch.rand(8, 4).softmax(-1)), None]

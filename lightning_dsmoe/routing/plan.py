@@ -129,7 +129,7 @@ def check_plan(plan: object, n_layers: int) -> None:
 def describe(plan: SelectionPlan) -> str:
     """A plan in words.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
         >>> describe(SelectionPlan.uniform(8, experts=Threshold(0.5), attention=TopK(2)))
         'experts: threshold 0.5; attention: top 2'
@@ -141,7 +141,7 @@ def describe(plan: SelectionPlan) -> str:
 def describe_selections(selections: Sequence[Selection]) -> str:
     """The selections of all layers in words, to three significant digits.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.routing import AllExperts, Threshold
         >>> describe_selections([Threshold(0.25), Threshold(0.5)])
         'threshold 0.25 to 0.5 by layer'

@@ -28,7 +28,7 @@ class Router(nn.Module, ABC):
     Raises:
         ValueError: if a size is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> class NormRouter(Router):
@@ -93,7 +93,7 @@ class LinearRouter(Router):
         n_experts: number of experts E.
         init_std: standard deviation of the initial weights; 0 starts with equal gates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> router = LinearRouter(8, 4, init_std=0.0)  # equal gates before training
         >>> router(torch.randn(8)).probs.tolist()
@@ -124,7 +124,7 @@ class MLPRouter(Router):
         d_hidden: hidden width R; 512 reproduces the parameter counts of arXiv 2404.05567, Table 1.
         init_std: standard deviation of the last layer's initial weights; 0 starts with equal gates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> router = MLPRouter(8, 4, d_hidden=16)
         >>> router(torch.randn(2, 3, 8)).logits.shape
@@ -165,7 +165,7 @@ class CosineRouter(Router):
         d_hidden: width R of the projection.
         init_scale: initial exp(s).
 
-    Example:
+    Examples:
         >>> import torch
         >>> router = CosineRouter(8, 4, d_hidden=16, init_scale=10.0)
         >>> bool(router(torch.randn(2, 3, 8)).logits.abs().max() <= 10)

@@ -17,7 +17,7 @@ class Routing(NamedTuple):
         logits: float32 `[..., E]`.
         probs: float32 `[..., E]`, the softmax S of the logits; each row sums to 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.routing import LinearRouter
         >>> routing = LinearRouter(8, 4)(torch.randn(2, 3, 8))

@@ -39,7 +39,7 @@ class Selection(ABC):
         renormalize: divide the gates of the experts that run by their sum; false leaves them as
             they are, which is what arXiv 2404.05567 does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_selection(selection: object) -> None:
 class AllExperts(Selection):
     """Runs every expert: the dense model (arXiv 2404.05567, eq. 3).
 
-    Example:
+    Examples:
         >>> import torch
         >>> AllExperts()(torch.tensor([0.75, 0.25])).weight.tolist()
         [0.75, 0.25]
@@ -116,7 +116,7 @@ class TopK(Selection):
         k: number of experts, from 1 to E.
         renormalize: divide the gates of the experts that run by their sum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
         >>> TopK(2)(probs).active.tolist()
@@ -150,7 +150,7 @@ class Threshold(Selection):
             section 3.3); from 0 to below E.
         renormalize: divide the gates of the experts that run by their sum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
         >>> Threshold(0.5)(probs).active.tolist()  # 4 experts: probabilities above 0.5 / 4 = 0.125
@@ -189,7 +189,7 @@ class ThresholdTopK(Threshold):
         eps: threshold on E S_i, the probability relative to its mean 1 / E; from 0 to below E.
         renormalize: divide the gates of the experts that run by their sum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1]])
         >>> ThresholdTopK(1.0)(probs).active.sum(-1).tolist()  # 1 and 3 experts are above: k = 2
@@ -213,7 +213,7 @@ class TopP(Selection):
         p: probability mass to keep, above 0 and at most 1.
         renormalize: divide the gates of the experts that run by their sum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
         >>> TopP(0.7)(probs).active.tolist()

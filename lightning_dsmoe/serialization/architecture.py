@@ -90,7 +90,7 @@ def build_decoder(description: Description) -> Decoder:
     Raises:
         ValueError: if the description is invalid, or asks for larger sizes than any model has.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)

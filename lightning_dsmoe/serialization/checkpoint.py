@@ -57,7 +57,7 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
         ValueError: if the file is truncated, holds more than data, does not match its architecture,
             or a weight is not finite.
 
-    Example:
+    Examples:
         >>> loaded = load_decoder("runs/checkpoints/last.ckpt")  # doctest: +SKIP
         >>> loaded.decoder(torch.zeros(1, 8, dtype=torch.long)).logits.shape  # doctest: +SKIP
         torch.Size([1, 8, 256])

@@ -38,7 +38,7 @@ class Remaining(NamedTuple):
         experts: the feed-forward experts of each layer.
         attention: the attention experts of each layer.
 
-    Example:
+    Examples:
         >>> Remaining(experts=((0, 2), None), attention=(None, None)).to_dict()
         {'experts': [[0, 2], None], 'attention': [None, None]}
     """
@@ -83,7 +83,7 @@ def prune(decoder: Decoder, remaining: Remaining) -> Decoder:
         ValueError: if `remaining` does not match the decoder, or a layer keeps weights of its
             experts under names that are not known.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)

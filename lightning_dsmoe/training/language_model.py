@@ -69,7 +69,7 @@ class DSMoELanguageModel(LightningModule):
     Raises:
         ValueError: if a loss weight is negative or a selection does not fit a layer.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import DSMoELanguageModel, MixtureOfAttentionHeads

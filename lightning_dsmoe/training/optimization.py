@@ -20,7 +20,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     Args:
         module: the module with the parameters.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from lightning_dsmoe.training.optimization import parameter_groups
         >>> decayed, rest = parameter_groups(nn.Linear(2, 3))

@@ -63,7 +63,7 @@ def routing_losses(
     Raises:
         ValueError: if plan and routings have different numbers of layers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.decoder import Routings
         >>> from lightning_dsmoe.routing import Routing, SelectionPlan

@@ -40,7 +40,7 @@ def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
     Returns:
         Plans by name, such as "threshold 0.5".
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> from lightning_dsmoe.analysis import sweep_plans
@@ -89,7 +89,7 @@ def frontier(points: Sequence[Point]) -> list[int]:
     Returns:
         Indices of these points, by ascending share.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.analysis import frontier
         >>> frontier([(1.0, 1.4), (0.3, 1.5), (0.5, 1.6)])  # the last runs more at a higher loss
         [1, 0]
@@ -117,7 +117,7 @@ def knee(points: Sequence[Point]) -> int:
     Raises:
         ValueError: if there are no points.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.analysis import knee
         >>> knee([(1.0, 1.40), (0.3, 1.41), (0.1, 1.90)])
         1

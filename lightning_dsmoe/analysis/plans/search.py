@@ -65,7 +65,7 @@ class PlanSearch:
             guides the search in place of the loss; not called if sparse plans already have a lower
             loss than all experts.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

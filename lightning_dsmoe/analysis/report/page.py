@@ -61,7 +61,7 @@ def report_page(report: Report) -> str:
         The page. Titles, facts and tokens come from strangers' files: they are escaped, and
         characters that cannot be printed appear as their codes.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> import torch
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts

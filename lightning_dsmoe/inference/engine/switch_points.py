@@ -25,7 +25,7 @@ class SwitchPoints(NamedTuple):
         measured_on: device, type and threads on which they were measured; elsewhere the defaults
             hold. None for numbers that hold anywhere.
 
-    Example:
+    Examples:
         >>> from lightning_dsmoe.inference import SwitchPoints
         >>> SwitchPoints()
         SwitchPoints(gather_up_to=48, grouped_from=1, measured_on=None)

@@ -44,7 +44,7 @@ def choose_experts(
         routing: output of the router.
         remaining: the experts that were not removed, among which all are numbered; None for all.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.inference.engine.decode.expert_choice import choose_experts
         >>> from lightning_dsmoe.routing import Routing, TopK

@@ -66,7 +66,7 @@ def row_dot_products(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tenso
 def matvec(x_NI: Tensor, weight_RI: Tensor) -> Tensor:
     """x Wᵀ `[N, R]` for a few tokens in at least float32, reading the weight once.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.inference.engine.weights.matvec import matvec
         >>> matvec(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))

@@ -50,7 +50,7 @@ def pack(
     Raises:
         ImportError: if something is to be quantized and bitsandbytes is not installed.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> from lightning_dsmoe.inference.engine.weights.packing import pack

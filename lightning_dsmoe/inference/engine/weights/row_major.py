@@ -26,7 +26,7 @@ class RowMajorWeights(nn.Module):
         weight: `[E, R, I]`.
         transposed: whether the layer's own weight is `[E, I, R]`, as output weights are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
         >>> weights = RowMajorWeights(torch.randn(8, 16, 4), transposed=False)

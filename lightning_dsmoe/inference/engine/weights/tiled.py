@@ -30,7 +30,7 @@ class TiledWeights(nn.Module):
         scales: what one unit of a code is worth in each row, float32 `[E, M, t]`; None for weights
             in floating point.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
         >>> from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
