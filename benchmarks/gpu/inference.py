@@ -1,6 +1,6 @@
 """Decoding and reading by the sparse engine in bfloat16, for `python -m benchmarks.gpu`.
 
-The twin, all experts and each plan run in the same engine by turns, at the engine's own switch
+The twin, all experts and each plan alternate in the same engine, at the engine's own switch
 points, with random weights on random text.
 """
 
@@ -21,10 +21,10 @@ from lightning_dsmoe.inference import SparseModel
 
 TWIN, ALL = "dense twin", "all experts"
 NOTES = (
-    "bfloat16, random weights, random text, medians of rounds by turns. Active is the share of the "
+    "bfloat16, random weights, random text, medians of alternating rounds. Active is the share of the "
     "hidden parameters. The speed ratio is to the dense twin in the same round, above 1 where the "
     "side is faster; low and high are its quartiles; bound is that ratio by the bytes of weights "
-    "(decoding one text) or the operations (reading) that both need. GB as 1e9 bytes."
+    "(decoding one sequence) or the operations (reading) that both need. GB as 1e9 bytes."
 )
 PROMPT, STEPS, LENGTH = 64, 16, 128
 """Decoding: tokens that are read at once, steps of a turn, tokens after which a text restarts."""
@@ -79,7 +79,7 @@ class Engines:
 
         Args:
             turn: what to do.
-            shape: texts, and tokens of each.
+            shape: sequences, and tokens of each.
             tokens: tokens of a step.
             needs: bytes or operations of a step, if they say how long it takes at least.
             rounds: as in `compare_sides`.
@@ -116,7 +116,7 @@ def decode(
     batch_sizes: Sequence[int] = (1, 4, 16, 64),
     rounds: int = 11,
 ) -> list[Measurement]:
-    """One token more of each of some texts."""
+    """One token more of each of some sequences."""
 
     def decoding(model: SparseModel, plan: SelectionPlan, text_BT: Tensor) -> Callable[[], float]:
         return partial(Decoding(Ours(model, plan, LENGTH), text_BT, PROMPT).turn, STEPS)
@@ -124,13 +124,13 @@ def decode(
     engines = {models.name: Engines(models, device) for models in shapes()}
     return [
         Measurement(
-            {"model": name, "texts": size},
+            {"model": name, "sequences": size},
             partial(
                 both.compare,
                 decoding,
                 (size, LENGTH),
                 tokens=size,
-                needs=active_bytes if size == 1 else None,  # more texts share what they read
+                needs=active_bytes if size == 1 else None,  # more sequences share what they read
                 rounds=rounds,
                 until=until,
             ),

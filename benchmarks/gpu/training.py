@@ -22,7 +22,7 @@ from lightning_dsmoe.training.routing_losses import RoutingLossWeights
 
 TWIN, DS_MOE = "dense twin", "DS-MoE"
 NOTES = (
-    "bf16-mixed, whole training steps, medians of rounds by turns. The speed ratio is to the dense "
+    "bf16-mixed, whole training steps, medians of alternating rounds. The speed ratio is to the dense "
     "twin in the same round, above 1 where DS-MoE is faster; low and high are its quartiles. MFU: "
     "three times the operations of a forward pass (two for each weight and token, the head and the "
     "routers included, and causal attention) by the second, over the card's dense bfloat16 peak; "
@@ -50,14 +50,14 @@ def training(
     batch_sizes: Sequence[int] = (4, 2, 1),
     rounds: int = 9,
 ) -> list[Measurement]:
-    """Both models by turns, with compiled blocks and without.
+    """Both models, alternating, with compiled blocks and without.
 
     Args:
         device: where they run.
         until: time by `time.monotonic()` after which no round begins, but for the first.
         shape: makes what is measured.
         context: tokens of a text.
-        batch_sizes: texts of a batch; the first number that fits the memory is taken. Four of the
+        batch_sizes: batch sizes; the first that fits the memory is taken. Four of the
             1B shape need some 70 GB beside the other model's weights and optimizer.
         rounds: rounds of each comparison.
     """
@@ -105,7 +105,7 @@ def _compare(
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     rows = []
     for name, row in compared.items():
-        found: Row = {"side": name, "texts": size, "tokens of each": context} | row
+        found: Row = {"side": name, "sequences": size, "tokens of each": context} | row
         if "ms" in row:
             found["tokens/s"] = 1e3 * size * context / row["ms"]
             per_second = found["tokens/s"] * operations_per_token(makers[name], context)

@@ -10,7 +10,7 @@ class Finishing(NamedTuple):
 
     Args:
         name: what tables call it.
-        plans: selections of the feed-forward and of the attention routers, taken by turns.
+        plans: selections of the feed-forward and of the attention routers, which alternate.
         part: share of the steps.
         changes: arguments of the model in place of the recipe's.
     """
@@ -48,7 +48,7 @@ def consistently(finishing: Finishing) -> Finishing:
 
 
 def by_turns(first: Finishing, second: Finishing) -> Finishing:
-    """The plans of two by turns, for the part of the first."""
+    """The plans of two in alternation, for the part of the first."""
     name, plans = f"{first.name} by turns with {second.name}", first.plans + second.plans
     return first._replace(name=name, plans=plans)
 

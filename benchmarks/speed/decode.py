@@ -3,14 +3,14 @@
     python -m benchmarks.speed.decode --json decode.json --figure decode.png
     python -m benchmarks.speed.decode --batch-sizes 1 8 --rounds 5  # some of it
 
-All sides of a comparison run in this process by turns; ratios are medians over rounds of the ratio
+All sides of a comparison alternate in this process; ratios are medians over rounds of the ratio
 within a round, above 1 where the sparse side is faster. The model has 100 M parameters in float32,
 random weights and random text; the plans are P1 (49 % of the hidden parameters for a token), P2
 (34 %) and P3 (15 %), the twin has the same widths without routers and runs in the same engine.
 
 * One text: bytes of the weights that a plan needs, by the second, over the rate at which the sum of
   256 MB is read; speed over the twin, and over the bound, the ratio of the bytes that both need.
-* Batch sizes: speed over the twin for one token more of each of 1 to 4096 texts.
+* Batch sizes: speed over the twin for one token more of each of 1 to 4096 sequences.
 * Active share: tokens per second under plans of 10 to 100 %.
 * Experts: 256 experts of 16 hidden units against 32 of 128. The larger router is made up for by
   fewer experts, so that both sides need about the same bytes.
@@ -92,7 +92,7 @@ def twin() -> SparseModel:
 
 
 def side(model: SparseModel, plan: SelectionPlan, size: int = 1) -> Callable[[], float]:
-    """Decode a few tokens of each of some random texts; gives seconds per step."""
+    """Decode a few tokens of each of some random sequences; gives seconds per step."""
     prompt, steps, length = (64, 16, 128) if size <= 64 else (2, 1, 8)
     torch.manual_seed(0)
     text_BT = torch.randint(VOCABULARY, (size, length))
@@ -135,7 +135,7 @@ def one_text(*, rounds: int) -> dict[str, Any]:
 
 
 def batch_size(size: int, *, rounds: int) -> dict[str, Any]:
-    """Compare plans with the twin at one number of texts."""
+    """Compare plans with the twin at one batch size."""
     sides = {name: side(sparse(), plan, size) for name, plan in PLANS.items()}
     seconds = rounds_of({"twin": side(twin(), DENSE, size), **sides}, rounds=rounds)
     return {
@@ -146,7 +146,7 @@ def batch_size(size: int, *, rounds: int) -> dict[str, Any]:
 
 
 def shares(*, rounds: int) -> list[dict[str, float]]:
-    """Tokens per second of one text by the share of hidden parameters that run."""
+    """Tokens per second of one sequence by the share of hidden parameters that run."""
     decoder = ds_moe()
     plans = [plan_of(*numbers) for numbers in SHARES]
     sides = {str(n): side(sparse(), plan) for n, plan in enumerate(plans)}

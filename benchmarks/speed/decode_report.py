@@ -13,7 +13,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{on['cpu']}, {on['threads']} threads, torch {on['torch']}, {on['date']}",
         "",
-        "| one text | ms | MB needed | of stream | over twin | quartiles | bound | of bound "
+        "| one sequence | ms | MB needed | of stream | over twin | quartiles | bound | of bound "
         "| over float32 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -24,7 +24,7 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['over_stream']:.2f} | {row['over_twin']:.2f} | {low:.2f} to {high:.2f} "
             f"| {row['bound']:.2f} | {row['over_bound']:.2f} | {row['over_float32']:.2f} |"
         )
-    lines += ["", "| texts | twin, ms | P1 | P2 | P3 |", "|---|---|---|---|---|"]
+    lines += ["", "| sequences | twin, ms | P1 | P2 | P3 |", "|---|---|---|---|---|"]
     for size, sides in results["batch_sizes"].items():
         ratios = [f"{sides[name]['ratio']:.2f}" for name in ("P1", "P2", "P3")]
         lines.append(f"| {size} | {1e3 * sides['twin']['candidate']:.1f} | {' | '.join(ratios)} |")
@@ -64,13 +64,13 @@ def figure(results: dict[str, Any], path: Path) -> None:
         left.loglog(sizes, rates, style, base=2, markersize=4, label=label)
     for axis in (left.xaxis, left.yaxis):
         axis.set_major_formatter(ScalarFormatter())
-    left.set(xlabel="texts at once", ylabel="tokens/s")
+    left.set(xlabel="batch size, sequences", ylabel="tokens/s")
     left.legend()
     shares = [100 * row["share"] for row in results["shares"]]
     right.plot(shares, [row["tokens_per_second"] for row in results["shares"]], "o-", markersize=4)
     dense = results["shares"][-1]["tokens_per_second"] / results["shares"][-1]["over_twin"]
     right.axhline(dense, color="black", linestyle="--", label="dense twin")
-    right.set(xlabel="active share of the hidden parameters, %", ylabel="tokens/s, one text")
+    right.set(xlabel="active share of the hidden parameters, %", ylabel="tokens/s, one sequence")
     right.set(xlim=(0, 104), ylim=(0, None))
     right.legend()
     drawn.savefig(path, dpi=150)

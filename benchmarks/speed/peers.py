@@ -4,7 +4,7 @@
     python -m benchmarks.speed.peers --threads 1 --json peers.json
     python -m benchmarks.speed.peers --tiny --rounds 2  # every path, in a minute or two
 
-All sides of a comparison decode in this process by turns: one token more of each sequence, after
+All sides of a comparison alternate in this process: one token more of each sequence, after
 prompts of 64 tokens, in float32 on the CPU, with random weights. Ratios of speed are medians over
 rounds of the ratio within a round; above 1, this library is faster. Each step takes the most
 probable token but then reads the next one of a random text, the same for all sides: random models
@@ -159,7 +159,7 @@ def _both_ways(name: str, make: Callable[[], PreTrainedModel]) -> dict[str, Call
 def take_turns(
     makers: dict[str, Callable[[], Reader]], text_BT: Tensor, *, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time all sides by turns, in another order each round, after one round that does not count.
+    """Time all sides alternately, in another order each round, after one round that does not count.
 
     Returns:
         Seconds per step of each side, one entry a round, and of those that do not run the reason.

@@ -3,7 +3,7 @@
     python -m benchmarks.speed.prefill --json prefill.json
 
 The twin and the plans P1, P2 and P3 (49 %, 34 % and 15 % of the hidden parameters for a token) read
-the same prompt in this process by turns; ratios are medians over rounds of the ratio within a
+the same prompt in this process, alternating; ratios are medians over rounds of the ratio within a
 round, above 1 where the sparse side is faster. The bound is the ratio of the floating-point
 operations that both need: two for each weight that runs for a token, those of causal attention for
 the heads that run, and the head on the last token.

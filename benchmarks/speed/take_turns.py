@@ -1,4 +1,4 @@
-"""Timing a Lightning fit and a plain loop by turns, inside the fit."""
+"""Timing a Lightning fit and a plain loop, alternating, inside the fit."""
 
 import time
 from collections.abc import Callable

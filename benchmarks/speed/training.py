@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.training --threads 1 --json training.json
 
-Every comparison runs both sides in this process in short blocks by turns, and quotes the median
+Every comparison runs both sides in this process in short blocks, alternating, and quotes the median
 over rounds of the ratio within a round. Ratios of speed above 1 mean that DS-MoE is faster.
 
 * Twin: `Decoder` with dense gates and the mutual-information loss against the same widths without

@@ -156,7 +156,7 @@ def test_training_steps_are_compared_with_those_of_the_twin(
     )
     found = recorded(gpu, todo[:1], tmp_path)
     assert [row["side"] for row in found["rows"]] == ["dense twin", "DS-MoE"]
-    assert all(row["texts"] == 2 and row["tokens/s"] > 0 for row in found["rows"])
+    assert all(row["sequences"] == 2 and row["tokens/s"] > 0 for row in found["rows"])
     assert found["rows"][0]["MFU"] is None
 
 
@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller(
     todo = gpu.training.training(
         CPU, math.inf, shape=lambda: tiny, context=8, batch_sizes=(4, 2, 1), rounds=1
     )
-    assert {row["texts"] for row in recorded(gpu, todo[:1], tmp_path)["rows"]} == {1}
+    assert {row["sequences"] for row in recorded(gpu, todo[:1], tmp_path)["rows"]} == {1}
 
 
 def test_the_1b_shape_is_that_of_its_configuration(gpu: SimpleNamespace) -> None:
