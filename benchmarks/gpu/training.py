@@ -22,7 +22,7 @@ from lightning_dsmoe.training.routing_losses import RoutingLossWeights
 
 TWIN, DS_MOE = "dense twin", "DS-MoE"
 NOTES = (
-    "bf16-mixed, whole training steps, medians of alternating rounds. The speed ratio is to the dense "
+    "bf16-mixed, whole training steps, medians of alternating rounds. Speed ratio: to the dense "
     "twin in the same round, above 1 where DS-MoE is faster; low and high are its quartiles. MFU: "
     "three times the operations of a forward pass (two for each weight and token, the head and the "
     "routers included, and causal attention) by the second, over the card's dense bfloat16 peak; "
