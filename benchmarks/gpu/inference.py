@@ -21,7 +21,7 @@ from lightning_dsmoe.inference import SparseModel
 
 TWIN, ALL = "dense twin", "all experts"
 NOTES = (
-    "bfloat16, random weights, random text, medians of alternating rounds. Active: the share of the "
+    "bfloat16, random weights and text, medians of alternating rounds. Active: the share of the "
     "hidden parameters. The speed ratio is to the dense twin in the same round, above 1 where the "
     "side is faster; low and high are its quartiles; bound is that ratio by the bytes of weights "
     "(decoding one sequence) or the operations (reading) that both need. GB as 1e9 bytes."
