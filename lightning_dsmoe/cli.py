@@ -33,7 +33,7 @@ from lightning_dsmoe.callbacks.console import with_console_callbacks
 from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
 from lightning_dsmoe.commands.console import console_output
-from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, one_line
+from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, mistake_of, one_line
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
@@ -191,7 +191,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if DEBUG in os.environ:
             raise
-        fail(one_line(str(error)) or type(error).__name__, code=1)
+        mistake = mistake_of(error)
+        fail(one_line(str(mistake)) or type(mistake).__name__, code=1)
 
 
 def _run(words: list[str], modules: list[str]) -> None:

@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,23 @@ class OneLineErrors(jsonargparse.ArgumentParser):
         if DEBUG in os.environ or not self.exit_on_error:
             super().error(message, ex)
         fail(_furthest(self._levels), code=2)
+
+
+def mistake_of(error: BaseException) -> BaseException:
+    """The error that a class or function raised for its arguments.
+
+    While it makes the objects of a configuration, jsonargparse raises an error of its own about all
+    readings of a value, and names the one that a constructor raised as its cause.
+    """
+    while error.__cause__ is not None and _raised_in(error) == "jsonargparse":
+        error = error.__cause__
+    return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    modules = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)]
+    return str(modules[-1]).partition(".")[0] if modules else ""
 
 
 def fail(message: str, *, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """A mistake costs one line, and nothing is trained or overwritten."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,12 @@ MISTAKES = {
     ),
     "odd_rotary": ([f"{ATTENTION}d_head=5"], ["even d_head", "d_head=5"]),
     "negative_weight": ([f"{MODEL}expert_mi_weight=-1"], ["-1.0", "0 or more"]),
+    "no_experts": ([f"{FEED_FORWARD}n_experts=-1"], ["n_experts >= 1", "-1"]),
+    "no_context": (["--data.init_args.context=0"], ["context must be at least 1, got 0"]),
+    "callback_without_options": (
+        ["--trainer.callbacks+=SparsityTarget"],
+        ["SparsityTarget needs expert_top_k, attention_top_k or both"],
+    ),
     "router": (
         [f"{FEED_FORWARD}router=NoRouter"],
         ["model.feed_forward.router", "NoRouter", "CosineRouter", "LinearRouter", "MLPRouter"],
@@ -101,6 +108,8 @@ def check(outcome: Any, named: list[str]) -> None:
     assert outcome.code in (1, 2)
     assert len(outcome.errors) == 1, outcome.err
     assert "Traceback" not in outcome.err
+    # What a parser says of all readings of a value, rather than of the mistake.
+    assert not re.search(r"Does not validate|Subtypes|NoneType|Namespace\(", outcome.errors[0])
     for part in named:
         assert part in outcome.errors[0]
 
