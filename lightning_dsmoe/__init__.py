@@ -21,16 +21,22 @@ from lightning_dsmoe.inference import SparseModel as SparseModel
 from lightning_dsmoe.inference import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference import compile_sparse as compile_sparse
 from lightning_dsmoe.inference import load_sparse as load_sparse
+from lightning_dsmoe.losses import RoutingLoss as RoutingLoss
 from lightning_dsmoe.losses import mutual_information_loss as mutual_information_loss
 from lightning_dsmoe.routing import AllExperts as AllExperts
 from lightning_dsmoe.routing import CosineRouter as CosineRouter
 from lightning_dsmoe.routing import LinearRouter as LinearRouter
 from lightning_dsmoe.routing import MLPRouter as MLPRouter
+from lightning_dsmoe.routing import OutputOnly as OutputOnly
+from lightning_dsmoe.routing import RoutedLayer as RoutedLayer
 from lightning_dsmoe.routing import SelectionPlan as SelectionPlan
 from lightning_dsmoe.routing import Threshold as Threshold
 from lightning_dsmoe.routing import ThresholdTopK as ThresholdTopK
 from lightning_dsmoe.routing import TopK as TopK
 from lightning_dsmoe.routing import TopP as TopP
+from lightning_dsmoe.routing import record_routings as record_routings
+from lightning_dsmoe.routing import routed_layers as routed_layers
+from lightning_dsmoe.routing import run_plan as run_plan
 
 if TYPE_CHECKING:
     from lightning_dsmoe.data import TextDataModule as TextDataModule

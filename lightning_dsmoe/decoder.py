@@ -5,24 +5,27 @@ Shapes: B sequences in a batch, T positions, D width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dsmoe.attention import Attention, KVCache
-from lightning_dsmoe.attention.attention import causal_scope
+from lightning_dsmoe.attention.attention import attention_scope
 from lightning_dsmoe.experts import FeedForwardLayer
-from lightning_dsmoe.routing import AllExperts, Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing import (
+    AllExperts,
+    RoutedLayer,
+    Routing,
+    Selection,
+    SelectionPlan,
+    interception,
+)
+from lightning_dsmoe.routing import Routings as Routings
+from lightning_dsmoe.routing.interception import Pinned, Scope
 from lightning_dsmoe.routing.plan import check_plan
-
-
-class Routings(NamedTuple):
-    """The routing of every layer, None for a layer without a router."""
-
-    experts: tuple[Routing | None, ...]
-    attention: tuple[Routing | None, ...]
+from lightning_dsmoe.routing.routing import Kind, block_layer_name
 
 
 class DecoderOutput(NamedTuple):
@@ -32,12 +35,22 @@ class DecoderOutput(NamedTuple):
     routings: Routings
 
 
+_ALL_EXPERTS = AllExperts()  # made here, since torch.compile cannot trace the making of one
+
+
 class BlockOutput(NamedTuple):
     """Tokens `[B, T, D]` after a block, and the routing of its two layers."""
 
     x: Tensor
     experts: Routing | None
     attention: Routing | None
+
+
+class BlockSelections(NamedTuple):
+    """The experts that run in each block of a decoder."""
+
+    experts: tuple[Selection, ...]
+    attention: tuple[Selection, ...]
 
 
 class AttentionFactory(Protocol):
@@ -91,16 +104,26 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        experts: Selection = AllExperts(),
-        attention: Selection = AllExperts(),
+        experts: Selection | None = None,
+        attention: Selection | None = None,
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> BlockOutput:
-        """Transform tokens `[B, T, D]` with the selected experts of both layers."""
-        attended = self.attention(self.attention_norm(x), attention, mask=mask, cache=cache)
+        """Transform tokens `[B, T, D]`; a layer without a selection runs its default, all experts.
+
+        Args:
+            x: tokens.
+            experts: the feed-forward experts that run.
+            attention: the attention experts that run.
+            mask: bool `[B, T]`, false for padding; None for no padding.
+            cache: keys and values of earlier tokens; the new ones are added to it.
+        """
+        chosen: tuple[Selection, ...] = () if attention is None else (attention,)
+        attended = self.attention(self.attention_norm(x), *chosen, mask=mask, cache=cache)
         x = x + self.dropout(attended.output)
-        fed = self.feed_forward(self.feed_forward_norm(x), experts)
+        chosen = () if experts is None else (experts,)
+        fed = self.feed_forward(self.feed_forward_norm(x), *chosen)
         return BlockOutput(x + self.dropout(fed.output), fed.routing, attended.routing)
 
 
@@ -138,7 +161,7 @@ class Decoder(nn.Module):
             effect with caches.
 
     Raises:
-        ValueError: if a size is below 1 or dropout is not in [0, 1).
+        ValueError: if a size is below 1, dropout is not in [0, 1) or attention is not causal.
 
     Examples:
         >>> import torch
@@ -193,6 +216,8 @@ class Decoder(nn.Module):
             )
             for _ in range(n_layers)
         )
+        if not all(getattr(block.attention, "causal", True) for block in self._blocks):
+            raise ValueError("a decoder needs causal attention, got causal=False")
         self.norm = norm(d_model)
         self.head = TokenHead(d_model, vocab_size, bias=False)
         self._tie()
@@ -207,11 +232,51 @@ class Decoder(nn.Module):
         return self
 
     @property
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.blocks)
+
+    @property
     def plan_sizes(self) -> tuple[list[int | None], list[int | None]]:
-        """Number of feed-forward and of attention experts of each layer, None without a router."""
+        """Number of feed-forward and of attention experts of each block, None without a router."""
         return (
-            [getattr(block.feed_forward, "n_experts", None) for block in self.blocks],
-            [getattr(block.attention, "n_experts", None) for block in self.blocks],
+            [getattr(block.feed_forward, "n_experts", None) for block in self._blocks],
+            [getattr(block.attention, "n_experts", None) for block in self._blocks],
+        )
+
+    def selections(self, plan: SelectionPlan) -> BlockSelections:
+        """What a plan means for each block.
+
+        Layers of a class of your own that is no `RoutedLayer` take the default of their kind.
+
+        Raises:
+            ValueError: if the plan does not fit.
+            TypeError: if it is none.
+        """
+        check_plan(plan)
+        layers = {
+            block_layer_name(number, kind): layer
+            for number, block in enumerate(self._blocks)
+            for kind, layer in _layers_by_kind(block)
+            if isinstance(layer, RoutedLayer)
+        }
+        found = plan.selections(layers)
+
+        def of_blocks(kind: Kind, default: Selection) -> tuple[Selection, ...]:
+            names = (block_layer_name(number, kind) for number in range(self.n_layers))
+            return tuple(found.get(name, default) for name in names)
+
+        return BlockSelections(
+            of_blocks("experts", plan.experts), of_blocks("attention", plan.attention)
+        )
+
+    def _default_selections(self) -> BlockSelections:
+        def default(layer: nn.Module) -> Selection:
+            own = layer.default_selection if isinstance(layer, RoutedLayer) else None
+            return _ALL_EXPERTS if own is None else own
+
+        return BlockSelections(
+            tuple(default(block.feed_forward) for block in self._blocks),
+            tuple(default(block.attention) for block in self._blocks),
         )
 
     def forward(
@@ -226,7 +291,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens: `[B, T]`, integers below V; with caches, those that follow the tokens in them.
-            plan: the experts that run in each layer; None runs all.
+            plan: the experts that run in each layer; None runs the default of each, which is all
+                but in a sparse model. An open `run_plan` holds instead.
             mask: bool `[B, T]`, false for padding (on the left); None for no padding.
             caches: one KV cache per layer, to which the new tokens are added.
 
@@ -234,20 +300,23 @@ class Decoder(nn.Module):
             Logits `[B, T, V]` and the routing of every layer.
 
         Raises:
-            ValueError: if the plan has another number of layers or the context is too long.
+            ValueError: if the plan does not fit the model or the context is too long.
+            TypeError: if the plan is no `SelectionPlan`.
         """
-        if plan is None:
-            plan = SelectionPlan.uniform(self.n_layers)
-        check_plan(plan, self.n_layers)
-        if plan.n_layers != self.n_layers:
-            raise ValueError(f"a plan of {plan.n_layers} layers, a model of {self.n_layers}")
+        selections = self._default_selections() if plan is None else self.selections(plan)
+        scope = interception.scope() if interception.is_open else None
         x = self.dropout(self.embed(tokens, mask=mask, caches=caches))
         experts, attention = [], []
         recompute = self.checkpoint_activations and caches is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._blocks):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
             cache = None if caches is None else caches[layer]
-            out = run(x, plan.experts[layer], plan.attention[layer], mask=mask, cache=cache)
+            chosen: Any = [selections.experts[layer], selections.attention[layer]]
+            if scope is not None:
+                chosen = _pinned(scope, block, *chosen)
+            out = run(x, *chosen, mask=mask, cache=cache)
+            if scope is not None:
+                _record(scope, block, out, *chosen)
             x = out.x
             experts.append(out.experts)
             attention.append(out.attention)
@@ -283,7 +352,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"{seen} tokens, but this model has {self.max_positions} learned positions"
             )
-        scope = causal_scope(x, mask, caches[0] if caches else None)
+        scope = attention_scope(x, mask, caches[0] if caches else None)
         placed: Tensor = x + self.positions(scope.positions_BT)
         return placed
 
@@ -300,5 +369,38 @@ class Decoder(nn.Module):
         """Empty KV caches, one per layer, for `batch_size` sequences of `capacity` tokens."""
         weight = self.embedding.weight
         new_cache = partial(KVCache, device=weight.device, dtype=weight.dtype)
-        layers = [block.attention for block in cast(Iterable[Block], self.blocks)]
+        layers = [block.attention for block in self._blocks]
         return [new_cache(batch_size, a.n_kv_heads, capacity, a.d_head) for a in layers]
+
+
+def _layers_by_kind(block: Block) -> tuple[tuple[Kind, nn.Module], ...]:
+    """The two layers of a block, in the order in which they run."""
+    return ("attention", block.attention), ("experts", block.feed_forward)
+
+
+def _pinned(
+    scope: Scope, block: Block, experts: Selection, attention: Selection
+) -> list[Selection | Pinned]:
+    """The selections that hold for a block's layers, which need not ask for them again.
+
+    So a compiled block stays one graph, and one that is recomputed runs what it ran before.
+    """
+    return [
+        Pinned(scope.selection(layer, given)) if isinstance(layer, RoutedLayer) else given
+        for layer, given in ((block.feed_forward, experts), (block.attention, attention))
+    ]
+
+
+def _record(
+    scope: Scope,
+    block: Block,
+    out: BlockOutput,
+    experts: Selection | Pinned,
+    attention: Selection | Pinned,
+) -> None:
+    for layer, routing, chosen in (
+        (block.feed_forward, out.experts, experts),
+        (block.attention, out.attention, attention),
+    ):
+        if isinstance(chosen, Pinned):
+            scope.record(layer, routing, chosen.selection)

@@ -10,6 +10,7 @@ from functools import partial, wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -24,7 +25,6 @@ MOVED = {
     "inference.pruning": "serialization.pruning",
     "language_model": "training.language_model",
     "parameter_groups": "training.optimization",
-    "routing_losses": "training.routing_losses",
     "checkpoint_io": "training.checkpoint_io",
     "inference.model_card": "inference.artifact.model_card",
     "inference.engine.rows": "inference.engine.weights.row_major",
@@ -34,6 +34,7 @@ MOVED = {
     "analysis.pruning": "analysis.unused_experts",
     "analysis.utilization": "analysis.report.utilization",
     "data.tokenizers": "tokenizers",
+    "callbacks.console": "training.console",
 }
 
 
@@ -74,6 +75,23 @@ def warn_renamed(old: str, new: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
+def renamed_objects(module: str, **objects: object) -> Callable[[str], object]:
+    """The `__getattr__` of a module that gives objects by their old names too, with a warning.
+
+    Args:
+        module: name of the module.
+        objects: by old name, the class or function that took its place.
+    """
+
+    def get(name: str) -> object:
+        if name not in objects:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", cast(type, objects[name]).__name__)
+        return objects[name]
+
+    return get
+
+
 def renamed_options(**new_names: str) -> Callable[[Named], Named]:
     """Let a function take keyword options by their old names too, with a warning.
 
@@ -99,16 +117,17 @@ def renamed_attributes(**new_names: str) -> Callable[[Named], Named]:
     """Let attributes of a class be read and set by their old names too, with a warning.
 
     Args:
-        new_names: the present name of each old one.
+        new_names: the present name of each old one, which may be that of an attribute's attribute.
     """
 
     def get(new: str, old: str, instance: object) -> Any:
         warn_renamed(f"{type(instance).__name__}.{old}", new)
-        return getattr(instance, new)
+        return attrgetter(new)(instance)
 
     def assign(new: str, old: str, instance: object, value: Any) -> None:
         warn_renamed(f"{type(instance).__name__}.{old}", new)
-        setattr(instance, new, value)
+        owner, _, name = new.rpartition(".")
+        setattr(attrgetter(owner)(instance) if owner else instance, name, value)
 
     def decorate(owner: Named) -> Named:
         for old, new in new_names.items():

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LINKED = ("callbacks", "cli_configs")
 WITHOUT_LIGHTNING = (
     *("routing", "losses", "experts", "attention", "decoder", "metrics", "serialization"),
-    *("inference", "training.routing_losses", "schedules", "tokenizers"),
+    *("inference", "schedules", "tokenizers"),
 )
 
 

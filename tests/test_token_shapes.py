@@ -80,12 +80,12 @@ def test_what_is_no_selection(make: Callable[[], nn.Module]) -> None:
         (2, r"such as TopK\(2\); got 2"),
         ("top", "Threshold"),
         (TopK, r"TopK\(\.\.\.\) rather than the class"),
-        (SelectionPlan.uniform(2), "a selection chooses experts"),
+        (SelectionPlan(), "a selection chooses experts"),
     ):
         with pytest.raises(TypeError, match=meant):
             make()(X, given)
     with pytest.raises(TypeError, match=r"such as TopK\(2\)"):
-        SelectionPlan.uniform(2, experts=2)  # type: ignore[arg-type]
+        SelectionPlan(experts=2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_positions": 9}], ids=str)
@@ -104,7 +104,7 @@ def test_what_a_model_cannot_read(
     options: dict[str, Any], arguments: dict[str, Any], message: str
 ) -> None:
     model = decoder(**options)
-    sparse = compile_sparse(model, SelectionPlan.uniform(2))
+    sparse = compile_sparse(model, SelectionPlan())
     for read in (model, sparse.logits):
         with pytest.raises(ValueError, match=message):
             read(**arguments)
@@ -112,14 +112,14 @@ def test_what_a_model_cannot_read(
 
 def test_a_selection_is_no_plan() -> None:
     model = decoder()
-    sparse = compile_sparse(model, SelectionPlan.uniform(2))
+    sparse = compile_sparse(model, SelectionPlan())
     for call in (
         lambda: model(TOKENS, TopK(1)),
         lambda: compile_sparse(model, TopK(1)),  # type: ignore[arg-type]
         lambda: sparse.logits(TOKENS, plan=TopK(1)),  # type: ignore[arg-type]
         lambda: sparse.generate([1], plan=TopK(1)),
     ):
-        with pytest.raises(TypeError, match=r"such as SelectionPlan\.uniform\(2, .*got TopK"):
+        with pytest.raises(TypeError, match=r"such as SelectionPlan\(experts=.*got TopK"):
             call()
 
 

@@ -1,16 +1,18 @@
 """Plain grouped-query attention."""
 
+import torch
 from torch import Tensor
 
-from lightning_dsmoe.attention.attention import Attention, causal_scope
+from lightning_dsmoe.attention.attention import Attention, attention_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.placement import Device
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
 from lightning_dsmoe.token_shapes import check_width
 
 
 class GroupedQueryAttention(Attention):
-    """Grouped-query attention: causal self-attention whose query heads share keys and values.
+    """Grouped-query attention: self-attention whose query heads share keys and values.
 
     With n_kv_heads = n_heads it is multi-head attention, with 1 multi-query (arXiv 2305.13245).
 
@@ -22,6 +24,9 @@ class GroupedQueryAttention(Attention):
         rope_theta: base of the rotary frequencies; None for no rotary positions.
         qk_norm: whether queries and keys pass an RMSNorm over each head.
         bias: whether the projections have biases.
+        causal: whether tokens attend to earlier ones alone, as in a decoder; false for encoders.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Raises:
         ValueError: if `n_kv_heads` does not divide `n_heads` or a size is out of range.
@@ -44,6 +49,9 @@ class GroupedQueryAttention(Attention):
         rope_theta: float | None = 10000.0,
         qk_norm: bool = False,
         bias: bool = False,
+        causal: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -57,9 +65,18 @@ class GroupedQueryAttention(Attention):
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
         self.bias = bias
+        self.causal = causal
         n_groups = n_heads // n_kv_heads
         self.heads = HeadGroups(
-            d_model, n_groups, n_kv_heads, d_head, rope_theta=rope_theta, qk_norm=qk_norm, bias=bias
+            d_model,
+            n_groups,
+            n_kv_heads,
+            d_head,
+            rope_theta=rope_theta,
+            qk_norm=qk_norm,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(
@@ -70,8 +87,8 @@ class GroupedQueryAttention(Attention):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> MixtureOutput:
-        """Causal self-attention (see `Attention.forward`); there are no experts to select."""
+        """Self-attention (see `Attention.forward`); there are no experts to select."""
         check_width(x, self.d_model)
-        scope = causal_scope(x, mask, cache)
+        scope = attention_scope(x, mask, cache, causal=self.causal)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)
         return MixtureOutput(self.heads(x, scope, keys, values), None)

@@ -15,6 +15,7 @@ from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
 from lightning_dsmoe.attention.rotary import rotate, rotation
 from lightning_dsmoe.attention.sparse_attention import attend_of_tokens, attend_some
+from lightning_dsmoe.placement import Device, Placement
 from lightning_dsmoe.stacked import StackedWeight, dispatch, gated_projection, worth_sorting
 
 _KERNELS_PER_GROUP = 30
@@ -36,6 +37,8 @@ class HeadGroups(nn.Module):
         rope_theta: base of the rotary frequencies; None for no rotary positions.
         qk_norm: whether queries and keys pass an RMSNorm over each head.
         bias: whether the projections have biases.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Raises:
         ValueError: if a size is below 1, or d_head is odd with rotary positions.
@@ -51,6 +54,8 @@ class HeadGroups(nn.Module):
         rope_theta: float | None = 10000.0,
         qk_norm: bool = False,
         bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if min(d_model, n_groups, n_heads, d_head) < 1:
@@ -68,13 +73,14 @@ class HeadGroups(nn.Module):
         self.d_head = d_head
         self.rope_theta = rope_theta
         rows = n_heads * d_head
-        self.w_q = StackedWeight(n_groups, rows, d_model, fan_in=d_model)
-        self.w_o = StackedWeight(n_groups, rows, d_model, fan_in=n_groups * rows)
-        self.kv = nn.Linear(d_model, 2 * rows, bias=bias)
-        self.b_q = nn.Parameter(torch.empty(n_groups, rows)) if bias else None
-        self.b_o = nn.Parameter(torch.empty(d_model)) if bias else None
-        self.q_norm = HeadNorm(d_head) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(d_head) if qk_norm else nn.Identity()
+        placed: Placement = {"device": device, "dtype": dtype}
+        self.w_q = StackedWeight(n_groups, rows, d_model, fan_in=d_model, **placed)
+        self.w_o = StackedWeight(n_groups, rows, d_model, fan_in=n_groups * rows, **placed)
+        self.kv = nn.Linear(d_model, 2 * rows, bias=bias, **placed)
+        self.b_q = nn.Parameter(torch.empty(n_groups, rows, **placed)) if bias else None
+        self.b_o = nn.Parameter(torch.empty(d_model, **placed)) if bias else None
+        self.q_norm = HeadNorm(d_head, **placed) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(d_head, **placed) if qk_norm else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,7 +129,7 @@ class HeadGroups(nn.Module):
             keys_BHSC,
             values_BHSC,
             attn_mask=None if scope.attend_BTS is None else scope.attend_BTS[:, None],
-            is_causal=scope.attend_BTS is None,
+            is_causal=scope.causal and scope.attend_BTS is None,
             enable_gqa=self.n_groups > 1,
         )
         heads_NER = rearrange(heads_BGTC, "b (h e) t c -> (b t) e (h c)", h=self.n_heads)

@@ -1,17 +1,27 @@
 """The mixture of attention heads."""
 
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
-from lightning_dsmoe.attention.attention import Attention, causal_scope
+from lightning_dsmoe.attention.attention import Attention, attention_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
-from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
+from lightning_dsmoe.placement import Device, placement
+from lightning_dsmoe.routing import (
+    AllExperts,
+    LinearRouter,
+    MixtureOutput,
+    RoutedLayer,
+    Selection,
+)
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
-from lightning_dsmoe.routing.routing import GateScale, gate_factor
+from lightning_dsmoe.routing.routing import GateScale, Kind, gate_factor
 
 
-class MixtureOfAttentionHeads(Attention):
+class MixtureOfAttentionHeads(RoutedLayer, Attention):
     """Mixture of attention heads: groups of query heads are experts over shared keys and values.
 
     y = c sum_i S_i(x) sum_j softmax(Q_ij K_j^T / sqrt(C)) V_j W_o,ij (arXiv 2404.05567, eqs. 7-8)
@@ -29,6 +39,9 @@ class MixtureOfAttentionHeads(Attention):
         rope_theta: base of the rotary frequencies; None for no rotary positions.
         qk_norm: whether queries and keys pass an RMSNorm over each head.
         bias: whether the projections have biases; the output's is ungated.
+        causal: whether tokens attend to earlier ones alone, as in a decoder; false for encoders.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
@@ -42,8 +55,7 @@ class MixtureOfAttentionHeads(Attention):
         (torch.Size([2, 10, 64]), torch.Size([2, 10, 4]))
     """
 
-    remaining: Tensor | None
-    """Indices of the experts that were not removed, if some were; see `inference.prune`."""
+    kind: ClassVar[Kind] = "attention"
 
     def __init__(
         self,
@@ -57,6 +69,9 @@ class MixtureOfAttentionHeads(Attention):
         rope_theta: float | None = 10000.0,
         qk_norm: bool = False,
         bias: bool = False,
+        causal: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.d_model = d_model
@@ -68,11 +83,19 @@ class MixtureOfAttentionHeads(Attention):
         self.rope_theta = rope_theta
         self.qk_norm = qk_norm
         self.bias = bias
+        self.causal = causal
         self.gate_factor = gate_factor(gate_scale, n_experts)
-        self.register_buffer("remaining", None, persistent=False)
-        self.router = router(d_model, n_experts)
+        self.router = router(d_model, n_experts, **placement(device, dtype))
         self.heads = HeadGroups(
-            d_model, n_experts, n_heads, d_head, rope_theta=rope_theta, qk_norm=qk_norm, bias=bias
+            d_model,
+            n_experts,
+            n_heads,
+            d_head,
+            rope_theta=rope_theta,
+            qk_norm=qk_norm,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(
@@ -83,31 +106,37 @@ class MixtureOfAttentionHeads(Attention):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> MixtureOutput:
-        """Causal self-attention with the experts that a selection chooses.
+        """Self-attention with the experts that a selection chooses.
 
         Args:
             x: tokens `[B, T, D]`; with a cache, those that follow the tokens in it.
             selection: which experts run; by default all of them, as in training.
-            mask: bool `[B, T]`, false for padding (on the left); None for no padding.
+            mask: bool `[B, T]`, false for padding, on either side; None for no padding.
             cache: keys and values of earlier tokens; the new ones are added to it.
 
         Returns:
             Tokens `[B, T, D]` and the routing of all experts.
 
         Raises:
-            ValueError: if tokens, mask or cache do not match, or the selection needs more experts.
+            ValueError: if tokens, mask or cache do not match, the selection needs more experts, or
+                there is a cache although `causal` is false.
             TypeError: if the selection is not one.
         """
         routing = self.router(x)
         gates, active = select(selection, routing, self.remaining)
         gates = self.gate_factor * gates
-        scope = causal_scope(x, mask, cache)
+        scope = attention_scope(x, mask, cache, causal=self.causal)
         keys, values = self.heads.keys_and_values(x, scope, cache, mask)
         if isinstance(selection, AllExperts) or not self.heads.sparse_is_faster(x):
             y = self.heads(x, scope, keys, values, gates)
         else:
             y = self.heads.sparse_forward(x, scope, keys, values, gates, active)
         return MixtureOutput(y, routing)
+
+    def parameters_by_expert(self) -> list[Tensor]:
+        """Query and output weights of the experts, and their query biases."""
+        each = [self.heads.w_q.weight, self.heads.w_o.weight, self.heads.b_q]
+        return [tensor for tensor in each if tensor is not None]
 
     def extra_repr(self) -> str:
         """Options, for `print`."""

@@ -17,7 +17,8 @@ def attend_of_tokens(scope: Scope, batch: int, length: int) -> Tensor:
     if scope.attend_BTS is not None:
         return scope.attend_BTS.flatten(0, 1)
     steps = torch.arange(length, device=scope.positions_BT.device)
-    return (steps <= steps[:, None]).repeat(batch, 1)
+    attend_TS = steps <= steps[:, None] if scope.causal else steps.new_ones(length, length).bool()
+    return attend_TS.repeat(batch, 1)
 
 
 def attend_some(

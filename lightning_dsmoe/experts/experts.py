@@ -5,12 +5,14 @@ of one expert.
 """
 
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dsmoe.placement import Device
 from lightning_dsmoe.stacked import StackedWeight, dispatch, gated_projection, worth_sorting
 
 # fmt: off
@@ -40,6 +42,8 @@ class Experts(nn.Module, ABC):
         d_expert: hidden units F of one expert.
         activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Raises:
         ValueError: if a size is below 1 or the activation is not one of `ACTIVATIONS`.
@@ -63,6 +67,8 @@ class Experts(nn.Module, ABC):
         *,
         activation: str = "gelu",
         bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if min(d_model, n_experts, d_expert) < 1:
@@ -80,10 +86,12 @@ class Experts(nn.Module, ABC):
         self.activation = activation
         self.bias = bias
         rows = self.projections_per_unit * d_expert
-        self.w_in = StackedWeight(n_experts, rows, d_model, fan_in=d_model)
-        self.w_out = StackedWeight(n_experts, d_expert, d_model, fan_in=n_experts * d_expert)
-        self.b_in = nn.Parameter(torch.empty(n_experts, rows)) if bias else None
-        self.b_out = nn.Parameter(torch.empty(d_model)) if bias else None
+        stacked = partial(StackedWeight, n_experts, device=device, dtype=dtype)
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.w_in = stacked(rows, d_model, fan_in=d_model)
+        self.w_out = stacked(d_expert, d_model, fan_in=n_experts * d_expert)
+        self.b_in = nn.Parameter(empty(n_experts, rows)) if bias else None
+        self.b_out = nn.Parameter(empty(d_model)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,6 +173,8 @@ class MLPExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: name of an element-wise function of PyTorch, such as gelu, silu or relu.
         bias: whether the projections have biases.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch
@@ -189,6 +199,8 @@ class GLUExperts(Experts):
         d_expert: hidden units F of one expert.
         activation: silu gives SwiGLU, gelu GEGLU.
         bias: whether the projections have biases.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch

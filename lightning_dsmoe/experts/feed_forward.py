@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.experts.experts import Experts, MLPExperts
+from lightning_dsmoe.placement import Device, placement
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
 from lightning_dsmoe.token_shapes import check_width
 
@@ -40,6 +42,8 @@ class FeedForward(FeedForwardLayer):
         d_model: width D of the tokens.
         d_hidden: hidden units.
         experts: class of the network, called as `experts(d_model, 1, d_hidden)`.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch
@@ -49,12 +53,18 @@ class FeedForward(FeedForwardLayer):
     """
 
     def __init__(
-        self, d_model: int, d_hidden: int, *, experts: ExpertsFactory = MLPExperts
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        experts: ExpertsFactory = MLPExperts,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         self.d_hidden = d_hidden
-        self.experts = experts(d_model, 1, d_hidden)
+        self.experts = experts(d_model, 1, d_hidden, **placement(device, dtype))
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
         """Transform tokens `[..., D]`; there are no experts to select."""

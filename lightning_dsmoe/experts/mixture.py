@@ -3,17 +3,25 @@
 Shapes: B sequences in a batch, T positions, N = B T tokens, D width, E experts.
 """
 
+import torch
 from torch import Tensor
 
 from lightning_dsmoe.experts.experts import MLPExperts
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward, FeedForwardLayer
-from lightning_dsmoe.routing import AllExperts, LinearRouter, MixtureOutput, Selection
+from lightning_dsmoe.placement import Device, placement
+from lightning_dsmoe.routing import (
+    AllExperts,
+    LinearRouter,
+    MixtureOutput,
+    RoutedLayer,
+    Selection,
+)
 from lightning_dsmoe.routing.removed import select
 from lightning_dsmoe.routing.router import RouterFactory
 from lightning_dsmoe.routing.routing import GateScale, gate_factor
 
 
-class MixtureOfExperts(FeedForwardLayer):
+class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
     """Mixture of experts that trains all of them on every token and runs as few as wanted later.
 
     y = c sum_i S_i(x) e_i(x), with S the router's probabilities (arXiv 2404.05567, eq. 3)
@@ -27,6 +35,8 @@ class MixtureOfExperts(FeedForwardLayer):
         d_shared: hidden units of one more expert that always runs at gate 1; 0 for none.
         gate_scale: "mean_one" takes c = E, so that equal gates are the dense layer of the same
             width; "sum_to_one" takes c = 1, as in the paper.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Raises:
         ValueError: if a size or `gate_scale` is out of range.
@@ -43,9 +53,6 @@ class MixtureOfExperts(FeedForwardLayer):
         (torch.Size([2, 10, 64]), torch.Size([2, 10, 8]))
     """
 
-    remaining: Tensor | None
-    """Indices of the experts that were not removed, if some were; see `inference.prune`."""
-
     def __init__(
         self,
         d_model: int,
@@ -56,6 +63,8 @@ class MixtureOfExperts(FeedForwardLayer):
         experts: ExpertsFactory = MLPExperts,
         d_shared: int = 0,
         gate_scale: GateScale = "mean_one",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if d_shared < 0:
@@ -66,10 +75,12 @@ class MixtureOfExperts(FeedForwardLayer):
         self.d_shared = d_shared
         self.gate_scale = gate_scale
         self.gate_factor = gate_factor(gate_scale, n_experts)
-        self.register_buffer("remaining", None, persistent=False)
-        self.router = router(d_model, n_experts)
-        self.experts = experts(d_model, n_experts, d_expert)
-        self.shared = FeedForward(d_model, d_shared, experts=experts) if d_shared else None
+        placed = placement(device, dtype)
+        self.router = router(d_model, n_experts, **placed)
+        self.experts = experts(d_model, n_experts, d_expert, **placed)
+        self.shared = None
+        if d_shared:
+            self.shared = FeedForward(d_model, d_shared, experts=experts, **placed)
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
         """Transform tokens with the experts that a selection chooses.
@@ -97,6 +108,11 @@ class MixtureOfExperts(FeedForwardLayer):
         if self.shared is not None:
             y = y + self.shared(x).output
         return MixtureOutput(y, routing)
+
+    def parameters_by_expert(self) -> list[Tensor]:
+        """Weights of the experts, and their input biases."""
+        each = [self.experts.w_in.weight, self.experts.w_out.weight, self.experts.b_in]
+        return [tensor for tensor in each if tensor is not None]
 
     def extra_repr(self) -> str:
         """Options, for `print`."""

@@ -9,3 +9,5 @@ from lightning_dsmoe.losses.mutual_information import (
 )
 from lightning_dsmoe.losses.mutual_information import routing_entropies as routing_entropies
 from lightning_dsmoe.losses.router_z import router_z_loss as router_z_loss
+from lightning_dsmoe.losses.routing_loss import RoutingLoss as RoutingLoss
+from lightning_dsmoe.losses.routing_loss import RoutingLosses as RoutingLosses

@@ -5,12 +5,14 @@ Shapes: D width, E experts, R hidden width of a router; leading dimensions are f
 
 import math
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dsmoe.placement import Device
 from lightning_dsmoe.precision import at_least_float32, without_autocast
 from lightning_dsmoe.routing.routing import Routing
 from lightning_dsmoe.token_shapes import check_width
@@ -92,6 +94,8 @@ class LinearRouter(Router):
         d_model: width D of the tokens.
         n_experts: number of experts E.
         init_std: standard deviation of the initial weights; 0 starts with equal gates.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch
@@ -100,10 +104,18 @@ class LinearRouter(Router):
         [0.25, 0.25, 0.25, 0.25]
     """
 
-    def __init__(self, d_model: int, n_experts: int, *, init_std: float = 0.02) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        init_std: float = 0.02,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(d_model, n_experts)
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,6 +135,8 @@ class MLPRouter(Router):
         n_experts: number of experts E.
         d_hidden: hidden width R; 512 reproduces the parameter counts of arXiv 2404.05567, Table 1.
         init_std: standard deviation of the last layer's initial weights; 0 starts with equal gates.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch
@@ -132,15 +146,22 @@ class MLPRouter(Router):
     """
 
     def __init__(
-        self, d_model: int, n_experts: int, *, d_hidden: int = 512, init_std: float = 0.02
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        d_hidden: int = 512,
+        init_std: float = 0.02,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(d_model, n_experts)
         if d_hidden < 1:
             raise ValueError(f"d_hidden must be at least 1, got {d_hidden}")
         self.d_hidden = d_hidden
         self.init_std = init_std
-        self.hidden = nn.Linear(d_model, d_hidden)
-        self.out = nn.Parameter(torch.empty(n_experts, d_hidden))
+        self.hidden = nn.Linear(d_model, d_hidden, device=device, dtype=dtype)
+        self.out = nn.Parameter(torch.empty(n_experts, d_hidden, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -164,6 +185,8 @@ class CosineRouter(Router):
         n_experts: number of experts E.
         d_hidden: width R of the projection.
         init_scale: initial exp(s).
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
 
     Examples:
         >>> import torch
@@ -173,7 +196,14 @@ class CosineRouter(Router):
     """
 
     def __init__(
-        self, d_model: int, n_experts: int, *, d_hidden: int = 512, init_scale: float = 1.0
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        d_hidden: int = 512,
+        init_scale: float = 1.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(d_model, n_experts)
         if d_hidden < 1 or init_scale <= 0:
@@ -182,9 +212,10 @@ class CosineRouter(Router):
             )
         self.d_hidden = d_hidden
         self.init_scale = init_scale
-        self.projection = nn.Parameter(torch.empty(d_hidden, d_model))
-        self.centroids = nn.Parameter(torch.empty(n_experts, d_hidden))
-        self.log_scale = nn.Parameter(torch.empty(()))
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.projection = nn.Parameter(empty(d_hidden, d_model))
+        self.centroids = nn.Parameter(empty(n_experts, d_hidden))
+        self.log_scale = nn.Parameter(empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""What a router says, how its probabilities become gates, and what a routed layer returns.
+"""What a router says, how its probabilities become gates, and what layers and decoders return.
 
 Shapes: E experts, D width; leading dimensions are free.
 """
@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 GateScale = Literal["mean_one", "sum_to_one"]
+
+Kind = Literal["experts", "attention"]
+"""Of a routed layer: feed-forward experts or attention experts."""
 
 
 class Routing(NamedTuple):
@@ -38,6 +41,48 @@ class MixtureOutput(NamedTuple):
 
     output: Tensor
     routing: Routing | None
+
+
+class Routings(NamedTuple):
+    """The routing of every block of a decoder, None for a layer without a router."""
+
+    experts: tuple[Routing | None, ...]
+    attention: tuple[Routing | None, ...]
+
+    def by_name(self) -> "dict[str, RoutingOfLayer]":
+        """The routings by the names that their layers have in a decoder, in its order."""
+        return {
+            block_layer_name(block, kind): RoutingOfLayer(kind, routing)
+            for block, pair in enumerate(zip(self.attention, self.experts, strict=True))
+            for kind, routing in zip(_KINDS_OF_BLOCK, pair, strict=True)
+            if routing is not None
+        }
+
+
+class RoutingOfLayer(NamedTuple):
+    """A routing, and the kind of layer that it is of."""
+
+    kind: Kind
+    routing: Routing
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts E."""
+        return self.routing.probs.shape[-1]
+
+
+_KINDS_OF_BLOCK: tuple[Kind, Kind] = ("attention", "experts")
+_NAME_IN_BLOCK = {"attention": "attention", "experts": "feed_forward"}
+
+
+def block_layer_name(block: int, kind: Kind) -> str:
+    """The name of a decoder's layer by its block and its kind.
+
+    Examples:
+        >>> block_layer_name(3, "experts")
+        'blocks.3.feed_forward'
+    """
+    return f"blocks.{block}.{_NAME_IN_BLOCK[kind]}"
 
 
 def gate_factor(gate_scale: GateScale, n_experts: int) -> float:

@@ -18,8 +18,8 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     That is faster where the work of one expert on all tokens takes longer than starting the
     kernels that it needs for itself. What share of the tokens is its own does not count, as a GPU
     would have to be waited for to know it. Otherwise all experts run, under gates of zero, which
-    do not hide an infinite output. Under `torch.func` all of them always do, since `vmap` knows no
-    sizes that depend on the data.
+    do not hide an infinite output. Under `torch.func`, `torch.compile` and `torch.export` all of
+    them always do: `vmap` and graphs know no sizes that depend on the data.
 
     Args:
         n_tokens: tokens N.
@@ -29,7 +29,7 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     """
     other = MULTIPLICATIONS_PER_KERNEL["other"]
     per_kernel = MULTIPLICATIONS_PER_KERNEL.get(device.type, other)
-    if in_function_transform():
+    if torch.compiler.is_compiling() or in_function_transform():  # exporting counts as compiling
         return False
     return n_weights * max(n_tokens, _TOKENS_PER_READ) > n_kernels * per_kernel
 

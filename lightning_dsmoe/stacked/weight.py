@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_dsmoe.placement import Device
+
 
 class StackedWeight(nn.Module):
     """One weight matrix per expert, stored as `[E, R, D]`, viewed wide or expert by expert.
@@ -19,12 +21,24 @@ class StackedWeight(nn.Module):
         d_model: columns D.
         fan_in: inputs summed by one output of the layer; initial weights are uniform within
             1 / sqrt(fan_in), as in `torch.nn.Linear`.
+        device: where the weights are made; None for PyTorch's default.
+        dtype: type of the weights; None for PyTorch's default.
     """
 
-    def __init__(self, n_experts: int, rows: int, d_model: int, *, fan_in: int) -> None:
+    def __init__(
+        self,
+        n_experts: int,
+        rows: int,
+        d_model: int,
+        *,
+        fan_in: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.fan_in = fan_in
-        self.weight = nn.Parameter(torch.empty(n_experts, rows, d_model))
+        weight = torch.empty(n_experts, rows, d_model, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

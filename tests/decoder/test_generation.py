@@ -18,7 +18,7 @@ SELECTIONS: list[Selection] = [AllExperts(), TopK(1), TopK(2), Threshold(0.9), T
 
 @pytest.fixture(params=SELECTIONS, ids=str)
 def plan(request: pytest.FixtureRequest, decoder: Decoder) -> SelectionPlan:
-    return SelectionPlan.uniform(decoder.n_layers, experts=request.param, attention=request.param)
+    return SelectionPlan(experts=request.param, attention=request.param)
 
 
 def in_chunks(
@@ -122,7 +122,7 @@ def test_what_stands_in_the_padding_does_not_matter(
 def test_first_cache_does_not_depend_on_the_plan(decoder: Decoder, batches: list[Tensor]) -> None:
     caches = [decoder.new_caches(3, 16) for _ in range(2)]
     for some, k in zip(caches, (1, 3), strict=True):
-        uniform = SelectionPlan.uniform(decoder.n_layers, experts=TopK(k), attention=TopK(k))
+        uniform = SelectionPlan(experts=TopK(k), attention=TopK(k))
         decoder(batches[0], uniform, caches=some)
     assert torch.equal(caches[0][0].keys, caches[1][0].keys)
     assert torch.equal(caches[0][0].values, caches[1][0].values)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward
-from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK
 
 
 def plan_of(decoder: Decoder, make: Callable[[int], Selection]) -> SelectionPlan:
     experts, attention = decoder.plan_sizes
-    return SelectionPlan(
+    return SelectionPlan.of_blocks(
         tuple(make(n) for n in experts if n), tuple(make(n) for n in attention if n)
     )
 
@@ -32,16 +32,14 @@ def test_full_plan_equals_dense(
 
 
 def test_plan_of_all_experts_is_the_default(decoder: Decoder, batches: list[Tensor]) -> None:
-    plan = SelectionPlan.uniform(decoder.n_layers)
+    plan = SelectionPlan()
     assert torch.equal(decoder(batches[0], plan).logits, decoder(batches[0]).logits)
 
 
 def test_each_layer_follows_its_own_selection(decoder: Decoder, batches: list[Tensor]) -> None:
     dense = decoder(batches[0]).routings
-    all_layers = [AllExperts()] * decoder.n_layers
-    sparse = decoder(
-        batches[0], SelectionPlan(tuple(all_layers), (AllExperts(), *all_layers[2:], TopK(1)))
-    ).routings
+    last_attention = f"blocks.{decoder.n_layers - 1}.attention"
+    sparse = decoder(batches[0], SelectionPlan(layers={last_attention: TopK(1)})).routings
     for layer in range(decoder.n_layers):
         last = layer == decoder.n_layers - 1
         for kind in ("experts", "attention"):
@@ -70,17 +68,16 @@ def test_layers_without_a_router_have_no_routing() -> None:
     tokens = torch.randint(11, (2, 5))
     assert decoder(tokens).routings == ((None, None), (None, None))
     assert decoder.plan_sizes == ([None, None], [None, None])
-    plan = SelectionPlan.uniform(2, experts=TopK(3), attention=TopK(3))
-    plan.check(*decoder.plan_sizes)
+    plan = SelectionPlan(experts=TopK(3), attention=TopK(3))
     assert torch.equal(decoder(tokens, plan).logits, decoder(tokens).logits)
 
 
-@pytest.mark.parametrize("plan", [None, SelectionPlan.uniform(2, experts=TopK(1))], ids=str)
+@pytest.mark.parametrize("plan", [None, SelectionPlan(experts=TopK(1))], ids=str)
 def test_later_tokens_never_change_earlier_ones(
     decoder: Decoder, plan: SelectionPlan | None, batches: list[Tensor]
 ) -> None:
     if plan:
-        plan = SelectionPlan.uniform(decoder.n_layers, experts=TopK(1), attention=TopK(1))
+        plan = SelectionPlan(experts=TopK(1), attention=TopK(1))
     tokens = batches[0].clone()
     before = decoder(tokens, plan).logits
     tokens[:, 9:] = tokens[:, 9:].flip(1)
@@ -93,20 +90,20 @@ def test_later_tokens_never_change_earlier_ones(
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_empty_and_single_tokens(decoder: Decoder, shape: tuple[int, int], sparse: bool) -> None:
-    plan = SelectionPlan.uniform(decoder.n_layers, experts=TopK(2), attention=Threshold(1.0))
+    plan = SelectionPlan(experts=TopK(2), attention=Threshold(1.0))
     logits = decoder(torch.randint(97, shape), plan if sparse else None).logits
     assert logits.shape == (*shape, decoder.vocab_size)
     assert logits.isfinite().all()
 
 
 def test_plan_of_another_depth_is_refused(decoder: Decoder, batches: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="a plan of 7 layers, a model of"):
-        decoder(batches[0], SelectionPlan.uniform(7))
+    with pytest.raises(ValueError, match=r"no routed layer 'blocks\.6\.attention'; the nearest"):
+        decoder(batches[0], SelectionPlan(layers={"blocks.6.attention": TopK(1)}))
 
 
 def test_plan_with_too_many_experts_is_refused(decoder: Decoder, batches: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"TopK\(k=6\) needs k <= "):
-        decoder(batches[0], SelectionPlan.uniform(decoder.n_layers, experts=TopK(6)))
+        decoder(batches[0], SelectionPlan(experts=TopK(6)))
 
 
 @pytest.mark.parametrize(

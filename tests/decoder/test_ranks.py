@@ -35,7 +35,7 @@ def run_rank(rank: int) -> list[dict[str, torch.Tensor]]:
     decoder = make_decoder()
     parallel = DistributedDataParallel(decoder)
     found = []
-    for plan in (None, SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))):
+    for plan in (None, SelectionPlan(experts=TopK(1), attention=TopK(1))):
         decoder.zero_grad()
         parallel(
             torch.tensor([[1, 2, 3], [4, 5, 6]])[rank, None], plan

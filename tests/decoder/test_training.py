@@ -90,7 +90,7 @@ def test_recomputing_activations_changes_nothing(
     plain = make_decoder()
     recomputing = make_decoder(checkpoint_activations=True)
     recomputing.load_state_dict(plain.state_dict())
-    plan = SelectionPlan.uniform(plain.n_layers, experts=TopK(2), attention=TopK(1))
+    plan = SelectionPlan(experts=TopK(2), attention=TopK(1))
     found = []
     for decoder in (plain, recomputing):
         torch.manual_seed(5)
