@@ -29,14 +29,14 @@ import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
 import lightning_dsmoe.schedules  # noqa: F401
-from lightning_dsmoe.callbacks.console import with_console_callbacks
-from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
 from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, mistake_of, one_line
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
+from lightning_dsmoe.training.console import with_console_callbacks
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
+from lightning_dsmoe.training.run_folder import run_folder
 
 _TOOLS = (generate, sweep, calibrate, prune, certify, report, configs)
 TOOLS: dict[str, Callable[..., None]] = {tool.__name__: tool for tool in _TOOLS}

@@ -1,27 +1,27 @@
-"""A model under a plan: its loss and what it costs.
-
-Shapes: B sequences in a batch, T positions, V vocabulary.
-"""
+"""A model under a plan: its loss and what it costs."""
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+from torch import nn
 
 from lightning_dsmoe.analysis.held_out import HeldOut
-from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.analysis.measured import (
+    Measured,
+    MeasuredBatches,
+    MeasuredText,
+    SampleLoss,
+)
 from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.losses.cross_entropy import window_cross_entropy
-from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts, active_masks
+from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts
 from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
 
 class Gain(NamedTuple):
-    """How much lower a loss is than another, summed over the tokens of a text, in nats.
+    """How much lower a loss is than another, summed over the tokens of a text or over samples.
 
     Args:
         total: the other loss less this one.
@@ -49,16 +49,18 @@ class Gain(NamedTuple):
     share="active_share_mean", share_p50="active_share_p50", share_p95="active_share_p95"
 )
 class PlanResult(NamedTuple):
-    """A model under one plan, measured on a text.
+    """A model under one plan, measured on a text or on batches of anything.
 
     Args:
-        loss: cross entropy, in nats per token.
+        loss: cross entropy, in nats per token; or the mean of one's own loss over samples.
         active_share_mean: mean share of the hidden parameters that run for a token; embeddings and
             the head are not among them.
         active_share_p50: its median over tokens.
         active_share_p95: its 95th percentile.
-        tokens_per_second: speed of reading the text and taking its loss.
-        window_losses: cross entropy of each window of the text, summed over its tokens.
+        tokens_per_second: speed of reading the text and taking its loss; of batches that of
+            samples.
+        window_losses: cross entropy of each window of the text, summed over its tokens; or the loss
+            of each sample.
 
     Examples:
         >>> dense = PlanResult(1.5, 1.0, 1.0, 1.0, 900.0, window_losses=(3.0, 3.0))
@@ -96,57 +98,92 @@ Measure = Callable[[SelectionPlan], PlanResult]
 """Evaluates plans of one model on one text."""
 
 
-@torch.inference_mode()
 def evaluate_plan(
-    model: SparseModel, plan: SelectionPlan, text: HeldOut, counts: ParameterCounts
+    model: nn.Module,
+    plan: SelectionPlan,
+    data: HeldOut | Iterable[Any],
+    counts: ParameterCounts | None = None,
+    *,
+    loss: SampleLoss | None = None,
+    **options: Any,
 ) -> PlanResult:
-    """Measure a model under a plan.
+    """Measure a model under a plan: a language model on a text, any other by a loss of your own.
 
     Args:
-        model: the model.
+        model: a `SparseModel`; or, with `loss`, any model with routed layers.
         plan: the experts that run.
-        text: what to measure it on.
-        counts: parameters of the decoder before it was packed, from `count_parameters`.
+        data: the text; or, with `loss`, batches, such as a `DataLoader`.
+        counts: parameters of the decoder before it was packed; None counts them.
+        loss: gives the loss of every sample of a batch, `[B]`, called as `loss(model, batch)`.
+        options: `mask` and `outside` of `MeasuredBatches`.
 
     Returns:
         Loss, active share and speed.
 
     Raises:
         FloatingPointError: if the loss is not a finite number.
+        TypeError: without a loss, unless the model is a `SparseModel` and the data its text.
+        ValueError: if there is no batch, the model has no routed layer, the plan does not fit it,
+            or the loss is not one of every sample.
 
     Examples:
-        >>> from functools import partial
         >>> import torch
-        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
-        >>> from lightning_dsmoe import SelectionPlan, TopK, compile_sparse
-        >>> from lightning_dsmoe.analysis import HeldOut, evaluate_plan
-        >>> from lightning_dsmoe.metrics import count_parameters
-        >>> decoder = Decoder(
-        ...     256,
-        ...     16,
-        ...     2,
-        ...     attention=partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8),
-        ...     feed_forward=partial(MixtureOfExperts, n_experts=8, d_expert=4),
-        ... )
-        >>> plan = SelectionPlan.uniform(2, experts=TopK(2))
-        >>> tokens = torch.arange(64).view(2, 32)
-        >>> text = HeldOut([(tokens, tokens + 1)], n_tokens=64)
-        >>> model = compile_sparse(decoder, plan)
-        >>> result = evaluate_plan(model, plan, text, count_parameters(decoder))
-        >>> 0 < result.active_share_mean < 1, len(result.window_losses)
-        (True, 2)
+        >>> from torch import nn
+        >>> from lightning_dsmoe import MixtureOfExperts, OutputOnly, SelectionPlan, TopK
+        >>> from lightning_dsmoe.analysis import evaluate_plan
+        >>> model = nn.Sequential(nn.Linear(4, 8), OutputOnly(MixtureOfExperts(8, 4, 16)))
+        >>> def loss(model, batch):
+        ...     x, label = batch
+        ...     return nn.functional.cross_entropy(model(x), label, reduction="none")
+        >>> batches = [(torch.randn(6, 4), torch.randint(8, (6,))) for _ in range(3)]
+        >>> result = evaluate_plan(model, SelectionPlan(experts=TopK(1)), batches, loss=loss)
+        >>> len(result.window_losses), 0 < result.active_share_mean < 0.5
+        (18, True)
     """
-    active = ActiveParameters(counts, sync_on_compute=False).to(text.device)  # one rank measures
-    nll: list[float] = []
-    seconds = 0.0
-    for inputs_BT, labels_BT in text.batches:
-        start = time.perf_counter()
-        logits_BTV, routings = model(inputs_BT, plan)
-        nll += window_cross_entropy(logits_BTV, labels_BT).tolist()
-        seconds += time.perf_counter() - start
-        active.update(*active_masks(routings, plan, model.decoder), labels_BT != IGNORED)
-    loss = sum(nll) / text.n_tokens
+    options |= {} if counts is None else {"counts": counts}
+    return evaluate(measured(model, data, loss, **options), plan)
+
+
+def measured(
+    model: nn.Module,
+    data: HeldOut | Iterable[Any],
+    loss: SampleLoss | None = None,
+    **options: Any,
+) -> Measured:
+    """A language model on a text or, with a loss, any model on batches, as `evaluate_plan` has it.
+
+    Args:
+        model: the model.
+        data: the text, or batches.
+        loss: gives the loss of every sample of a batch.
+        options: those of `MeasuredText` or `MeasuredBatches`.
+    """
+    if loss is not None:
+        return MeasuredBatches(model, data, loss, **options)
+    if not isinstance(model, SparseModel) or not isinstance(data, HeldOut):
+        raise TypeError(
+            "a SparseModel is measured on a HeldOut text, any other model needs "
+            f"loss=function(model, batch); got {type(model).__name__} and {type(data).__name__}"
+        )
+    return MeasuredText(model, data, **options)
+
+
+def evaluate(on: Measured, plan: SelectionPlan) -> PlanResult:
+    """Measure a model on data under a plan."""
+    active = ActiveParameters(on.counts, sync_on_compute=False)  # one rank measures
+    losses: list[float] = []
+    seconds, n_counted = 0.0, 0
+    for reading in on.read(plan):
+        losses += reading.losses
+        n_counted += reading.n_counted
+        seconds += reading.seconds
+        masks = reading.active()
+        first = next(iter(masks.values())) if reading.mask is None else reading.mask
+        active.to(first.device).update(masks, reading.mask)
+    if not n_counted:
+        raise ValueError("there is no token or sample to measure a loss on")
+    loss = sum(losses) / n_counted
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     mean, p50, p95 = (share.item() for share in active.compute())
-    return PlanResult(loss, mean, p50, p95, text.n_tokens / seconds, tuple(nll))
+    return PlanResult(loss, mean, p50, p95, n_counted / seconds, tuple(losses))

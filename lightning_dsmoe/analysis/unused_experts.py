@@ -3,17 +3,17 @@
 Shapes: B sequences in a batch, T positions, E experts.
 """
 
-from itertools import chain
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dsmoe.analysis.held_out import HeldOut
-from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import Remaining, SparseModel
 from lightning_dsmoe.metrics import active_masks
-from lightning_dsmoe.routing import SelectionPlan, Threshold, ThresholdTopK
+from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, ThresholdTopK
+from lightning_dsmoe.routing.routing import Kind, block_layer_name
 from lightning_dsmoe.serialization.pruning import mixtures
 
 TOLERANCE = 2e-6
@@ -56,23 +56,25 @@ def used_experts(model: SparseModel, plan: SelectionPlan, text: HeldOut) -> Rema
         The experts to keep, of each layer.
     """
     counted = _counted(plan)
-    used: list[Tensor | None] = [None] * (2 * plan.n_layers)
+    used: dict[str, Tensor] = {}
     for inputs_BT, _ in text.batches:
         routings = model(inputs_BT, plan).routings
         # ThresholdTopK runs as many experts as are above its threshold in the mean. Experts that
         # never run but add to that mean must stay, or fewer would run.
         for some in (plan, counted):
-            for place, chosen in enumerate(_choices(model, some, routings)):
-                if chosen is not None:
-                    seen_E, before_E = chosen.flatten(0, -2).any(0), used[place]
-                    used[place] = seen_E if before_E is None else before_E | seen_E
-    numbers = [
-        None
-        if mixture is None or each is None or bool(each.all())
-        else tuple(each.nonzero()[:, 0].tolist())
-        for mixture, each in zip(chain(*mixtures(model.decoder)), used, strict=True)
-    ]
-    return Remaining(tuple(numbers[: plan.n_layers]), tuple(numbers[plan.n_layers :]))
+            for name, chosen in active_masks(routings, some, model.decoder).items():
+                seen_E = chosen.flatten(0, -2).any(0)
+                used[name] = used.get(name, seen_E) | seen_E
+
+    def numbers(kind: Kind, layers: Sequence[object]) -> tuple[tuple[int, ...] | None, ...]:
+        each = [used.get(block_layer_name(n, kind)) for n in range(len(layers))]
+        return tuple(
+            None if mixture is None or e is None or e.all() else tuple(e.nonzero()[:, 0].tolist())
+            for mixture, e in zip(layers, each, strict=True)
+        )
+
+    experts, attention = mixtures(model.decoder)
+    return Remaining(numbers("experts", experts), numbers("attention", attention))
 
 
 @torch.inference_mode()
@@ -86,12 +88,10 @@ def prove(whole: SparseModel, pruned: SparseModel, plan: SelectionPlan, text: He
         differences.append((actual - expected).abs().max())
         largest.append(expected.abs().max())
         n_tokens += inputs_BT.numel()
-        for one, other in zip(
-            _choices(whole, plan, routings), _choices(pruned, plan, other_routings), strict=True
-        ):
-            if one is not None and other is not None:
-                n_choices += int(one.sum())
-                other_choices += int((one != other).sum())
+        running = active_masks(routings, plan, whole.decoder)
+        for name, other in active_masks(other_routings, plan, pruned.decoder).items():
+            n_choices += int(running[name].sum())
+            other_choices += int((running[name] != other).sum())
     return Proof(
         n_tokens,
         n_choices,
@@ -101,16 +101,14 @@ def prove(whole: SparseModel, pruned: SparseModel, plan: SelectionPlan, text: He
     )
 
 
-def _choices(model: SparseModel, plan: SelectionPlan, routings: Routings) -> list[Tensor | None]:
-    """The experts that run, bool `[B, T, E]` for the mixtures of both kinds and all layers."""
-    experts, attention = active_masks(routings, plan, model.decoder)
-    return [*experts, *attention]
-
-
 def _counted(plan: SelectionPlan) -> SelectionPlan:
     """The plan that runs what `ThresholdTopK` only counts."""
-    experts, attention = (
-        tuple(Threshold(s.eps) if isinstance(s, ThresholdTopK) else s for s in selections)
-        for selections in (plan.experts, plan.attention)
+
+    def counted(selection: Selection) -> Selection:
+        return Threshold(selection.eps) if isinstance(selection, ThresholdTopK) else selection
+
+    return SelectionPlan(
+        counted(plan.experts),
+        counted(plan.attention),
+        {name: counted(selection) for name, selection in plan.layers.items()},
     )
-    return SelectionPlan(experts, attention)

@@ -1,21 +1,17 @@
 """The plan that a model loses least with."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lightning_dsmoe.analysis import PlanResult, PlanSearch, evaluate_plan
-from lightning_dsmoe.analysis.plans.divergence import divergence
-from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
-from lightning_dsmoe.analysis.plans.solvers import FIXED_NUMBERS, THRESHOLDS, best_uniform
+from lightning_dsmoe.analysis import PlanResult
+from lightning_dsmoe.analysis import calibrate as search_plan
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.commands.result_table import result_table
-from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.files import check_file
-from lightning_dsmoe.routing import SelectionPlan
-from lightning_dsmoe.routing.plan import describe_selections
+from lightning_dsmoe.routing import routed_layers
+from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.units import percent
 
 
@@ -52,31 +48,26 @@ def calibrate(
     check_file(output)
     increase = None if max_loss_increase is None else _share(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)
-    found_on, judged_on = text.halves()
-    unseen = partial(evaluate_plan, model, text=judged_on, counts=counts)
-    with Console(stderr=True).status("reading the text with all experts") as status:
-        statistics = routing_statistics(model, found_on, counts)
-
-        def measure(plan: SelectionPlan) -> PlanResult:
-            status.update("measuring plans on the first half of the text")
-            return evaluate_plan(model, plan, found_on, counts)
-
-        family = FIXED_NUMBERS if fixed else THRESHOLDS
-        search = PlanSearch(statistics, measure, family, partial(divergence, model, found_on))
-        found = search.within(budget or 0.0) if increase is None else search.sparsest(increase)
-        status.update("measuring the plan and uniform ones on the second half")
-        dense, calibrated = unseen(model.plan), unseen(found.plan)
-        unseen_statistics = routing_statistics(model, judged_on, counts)
-        uniform = best_uniform(unseen_statistics, calibrated.active_share_mean, unseen)
+    with Console(stderr=True).status("reading the text") as status:
+        found = search_plan(
+            model,
+            text,
+            counts=counts,
+            budget=budget,
+            max_loss_increase=increase,
+            fixed=fixed,
+            on_progress=status.update,
+        )
     found.plan.save(output)
-    rows = [("all experts", dense), ("calibrated", calibrated)]
+    layers, uniform = routed_layers(model.decoder), found.uniform
+    rows = [("all experts", found.dense), ("calibrated", found.result)]
     if uniform is not None:
         rows.append(("best uniform plan", uniform.result))
-    Console().print(result_table("Plans on unseen text", rows, dense))
-    print(f"Calibrated: {_words(found.plan, model.decoder)}.")
+    Console().print(result_table("Plans on unseen text", rows, found.dense))
+    print(f"Calibrated: {describe(found.plan, layers)}.")
     if uniform is not None:
-        print(f"Best uniform plan: {_words(uniform.plan, model.decoder)}.")
-        print(_comparison(calibrated, uniform.result))
+        print(f"Best uniform plan: {describe(uniform.plan, layers)}.")
+        print(_comparison(found.result, uniform.result))
     print(f"The plan is in {Path(output)}")
 
 
@@ -89,16 +80,6 @@ def _share(text: str) -> float:
     if not 0 <= value < 10:
         raise ValueError(f"max_loss_increase must be from 0 to 1000%, got {text!r}")
     return value
-
-
-def _words(plan: SelectionPlan, decoder: Decoder) -> str:
-    """What the layers with a router run."""
-    words = []
-    for name, sizes in zip(("experts", "attention"), decoder.plan_sizes, strict=True):
-        selections = zip(getattr(plan, name), sizes, strict=True)
-        if routed := [selection for selection, size in selections if size is not None]:
-            words.append(f"{name}: {describe_selections(routed)}")
-    return "; ".join(words)
 
 
 def _comparison(calibrated: PlanResult, uniform: PlanResult) -> str:

@@ -54,10 +54,9 @@ def all_experts_model(source: Decoder | LoadedDecoder) -> SparseModel:
 
     It reads a text of any length and has no tokenizer, unless its source is a loaded checkpoint.
     """
-    decoder = source.decoder if isinstance(source, LoadedDecoder) else source
-    dense = SelectionPlan.uniform(decoder.n_layers)
     # One text, or one pass over it, is done before a step for few tokens would be compiled.
-    return compile_sparse(source, dense, switch_points=SwitchPoints(gather_up_to=0))
+    points = SwitchPoints(gather_up_to=0)
+    return compile_sparse(source, SelectionPlan(), switch_points=points)
 
 
 def tokenizer_of(loaded: LoadedDecoder) -> Tokenizer:
@@ -79,7 +78,7 @@ def read_plan(path: str, decoder: Decoder) -> SelectionPlan:
     """
     plan = SelectionPlan.load(path)
     try:
-        plan.check(*decoder.plan_sizes)
+        decoder.selections(plan)
     except ValueError as error:
         raise ValueError(f"{path} is not a plan for this model: {error}") from None
     return plan

@@ -23,7 +23,7 @@ from lightning_dsmoe.commands import evaluation_setup
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.files import check_file, sha256, write_text
 from lightning_dsmoe.inference import SparseModel, load_decoder
-from lightning_dsmoe.routing import SelectionPlan, Threshold
+from lightning_dsmoe.routing import SelectionPlan, Threshold, routed_layers
 from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.serialization.architecture import differences
 from lightning_dsmoe.tokenizers import Tokenizer
@@ -60,12 +60,13 @@ def report(
     """
     check_file(output)
     model, counts, text, tokenizer = evaluation_setup.open_trained(ckpt_path, **options)
-    check_mixtures(model.decoder.plan_sizes)
+    check_mixtures(counts)
     selections = _plan(plan, model)
     before = None if other is None else _other(other, model, tokenizer).to(text.device)
+    words = describe(selections, routed_layers(model.decoder))
     facts = _facts(
         {"Checkpoint": ckpt_path, "Other checkpoint": other},
-        f"{describe(selections)} ({'default' if plan is None else f'from {plan}'})",
+        f"{words} ({'default' if plan is None else f'from {plan}'})",
         text,
         options,
     )
@@ -89,7 +90,7 @@ def report(
             title=Path(ckpt_path).name,
             facts=facts,
             counts=counts,
-            plan=selections,
+            n_layers=model.decoder.n_layers,
             use=use,
             frequent=frequent,
             token_text=cache(tokenizer.piece),
@@ -104,9 +105,7 @@ def report(
 def _plan(path: str | None, model: SparseModel) -> SelectionPlan:
     if path is not None:
         return evaluation_setup.read_plan(path, model.decoder)
-    return SelectionPlan.uniform(
-        model.decoder.n_layers, experts=Threshold(_EPS), attention=Threshold(_EPS)
-    )
+    return SelectionPlan(experts=Threshold(_EPS), attention=Threshold(_EPS))
 
 
 def _other(path: str, model: SparseModel, tokenizer: Tokenizer) -> SparseModel:

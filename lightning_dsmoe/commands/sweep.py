@@ -15,7 +15,7 @@ from lightning_dsmoe.analysis.plans.frontier import frontier_figure
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.commands.result_table import result_table
 from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing import SelectionPlan, routed_layers
 from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.units import percent
 
@@ -78,7 +78,8 @@ def sweep(
     rows = [(f"{n} (knee)" if n == turn else n, results[n]) for n in (names[i] for i in best)]
     title = "Frontier: no other plan beats these"
     Console().print(result_table(title, rows, results["all"], speed=True))
-    print(f"The knee is {turn} ({describe(plans[turn])}), in {folder / 'knee.json'}")
+    words = describe(plans[turn], routed_layers(model.decoder))
+    print(f"The knee is {turn} ({words}), in {folder / 'knee.json'}")
     print(f"It runs {percent(results[turn].active_share_mean)} of the hidden parameters.")
 
 

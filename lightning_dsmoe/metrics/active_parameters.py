@@ -3,16 +3,16 @@
 Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_dsmoe.decoder import Decoder, Routings
 from lightning_dsmoe.metrics.parameter_counts import ParameterCounts
-from lightning_dsmoe.routing import Routing, Selection, SelectionPlan
+from lightning_dsmoe.routing import Routings, SelectionPlan, routed_layers
 from lightning_dsmoe.routing.removed import running_mask
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 BINS = 1000
 """Quantiles are rounded to 1 / BINS, so that ranks can add up histograms instead of all tokens."""
 
-Masks = Sequence[Tensor | None]
+Masks = Mapping[str, Tensor]
+"""The experts of each routed layer that run for each token, bool `[..., E]`, by name."""
 
 
 class ActiveShare(NamedTuple):
@@ -40,49 +41,42 @@ class ActiveShare(NamedTuple):
 
 
 def active_masks(
-    routings: Routings, plan: SelectionPlan, decoder: Decoder | None = None
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The experts that run for each token under a plan.
+    routings: Routings, plan: SelectionPlan, model: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """The experts that run for each token of a decoder under a plan.
+
+    For any other model, `record_routings` records them: `RoutingRecord.active_masks`.
 
     Args:
-        routings: routings of a forward pass, one per layer.
+        routings: routings of a forward pass, as a `Decoder` returns them.
         plan: which experts run.
-        decoder: the decoder of the routings; needed only if experts were removed from it, as those
+        model: the decoder of the routings; needed only if experts were removed from it, as those
             never run.
 
     Returns:
-        Two lists, of the feed-forward and of the attention experts: for each layer bool `[..., E]`,
-        or None where it has no router.
+        For each routed layer bool `[..., E]`, by its name in the decoder.
 
     Examples:
         >>> import torch
-        >>> from lightning_dsmoe.decoder import Routings
         >>> from lightning_dsmoe.metrics import active_masks
-        >>> from lightning_dsmoe.routing import Routing, SelectionPlan, TopK
+        >>> from lightning_dsmoe.routing import Routing, Routings, SelectionPlan, TopK
         >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
         >>> routings = Routings(experts=(Routing(logits, logits.softmax(-1)),), attention=(None,))
-        >>> active_masks(routings, SelectionPlan.uniform(1, experts=TopK(2)))
-        ([tensor([[ True,  True, False]])], [None])
+        >>> active_masks(routings, SelectionPlan(experts=TopK(2)))
+        {'blocks.0.feed_forward': tensor([[ True,  True, False]])}
     """
-
-    def masks(
-        layers: Sequence[Routing | None], selections: Sequence[Selection], part: str
-    ) -> list[Tensor | None]:
-        blocks = [None] * len(layers) if decoder is None else decoder.blocks
-        remaining = [getattr(getattr(block, part, None), "remaining", None) for block in blocks]
-        return [
-            None if routing is None else running_mask(selection, routing, rest)
-            for routing, selection, rest in zip(layers, selections, remaining, strict=True)
-        ]
-
-    return (
-        masks(routings.experts, plan.experts, "feed_forward"),
-        masks(routings.attention, plan.attention, "attention"),
-    )
+    layers = routings.by_name()
+    routed = {} if model is None else routed_layers(model)
+    return {
+        name: running_mask(
+            selection, layers[name].routing, routed[name].remaining if name in routed else None
+        )
+        for name, selection in plan.selections(layers).items()
+    }
 
 
 def active_parameters(
-    counts: ParameterCounts, experts: Masks, attention: Masks, mask: Tensor
+    counts: ParameterCounts, active: Masks, mask: Tensor | None = None
 ) -> ActiveShare:
     """Active share: share of the hidden parameters that run for a token, over a batch.
 
@@ -90,16 +84,17 @@ def active_parameters(
     run for the token and p_l the parameters of one of them.
 
     Args:
-        counts: parameter counts of the decoder, from `count_parameters`.
-        experts: feed-forward experts that run, for each layer bool `[..., E]`, or None.
-        attention: attention experts that run, likewise; `active_masks` returns both.
-        mask: tokens that count, bool `[...]`.
+        counts: parameter counts of the model, from `count_parameters`.
+        active: the experts that run, for each routed layer bool `[..., E]`, by name. Of a layer
+            that is called k times for each token, all calls along the first dimension, as
+            `record_routings` keeps them: its parameters run where any call runs them.
+        mask: tokens that count, bool `[...]`; None counts all.
 
     Returns:
         Mean, median and 95th percentile over the tokens, from 0 to 1.
 
     Raises:
-        ValueError: if the number or shape of the masks does not match the decoder.
+        ValueError: if the names or shapes of the masks do not match the model.
 
     Examples:
         >>> import torch
@@ -107,14 +102,14 @@ def active_parameters(
         ...     ParameterCounts, RoutedParameters, active_parameters
         ... )
         >>> counts = ParameterCounts(
-        ...     outside=100, always=20, experts=(RoutedParameters(4, 20),), attention=(None,)
+        ...     outside=100, always=20, layers={"mlp": RoutedParameters(n_experts=4, per_expert=20)}
         ... )
         >>> runs = torch.tensor([[True, True, False, False], [True, False, False, False]])
-        >>> share = active_parameters(counts, [runs], [None], torch.ones(2, dtype=torch.bool))
+        >>> share = active_parameters(counts, {"mlp": runs})
         >>> share.mean, share.p95
         (tensor(0.5000), tensor(0.6000))
     """
-    return _compute(*_update(counts, experts, attention, mask), counts.hidden)
+    return _compute(*_update(counts, active, mask), counts.hidden)
 
 
 class ActiveParameters(Metric):
@@ -125,7 +120,7 @@ class ActiveParameters(Metric):
     one batch, with the formula.
 
     Args:
-        counts: parameter counts of the decoder, from `count_parameters`.
+        counts: parameter counts of the model, from `count_parameters`.
         **options: options of every torchmetrics `Metric`, such as `sync_on_compute=False` for a
             metric that only one rank computes.
 
@@ -142,11 +137,11 @@ class ActiveParameters(Metric):
         ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
         ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=64),
         ... )
-        >>> plan = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+        >>> plan = SelectionPlan(experts=TopK(1), attention=TopK(1))
         >>> metric = ActiveParameters(count_parameters(decoder))
         >>> for tokens in torch.randint(50, (3, 4, 8)):  # 3 batches of 4 sequences
         ...     routings = decoder(tokens, plan).routings
-        ...     metric.update(*active_masks(routings, plan), torch.ones(4, 8, dtype=torch.bool))
+        ...     metric.update(active_masks(routings, plan))
         >>> f"{metric.compute().mean:.1%} of the hidden parameters run for a token"
         '29.6% of the hidden parameters run for a token'
     """
@@ -163,19 +158,18 @@ class ActiveParameters(Metric):
         self.add_state("active", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("histogram", torch.zeros(BINS + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, experts: Masks, attention: Masks, mask: Tensor) -> None:
+    def update(self, active: Masks, mask: Tensor | None = None) -> None:
         """Add the tokens of a batch.
 
         Args:
-            experts: feed-forward experts that run, for each layer bool `[..., E]`, or None.
-            attention: attention experts that run, likewise.
-            mask: tokens that count, bool `[...]`.
+            active: the experts that run, for each routed layer bool `[..., E]`, by name.
+            mask: tokens that count, bool `[...]`; None counts all.
 
         Raises:
-            ValueError: if the number or shape of the masks does not match the decoder.
+            ValueError: if the names or shapes of the masks do not match the model.
         """
-        active, histogram = _update(self.counts, experts, attention, mask)
-        self.active += active
+        parameters, histogram = _update(self.counts, active, mask)
+        self.active += parameters
         self.histogram += histogram
 
     def compute(self) -> ActiveShare:
@@ -209,29 +203,29 @@ class ActiveParameters(Metric):
         return axes.figure, axes
 
 
-def _update(
-    counts: ParameterCounts, experts: Masks, attention: Masks, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _update(counts: ParameterCounts, active: Masks, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Parameters that run, summed over tokens, and the histogram of the active share."""
-    active = torch.full(mask.shape, counts.always, dtype=torch.int64, device=mask.device)
-    for kind, layers, masks in (
-        ("experts", counts.experts, experts),
-        ("attention", counts.attention, attention),
-    ):
-        if len(layers) != len(masks):
-            raise ValueError(f"{kind}: masks of {len(masks)} layers, a decoder of {len(layers)}")
-        for layer, (routed, running) in enumerate(zip(layers, masks, strict=True)):
-            if routed is None:
-                continue
-            shape = (*mask.shape, routed.n_experts)
-            if running is None or running.shape != shape:
-                got = None if running is None else tuple(running.shape)
-                raise ValueError(f"{kind}, layer {layer}: a mask of shape {shape}, got {got}")
-            active += running.sum(-1) * routed.per_expert
-    active_N = active[mask.bool()]
+    if active.keys() != counts.layers.keys():
+        given, routed_layers = (", ".join(names) or "no layer" for names in (active, counts.layers))
+        raise ValueError(f"masks of {given}, a model with {routed_layers}")
+    if mask is None:
+        if not active:
+            raise ValueError("a model without routed layers needs a mask of the tokens that count")
+        fewest = min(active.values(), key=lambda running: running[..., 0].numel())
+        mask = fewest.new_ones(fewest.shape[:-1])
+    parameters = torch.full(mask.shape, counts.always, dtype=torch.int64, device=mask.device)
+    for name, routed in counts.layers.items():
+        running, shape = active[name], (*mask.shape, routed.n_experts)
+        # Not of flat tokens: there, further calls could not be told from further tokens.
+        if running.ndim > 2 and len(running) > len(mask) > 0 == len(running) % len(mask):
+            running = rearrange(running, "(calls b) ... -> calls b ...", b=len(mask)).any(0)
+        if running.shape != shape:
+            raise ValueError(f"{name}: a mask of shape {shape}, got {tuple(running.shape)}")
+        parameters += running.sum(-1) * routed.per_expert
+    parameters_N = parameters[mask.bool()]
     hidden = max(counts.hidden, 1)
-    bins_N = (active_N * BINS + hidden // 2) // hidden
-    return active_N.sum(), bins_N.bincount(minlength=BINS + 1)
+    bins_N = (parameters_N * BINS + hidden // 2) // hidden
+    return parameters_N.sum(), bins_N.bincount(minlength=BINS + 1)
 
 
 def _compute(active: Tensor, histogram: Tensor, hidden: int) -> ActiveShare:

@@ -1,13 +1,12 @@
-"""Parameter counts of a decoder, by which tokens they run for."""
+"""Parameter counts of a model, by which tokens they run for."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_dsmoe.attention import MixtureOfAttentionHeads
-from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.decoder import TokenHead
+from lightning_dsmoe.routing.routed_layer import RoutedLayer, routed_layers, unwrapped
 
 
 class RoutedParameters(NamedTuple):
@@ -23,21 +22,20 @@ class RoutedParameters(NamedTuple):
 
 
 class ParameterCounts(NamedTuple):
-    """Parameter counts of a decoder.
+    """Parameter counts of a model.
 
-    Hidden parameters are those of the blocks and of the final norm.
+    Hidden parameters are all but those of embeddings and of the projection to a vocabulary.
 
     Args:
-        outside: embeddings, table of positions and head; a tied head counts once.
+        outside: parameters that are not hidden; shared ones count once.
         always: hidden parameters that run for every token: norms, routers, keys and values, shared
             experts, output biases, and layers without a router.
-        experts: feed-forward experts of each layer, None without a mixture of experts.
-        attention: attention experts of each layer, None without a mixture of attention heads.
+        layers: the routed layers, by name.
 
     Examples:
         >>> from lightning_dsmoe.metrics import ParameterCounts, RoutedParameters
         >>> counts = ParameterCounts(
-        ...     outside=100, always=20, experts=(RoutedParameters(4, 20),), attention=(None,)
+        ...     outside=100, always=20, layers={"mlp": RoutedParameters(n_experts=4, per_expert=20)}
         ... )
         >>> counts.hidden
         100
@@ -45,69 +43,74 @@ class ParameterCounts(NamedTuple):
 
     outside: int
     always: int
-    experts: tuple[RoutedParameters | None, ...]
-    attention: tuple[RoutedParameters | None, ...]
+    layers: Mapping[str, RoutedParameters]
 
     @property
     def hidden(self) -> int:
         """Number of hidden parameters."""
-        routed = [layer for layer in self.experts + self.attention if layer is not None]
-        return self.always + sum(layer.n_experts * layer.per_expert for layer in routed)
+        return self.always + sum(each.n_experts * each.per_expert for each in self.layers.values())
 
 
-def count_parameters(decoder: Decoder) -> ParameterCounts:
-    """Count the parameters of a decoder by which tokens they run for.
+def count_parameters(model: nn.Module, *, outside: Collection[str] = ()) -> ParameterCounts:
+    """Count the parameters of a model by which tokens they run for.
 
-    Layers other than `MixtureOfExperts` and `MixtureOfAttentionHeads` count as always running.
-    Removed experts still count, so that active shares remain comparable.
+    Every `nn.Embedding`, the head of a `Decoder` and the output embeddings of a model of
+    transformers are outside the hidden parameters. Removed experts still count, so that active
+    shares remain comparable.
 
     Args:
-        decoder: the decoder, on any device, including meta.
+        model: any module, on any device, including meta; without routed layers all run always.
+        outside: names of further modules whose parameters are not hidden, such as a classifier.
 
     Returns:
         The counts.
 
+    Raises:
+        ValueError: if the model has no module of a name in `outside`, or one of them has experts.
+
     Examples:
-        >>> from functools import partial
-        >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
+        >>> from torch import nn
+        >>> from lightning_dsmoe import MixtureOfExperts, OutputOnly
         >>> from lightning_dsmoe.metrics import count_parameters
-        >>> decoder = Decoder(
-        ...     vocab_size=50,
-        ...     d_model=16,
-        ...     n_layers=1,
-        ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
-        ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
-        ... )
-        >>> counts = count_parameters(decoder)
-        >>> counts.experts
-        (RoutedParameters(n_experts=4, per_expert=256),)
-        >>> counts.outside + counts.hidden == sum(p.numel() for p in decoder.parameters())
+        >>> model = nn.Sequential(nn.Embedding(50, 16), OutputOnly(MixtureOfExperts(16, 4, 8)))
+        >>> counts = count_parameters(model)
+        >>> counts.layers
+        {'1.layer': RoutedParameters(n_experts=4, per_expert=256)}
+        >>> counts.outside + counts.hidden == sum(p.numel() for p in model.parameters())
         True
     """
-    experts = tuple(_routed(block.feed_forward) for block in decoder.blocks)
-    attention = tuple(_routed(block.attention) for block in decoder.blocks)
-    hidden = _size([*decoder.blocks.parameters(), *decoder.norm.parameters()])
-    routed = sum(_size(_stacked(layer)) for block in decoder.blocks for layer in block.children())
-    return ParameterCounts(
-        _size(decoder.parameters()) - hidden, hidden - routed, experts, attention
-    )
+    model = unwrapped(model)
+    routed = {
+        name: (layer, _size(layer.parameters_by_expert()))
+        for name, layer in routed_layers(model).items()
+    }
+    layers = {
+        name: RoutedParameters(layer.n_experts, size // _n_remaining(layer))
+        for name, (layer, size) in routed.items()
+    }
+    not_hidden: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, nn.Embedding | TokenHead)
+    ]
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", None)  # of transformers
+        if callable(output) and isinstance(head := output(), nn.Module):
+            not_hidden.append(head)
+    modules = dict(model.named_modules())
+    for name in outside:
+        if name not in modules:
+            raise ValueError(f"outside: {type(model).__name__} has no module {name!r}")
+        not_hidden.append(modules[name])
+    by_expert = {each for layer, _ in routed.values() for each in layer.parameters_by_expert()}
+    not_hidden_too = {p for module in not_hidden for p in module.parameters()}
+    if by_expert & not_hidden_too:
+        raise ValueError(f"outside={list(outside)} has experts, which count by the tokens they run")
+    always = set(model.parameters()) - not_hidden_too - by_expert  # packed experts are buffers
+    return ParameterCounts(_size(not_hidden_too), _size(always), layers)
 
 
-def _routed(layer: object) -> RoutedParameters | None:
-    if not isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
-        return None
-    stacked = [tensor for tensor in _stacked(layer) if tensor is not None]
-    return RoutedParameters(layer.n_experts, _size(stacked) // len(stacked[0]))
+def _n_remaining(layer: RoutedLayer) -> int:
+    return layer.n_experts if layer.remaining is None else len(layer.remaining)
 
 
-def _stacked(layer: object) -> list[Tensor | None]:
-    """The parameters of a mixture that are stacked by expert."""
-    if isinstance(layer, MixtureOfExperts):
-        return [layer.experts.w_in.weight, layer.experts.w_out.weight, layer.experts.b_in]
-    if isinstance(layer, MixtureOfAttentionHeads):
-        return [layer.heads.w_q.weight, layer.heads.w_o.weight, layer.heads.b_q]
-    return []
-
-
-def _size(parameters: Iterable[Tensor | None]) -> int:
-    return sum(parameter.numel() for parameter in parameters if parameter is not None)
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -6,10 +6,9 @@ Shapes: leading dimensions (tokens) are free.
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.metrics.active_parameters import active_masks
 from lightning_dsmoe.moved import renamed_options
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing import Routings, SelectionPlan
 
 
 @renamed_options(found="routings", expected="other_routings")
@@ -29,26 +28,21 @@ def routing_agreement(
 
     Examples:
         >>> import torch
-        >>> from lightning_dsmoe.decoder import Routings
         >>> from lightning_dsmoe.metrics import routing_agreement
-        >>> from lightning_dsmoe.routing import Routing, SelectionPlan, TopK
+        >>> from lightning_dsmoe.routing import Routing, Routings, SelectionPlan, TopK
         >>> def routings(logits):
         ...     return Routings((Routing(logits, logits.softmax(-1)),), (None,))
         >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
         >>> other_logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0]])
-        >>> plan = SelectionPlan.uniform(1, experts=TopK(1))
+        >>> plan = SelectionPlan(experts=TopK(1))
         >>> routing_agreement(
         ...     routings(logits), routings(other_logits), plan, torch.ones(2, dtype=torch.bool)
         ... )
         tensor(0.5000)
     """
-    experts, attention = active_masks(routings, plan)
-    other_experts, other_attention = active_masks(other_routings, plan)
-    pairs = zip(experts + attention, other_experts + other_attention, strict=True)
+    active, other_active = active_masks(routings, plan), active_masks(other_routings, plan)
     same = [
-        (own == other).all(-1)[mask.bool()]
-        for own, other in pairs
-        if own is not None and other is not None
+        (running == other_active[name]).all(-1)[mask.bool()] for name, running in active.items()
     ]
     if not same or not mask.any():
         return torch.ones((), device=mask.device)

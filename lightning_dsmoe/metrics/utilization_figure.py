@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def utilization_figure(
-    utilizations: Mapping[str, Sequence[Utilization | None]], *, title: str = ""
+    utilizations: Mapping[str, Mapping[str, Utilization] | Sequence[Utilization | None]],
+    *,
+    title: str = "",
 ) -> "Figure":
     """Draw gate shares as heat maps of layers by experts, one for each kind of expert.
 
@@ -19,8 +21,8 @@ def utilization_figure(
     and the number at the end of a row is that of the effective experts.
 
     Args:
-        utilizations: for each kind of expert one utilization per layer, or None where it has no
-            router; a kind without any router is left out.
+        utilizations: for each kind of expert one utilization per layer, by the layers' names, or
+            in a list, with None where a layer has no router; a kind without any is left out.
         title: title of the figure.
 
     Returns:
@@ -32,8 +34,8 @@ def utilization_figure(
     Examples:
         >>> import torch
         >>> from lightning_dsmoe.metrics import expert_utilization, utilization_figure
-        >>> layers = [expert_utilization(torch.rand(8, 4).softmax(-1)), None]
-        >>> figure = utilization_figure({"experts": layers})
+        >>> used = expert_utilization(torch.rand(8, 4).softmax(-1))
+        >>> figure = utilization_figure({"experts": {"encoder.mlp": used}})
         >>> figure.axes[0].get_title()
         'experts'
     """
@@ -42,13 +44,16 @@ def utilization_figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = {kind: list(layers) for kind, layers in utilizations.items() if any(layers)}
+    names = {kind: list(u) for kind, u in utilizations.items() if isinstance(u, Mapping)}
+    lists = {k: list(u.values() if isinstance(u, Mapping) else u) for k, u in utilizations.items()}
+    rows = {kind: layers for kind, layers in lists.items() if any(layers)}
     if not rows:
         raise ValueError("no layer has a router, so there are no gate shares to draw")
     cells = {kind: _cells(layers) for kind, layers in rows.items()}
     widths = [len(table[0]) for table in cells.values()]
     height = 2 + 0.3 * max(len(table) for table in cells.values())
-    figure = Figure(figsize=(4 + 0.25 * sum(widths), height), layout="constrained")
+    labels = 0.07 * sum(max(map(len, each)) for kind, each in names.items() if kind in rows)
+    figure = Figure(figsize=(4 + 0.25 * sum(widths) + labels, height), layout="constrained")
     grid = figure.subplots(1, len(rows), squeeze=False, width_ratios=[4 + n for n in widths])
     scale = Normalize(0.0, max(max(map(max, table)) for table in cells.values()))
     for axes, (kind, layers) in zip(grid[0], rows.items(), strict=True):
@@ -56,6 +61,8 @@ def utilization_figure(
         axes.set(title=kind, xlabel="expert", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
+        if kind in names:
+            axes.set_yticks(range(len(layers)), names[kind], fontsize="small")
         _annotate(axes, layers)
     colors = ScalarMappable(scale, "viridis")
     figure.colorbar(colors, ax=list(grid[0]), label="gate share × E (1 = even share)")

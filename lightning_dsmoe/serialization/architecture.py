@@ -6,7 +6,7 @@ It is read from the modules themselves, each of which keeps its constructor's op
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, cast
 
@@ -117,14 +117,30 @@ def build_decoder(description: Description) -> Decoder:
     return decoder
 
 
-def differences(before: object, now: object, name: str = "") -> list[str]:
-    """The differences of two descriptions, each as "name was this, is that"."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences of two descriptions, each as "name was this, is that".
+
+    An option that came to a class after a description was written has its default there.
+    """
+    return _differences(_with_present_options(before), _with_present_options(now))
+
+
+def _with_present_options(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return describe_decoder(build_decoder(dict(description)))
+    except ValueError:  # of a class that is not known, or not a description
+        return description
+
+
+def _differences(before: object, now: object, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [
             difference
             for key in keys
-            for difference in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+            for difference in _differences(
+                before.get(key), now.get(key), f"{name}.{key}".strip(".")
+            )
         ]
     if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
         return []

@@ -4,14 +4,15 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dsmoe.analysis import HeldOut, evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, MeasuredText, evaluate_plan
 from lightning_dsmoe.analysis.plans.routing_statistics import Statistics, routing_statistics
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
-from lightning_dsmoe.routing import AllExperts, LinearRouter, SelectionPlan
+from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold
+from lightning_dsmoe.routing.routing import Kind, block_layer_name
 
 ROUTER = partial(LinearRouter, init_std=0.2)
 
@@ -54,7 +55,7 @@ def counts(decoder: Decoder) -> ParameterCounts:
 
 @pytest.fixture
 def model(decoder: Decoder) -> SparseModel:
-    plan = SelectionPlan.uniform(2)
+    plan = SelectionPlan()
     return compile_sparse(decoder, plan, switch_points=SwitchPoints(gather_up_to=0))
 
 
@@ -65,7 +66,7 @@ def text(decoder: Decoder) -> HeldOut:
 
 @pytest.fixture
 def statistics(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Statistics:
-    return routing_statistics(model, text, counts)
+    return routing_statistics(MeasuredText(model, text, counts))
 
 
 @pytest.fixture
@@ -77,9 +78,15 @@ def measure(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Any:
 
 
 def share_of(statistics: Statistics, plan: SelectionPlan) -> float:
+    selections = plan.selections(statistics.layers)
     return statistics.share(
-        [
-            0.0 if isinstance(selection, AllExperts) else selection.eps
-            for selection in plan.experts + plan.attention
-        ]
+        {
+            name: selection.eps if isinstance(selection, Threshold) else 0.0
+            for name, selection in selections.items()
+        }
     )
+
+
+def in_block(plan: SelectionPlan, block: int, kind: Kind) -> Any:
+    """What a plan runs in a layer of the decoder, such as a Threshold or a TopK."""
+    return plan.layers.get(block_layer_name(block, kind), getattr(plan, kind))

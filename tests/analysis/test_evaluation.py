@@ -14,7 +14,7 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 def test_loss_and_share_are_those_of_the_decoder(
     decoder: Decoder, model: SparseModel, counts: ParameterCounts, text: HeldOut
 ) -> None:
-    plan = SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
+    plan = SelectionPlan.of_blocks((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
     found = evaluate_plan(model, plan, text, counts)
     losses, shares = [], []
     for inputs, labels in text.batches:
@@ -22,7 +22,7 @@ def test_loss_and_share_are_those_of_the_decoder(
             logits, routings = decoder(inputs, plan)
         counted = labels != -100
         losses.append(F.cross_entropy(logits[counted], labels[counted], reduction="none"))
-        share = active_parameters(counts, *active_masks(routings, plan), counted)
+        share = active_parameters(counts, active_masks(routings, plan), counted)
         shares.append(share.mean * counted.sum())
     assert found.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert found.active_share_mean == pytest.approx((sum(shares) / text.n_tokens).item(), rel=1e-5)
@@ -72,7 +72,7 @@ def test_a_model_that_has_gone_wrong(
     with torch.no_grad():
         model.decoder.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        evaluate_plan(model, SelectionPlan.uniform(2), text, counts)
+        evaluate_plan(model, SelectionPlan(), text, counts)
 
 
 def test_halves_share_the_text(text: HeldOut) -> None:

@@ -14,7 +14,7 @@ from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.metrics import ParameterCounts
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
-PLAN = SelectionPlan.uniform(2, experts=TopK(2))
+PLAN = SelectionPlan(experts=TopK(2))
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def compiled(
 
 
 def uniform(selection: Selection) -> SelectionPlan:
-    return SelectionPlan.uniform(2, experts=selection, attention=selection)
+    return SelectionPlan(experts=selection, attention=selection)
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def ran(decoder: Decoder, plan: SelectionPlan, text: HeldOut) -> dict[str, list[
             for layer, routing in enumerate(getattr(routings, kind)):
                 if routing is None:
                     continue
-                active = getattr(plan, kind)[layer].mask(routing.probs)
+                active = getattr(plan, kind).mask(routing.probs)
                 numbers = {e for _, _, e in active.nonzero().tolist()}
                 layers[layer] = (layers[layer] or set()) | numbers
     return found
@@ -187,7 +187,7 @@ def test_experts_that_are_counted_are_needed() -> None:
 
     decoder.blocks[0].feed_forward.router.register_forward_hook(routed)
     inputs = torch.tensor([[3, 4]])
-    plan = SelectionPlan((selection, AllExperts()), (AllExperts(), AllExperts()))
+    plan = SelectionPlan.of_blocks((selection, AllExperts()), (AllExperts(), AllExperts()))
     model = compiled(decoder, plan)
     used = used_experts(model, plan, HeldOut([(inputs, inputs)], 2))
     assert used == Remaining(((0, 1, 2), None), (None, None))

@@ -193,7 +193,7 @@ def test_changed_weights_whose_sums_were_forged(
 
 
 def test_another_plan(certify: Certify, artifact: Path, tmp_path: Path) -> None:
-    plan = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    plan = SelectionPlan(experts=TopK(1), attention=TopK(1))
     plan.save(artifact / "plan.json")
     sign(artifact)
     error = fails(certify(), tmp_path, content(tmp_path))
@@ -328,7 +328,7 @@ def test_an_interruption_leaves_nothing_behind(
 
 def test_eight_bits(certify: Certify, artifact: Path, trained: Run, tmp_path: Path) -> None:
     loaded = load_decoder(trained.checkpoint)
-    plan = SelectionPlan.uniform(2, experts=TopK(4), attention=TopK(2))
+    plan = SelectionPlan(experts=TopK(4), attention=TopK(2))
     model = compile_sparse(
         loaded.decoder,
         plan,

@@ -191,8 +191,8 @@ def test_plan_of_another_model(
     cli: Any, config: Any, tiny: Any, trained: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
-    SelectionPlan.uniform(5, experts=TopK(1)).save(path)
-    named = ["a plan of 5 layers, a model of 2"]
+    SelectionPlan(layers={"blocks.4.feed_forward": TopK(1)}).save(path)
+    named = ["no routed layer 'blocks.4.feed_forward'"]
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(
         "trainer:\n  callbacks+:\n    - class_path: SparseCompile\n"

@@ -18,7 +18,7 @@ GREEDY = (PROMPT, "--temperature=0", "--max_new_tokens=30")
 
 def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -> None:
     everything, sparse = tmp_path / "all.json", tmp_path / "sparse.json"
-    SelectionPlan.uniform(2).save(everything)
+    SelectionPlan().save(everything)
     load_sparse(trained.artifact).plan.save(sparse)
     checkpoint, artifact = f"--ckpt={trained.checkpoint}", f"--artifact={trained.artifact}"
 
@@ -26,7 +26,7 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
     tokenizer = ByteTokenizer()
     prompt = torch.from_numpy(tokenizer.encode("def f"))[None]
     model = load_sparse(trained.artifact)
-    tokens = model.generate(prompt, 30, plan=SelectionPlan.uniform(2), temperature=0)
+    tokens = model.generate(prompt, 30, plan=SelectionPlan(), temperature=0)
     assert tokens.shape == (1, 35)
     whole = tokenizer.decode(tokens[0].tolist())
     assert whole.startswith(text[:-1])
@@ -37,12 +37,12 @@ def test_checkpoint_and_artifact_agree(cli: Any, trained: Any, tmp_path: Path) -
 
 
 def test_a_checkpoint_is_compiled_by_its_path(cli: Any, trained: Any) -> None:
-    model = compile_sparse(trained.checkpoint, SelectionPlan.uniform(2))
+    model = compile_sparse(trained.checkpoint, SelectionPlan())
     assert model.context_length == 16
     text = model.generate("def f", 30, temperature=0)
     assert cli("generate", f"--ckpt={trained.checkpoint}", *GREEDY).out == text + "\n"
     with pytest.raises(FileNotFoundError, match="no checkpoint at absent"):
-        compile_sparse("absent", SelectionPlan.uniform(2))
+        compile_sparse("absent", SelectionPlan())
 
 
 def test_seed_repeats(cli: Any, trained: Any) -> None:

@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 def own_run(tmp_path_factory: pytest.TempPathFactory, cli: Any, trained: Any) -> Path:
     """The folder in which the page's parts were trained."""
     folder = tmp_path_factory.mktemp("own")
-    module, _ = blocks("python")
+    module, *_ = blocks("python")
     [overlay] = blocks("yaml")
     (folder / "my_parts.py").write_text(module)
     (folder / "my_parts.yaml").write_text(overlay)
@@ -85,7 +85,7 @@ def test_python_says_the_same_and_the_lines_of_the_page_run(
 ) -> None:
     with pytest.raises(ValueError, match=UNKNOWN + HOW):
         load_sparse(place / "sparse")
-    _, lines = blocks("python")
+    _, lines, _ = blocks("python")
     names: dict[str, Any] = {}
     exec(compile(lines, "own_parts.md", "exec"), names)
     assert capsys.readouterr().out.startswith("def ")

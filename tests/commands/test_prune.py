@@ -24,7 +24,7 @@ prune_module = import_module("lightning_dsmoe.commands.prune")
 @pytest.fixture
 def words(measuring: Callable[[str, str], list[str]], tmp_path: Path) -> list[str]:
     """The routers of a model of two steps hardly differ; the best expert is the same for many."""
-    SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1)).save(tmp_path / "plan.json")
+    SelectionPlan(experts=TopK(1), attention=TopK(1)).save(tmp_path / "plan.json")
     return [*measuring("prune", "pruned"), f"--plan={tmp_path / 'plan.json'}"]
 
 
@@ -76,20 +76,26 @@ def test_its_certificate(
 def test_where_all_experts_run(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
-    SelectionPlan.uniform(2).save(tmp_path / "plan.json")
+    SelectionPlan().save(tmp_path / "plan.json")
     outcome = cli(*words)
     assert outcome.code == 0, outcome.err
     assert "All experts run on this text, so none was removed." in outcome.out
     assert "remaining" not in json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert load_sparse(tmp_path / "pruned").plan == SelectionPlan.uniform(2)
+    assert load_sparse(tmp_path / "pruned").plan == SelectionPlan()
 
 
 def test_plans_of_other_models(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
     for plan, message in (
-        (SelectionPlan.uniform(3), "a plan of 3 layers, a model of 2"),
-        (SelectionPlan.uniform(2, experts=TopK(99)), "plan, layer 0, experts: TopK(k=99) needs"),
+        (
+            SelectionPlan(layers={"blocks.2.attention": TopK(1)}),
+            "plan: the model has no routed layer 'blocks.2.attention'; the nearest names are",
+        ),
+        (
+            SelectionPlan(experts=TopK(99)),
+            "plan, experts, blocks.0.feed_forward: TopK(k=99) needs",
+        ),
     ):
         plan.save(tmp_path / "plan.json")
         outcome = cli(*words)

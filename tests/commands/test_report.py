@@ -94,7 +94,7 @@ def test_a_plan_a_sample_and_another_checkpoint(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
 ) -> None:
     name = "a'b<i>.json"
-    SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1)).save(tmp_path / name)
+    SelectionPlan(experts=TopK(2), attention=TopK(1)).save(tmp_path / name)
 
     def half(state: dict[str, Any]) -> None:
         for name, value in state["state_dict"].items():
@@ -204,9 +204,12 @@ def test_padding_is_no_sample(
 def test_a_plan_of_another_model(
     cli: Callable[..., Outcome], words: list[str], tmp_path: Path
 ) -> None:
-    SelectionPlan.uniform(3).save(tmp_path / "plan.json")
+    SelectionPlan(layers={"blocks.2.attention": TopK(1)}).save(tmp_path / "plan.json")
     [error] = cli(*words, f"--plan={tmp_path / 'plan.json'}").errors
-    assert "plan.json is not a plan for this model: a plan of 3 layers, a model of 2" in error
+    expected = (
+        "plan.json is not a plan for this model: plan: the model has no routed layer 'blocks.2"
+    )
+    assert expected in error
 
 
 def test_an_earlier_page_stays_if_something_goes_wrong(

@@ -30,6 +30,7 @@ RECIPES = [
     [NANO],
     [NANO, LONG],
     [NANO, "baselines/dense.yaml"],
+    ["quickstart.yaml", "baselines/dense.yaml"],
     [NANO, "baselines/smoe.yaml"],
 ]
 PAPER = {

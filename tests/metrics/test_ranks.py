@@ -16,7 +16,7 @@ from lightning_dsmoe.metrics import (
 from ..ranks import on_two_ranks
 
 E = 4
-COUNTS = ParameterCounts(7, 10, (RoutedParameters(E, 5),), (None,))
+COUNTS = ParameterCounts(7, 10, {"mlp": RoutedParameters(E, 5)})
 
 
 def probs_of_all() -> Tensor:
@@ -28,7 +28,7 @@ def measure(probs: Tensor, sizes: list[int]) -> tuple[list[Tensor], list[Tensor]
     utilization, active = ExpertUtilization(E), ActiveParameters(COUNTS)
     for part in probs.split(sizes):
         utilization.update(part)
-        active.update([part > 0.3], [None], torch.ones(len(part), dtype=torch.bool))
+        active.update({"mlp": part > 0.3})
     return list(utilization.compute()), list(active.compute())
 
 

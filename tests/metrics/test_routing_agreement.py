@@ -7,7 +7,8 @@ from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.metrics import routing_agreement
 from lightning_dsmoe.routing import Routing
 
-PLAN = SelectionPlan((TopK(1), TopK(1)), (Threshold(1.5), TopK(1)))
+PLAN = SelectionPlan.of_blocks((TopK(1), TopK(1)), (Threshold(1.5), TopK(1)))
+UNIFORM = SelectionPlan(experts=TopK(1), attention=TopK(1))
 
 
 def routing(*best: int) -> Routing:
@@ -36,19 +37,19 @@ def test_other_gates_of_the_same_experts_agree(mask: Tensor) -> None:
 
 def test_without_routers_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
     nothing = Routings((None, None), (None, None))
-    assert routing_agreement(nothing, nothing, PLAN, mask).item() == 1
+    assert routing_agreement(nothing, nothing, UNIFORM, mask).item() == 1
 
 
 def test_without_tokens_there_is_nothing_to_disagree_on(mask: Tensor) -> None:
     found = Routings((routing(0, 1, 2, 0), None), (None, None))
     other = Routings((routing(1, 2, 0, 1), None), (None, None))
-    assert routing_agreement(found, other, PLAN, mask & False).item() == 1
+    assert routing_agreement(found, other, UNIFORM, mask & False).item() == 1
 
 
 def test_old_names_of_arguments(mask: Tensor) -> None:
     routings = Routings((routing(0, 1, 2, 0), None), (None, None))
     with pytest.warns(DeprecationWarning, match="routing_agreement") as caught:
-        agreement = routing_agreement(found=routings, expected=routings, plan=PLAN, mask=mask)  # type: ignore[call-arg]
+        agreement = routing_agreement(found=routings, expected=routings, plan=UNIFORM, mask=mask)  # type: ignore[call-arg]
     assert agreement == 1
     assert sorted(str(each.message).partition(";")[0] for each in caught) == [
         "routing_agreement(expected=) is now other_routings=",

@@ -31,6 +31,15 @@ def test_a_heat_map_for_each_kind_with_routers() -> None:
     assert {text.get_text() for text in experts.texts} == {"effective", "2.0", "3.0"}
 
 
+def test_rows_have_the_names_of_layers() -> None:
+    names = [f"encoder.blocks.{number}.feed_forward" for number in range(3)]
+    kinds = {"experts": dict.fromkeys(names, used(0.9, 0.1)), "attention": {}}
+    figure = utilization_figure(kinds)
+    experts, _ = figure.axes
+    assert [label.get_text() for label in experts.get_yticklabels()] == names
+    figure.savefig(BytesIO(), format="png", dpi=50)  # a warning if the names leave no room
+
+
 def test_drawn_pixels_show_use() -> None:
     def pixels(*shares: float) -> object:
         buffer = BytesIO()

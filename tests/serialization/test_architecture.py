@@ -101,6 +101,7 @@ def test_what_a_description_says() -> None:
                 "rope_theta": 10000.0,
                 "qk_norm": False,
                 "bias": False,
+                "causal": True,
             },
         },
         "feed_forward": {

@@ -80,7 +80,7 @@ def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
 
 
 def uniform(selection: Selection) -> SelectionPlan:
-    return SelectionPlan.uniform(2, experts=selection, attention=selection)
+    return SelectionPlan(experts=selection, attention=selection)
 
 
 def plan_among(plan: SelectionPlan, remaining: Remaining, decoder: Decoder) -> SelectionPlan:
@@ -91,10 +91,10 @@ def plan_among(plan: SelectionPlan, remaining: Remaining, decoder: Decoder) -> S
             for selection, numbers, size in zip(selections, layers, sizes, strict=True)
         )
         for selections, layers, sizes in zip(
-            (plan.experts, plan.attention), remaining, decoder.plan_sizes, strict=True
+            decoder.selections(plan), remaining, decoder.plan_sizes, strict=True
         )
     )
-    return SelectionPlan(experts, attention)  # type: ignore[arg-type]
+    return SelectionPlan.of_blocks(experts, attention)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
@@ -295,9 +295,9 @@ def test_generation_without_an_engine(
 def test_other_plans(one_decoder: Decoder, tokens: Tensor) -> None:
     """More experts than remain are all that remain."""
     pruned = prune(one_decoder, REMAINING)
-    many = SelectionPlan.uniform(2, experts=TopK(4), attention=TopK(3))
+    many = SelectionPlan(experts=TopK(4), attention=TopK(3))
     assert_near(pruned(tokens, many).logits, pruned(tokens).logits)
     with pytest.raises(ValueError, match="k <= 4"):
-        compile_sparse(pruned, SelectionPlan.uniform(2, experts=TopK(5)))
-    high = SelectionPlan.uniform(2, experts=Threshold(3.9), attention=Threshold(2.9))
+        compile_sparse(pruned, SelectionPlan(experts=TopK(5)))
+    high = SelectionPlan(experts=Threshold(3.9), attention=Threshold(2.9))
     assert pruned(tokens, high).logits.isfinite().all()

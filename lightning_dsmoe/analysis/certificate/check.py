@@ -69,7 +69,7 @@ def check_weights(model: SparseModel, decoder: Decoder) -> None:
     remaining = remaining_experts(model.decoder)
     compiled = compile_sparse(
         decoder if remaining is None else prune(decoder, remaining),
-        SelectionPlan.uniform(decoder.n_layers),
+        SelectionPlan(),
         quantization=model.quantization,
         quantize_head=model.quantize_head,
     )

@@ -3,7 +3,8 @@
 Shapes: B windows in a batch, T positions, V vocabulary, W windows of a text.
 """
 
-from itertools import chain
+from collections import defaultdict
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Decoder, Routings
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.routing import block_layer_name
 from lightning_dsmoe.serialization.architecture import build_decoder
 
 
@@ -86,9 +88,8 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
     device = model.decoder.embedding.weight.device
     counts = metrics.count_parameters(build_decoder(model.architecture))
     active = metrics.ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
-    n_layers = model.decoder.n_layers
-    all_experts = SelectionPlan.uniform(n_layers)
-    totals = [ErrorTotals() for _ in range(2 * n_layers)]
+    all_experts = SelectionPlan()
+    totals: dict[str, ErrorTotals] = defaultdict(ErrorTotals)
     trained = None if decoder is None else _Trained(decoder, model)
     windows: list[WindowSums] = []
     for inputs, labels in text.batches:
@@ -99,11 +100,11 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         if trained is not None:
             dense_BTV = trained.add(inputs_BT, labels_BT, dense_BTV, routings)
         windows.append(compare_windows(dense_BTV, sparse_BTV, labels_BT))
-        active.update(*metrics.active_masks(routings, model.plan, model.decoder), mask_BT)
-        errors = list(chain(*token_errors(model.decoder, inputs_BT, model.plan)))
-        for total, batch in zip(totals, errors, strict=True):
-            if batch is not None:
-                total.add(batch, mask_BT)
+        active.update(metrics.active_masks(routings, model.plan, model.decoder), mask_BT)
+        if counts.layers:
+            run = partial(model.decoder, inputs_BT)
+            for name, errors in token_errors(model.decoder, model.plan, run).items():
+                totals[name].add(errors, mask_BT)
     sums = WindowSums(*(torch.cat(parts) for parts in zip(*windows, strict=True)))
     tokens = int(sums.tokens.sum())
     if not tokens:
@@ -113,10 +114,8 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         raise FloatingPointError(f"the loss is {dense_loss}, of the sparse model {sparse_loss}")
     counted_W = sums.tokens > 0
     share = active.compute()
-    mixtures = [
-        None if batch is None else total.compute()
-        for total, batch in zip(totals, errors, strict=True)
-    ]
+    mixtures = {name: total.compute() for name, total in totals.items()}
+    blocks = range(model.decoder.n_layers)
     quantized = None if trained is None or not trained.quantized else trained
     return Judgement(
         tokens=tokens,
@@ -134,8 +133,8 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         all_experts_error=None if trained is None else trained.all_experts_error,
         loss_before_quantization=None if quantized is None else quantized.loss / tokens,
         routing_agreement=None if quantized is None else quantized.routed_alike / tokens,
-        experts=mixtures[:n_layers],
-        attention=mixtures[n_layers:],
+        experts=[mixtures.get(block_layer_name(block, "experts")) for block in blocks],
+        attention=[mixtures.get(block_layer_name(block, "attention")) for block in blocks],
     )
 
 

@@ -36,7 +36,7 @@ def divergence(model: SparseModel, text: HeldOut, *, n_probable: int = 64) -> Di
     Returns:
         A function that gives the divergence of each window under a plan.
     """
-    dense = SelectionPlan.uniform(model.decoder.n_layers)
+    dense = SelectionPlan()
     predictions = [
         _most_probable(model(inputs_BT, dense).logits, n_probable) for inputs_BT, _ in text.batches
     ]

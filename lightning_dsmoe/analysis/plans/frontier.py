@@ -1,12 +1,16 @@
 """Many plans of one model, and those worth having: the frontier of loss against active share."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import nn
 
 from lightning_dsmoe import routing
-from lightning_dsmoe.analysis.evaluation import PlanResult
-from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.analysis.evaluation import PlanResult, evaluate, measured
+from lightning_dsmoe.analysis.held_out import HeldOut
+from lightning_dsmoe.analysis.measured import SampleLoss
+from lightning_dsmoe.routing import SelectionPlan, routed_layers
+from lightning_dsmoe.routing.routing import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,14 +32,51 @@ _LABELS = {
 """Of plans in the figure, by how their name starts; the first that matches."""
 
 
-def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
+def sweep(
+    model: nn.Module, data: HeldOut | Iterable[Any], loss: SampleLoss | None = None, **options: Any
+) -> dict[str, PlanResult]:
+    """Measure loss and active share of a model under some forty plans, those of `sweep_plans`.
+
+    Args:
+        model: a `SparseModel`; or, with `loss`, any model with routed layers.
+        data: the text; or, with `loss`, batches, such as a `DataLoader`.
+        loss: gives the loss of every sample of a batch, `[B]`, called as `loss(model, batch)`.
+        options: `mask` and `outside` of `MeasuredBatches`, or `counts` of `MeasuredText`.
+
+    Returns:
+        Results by the names of the plans, which `frontier` and `knee` choose from.
+
+    Raises:
+        FloatingPointError: as `evaluate_plan` does.
+        TypeError: as `evaluate_plan` does.
+        ValueError: as `evaluate_plan` does.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_dsmoe import MixtureOfExperts, OutputOnly
+        >>> from lightning_dsmoe.analysis import sweep
+        >>> model = nn.Sequential(nn.Linear(4, 8), OutputOnly(MixtureOfExperts(8, 4, 16)))
+        >>> def loss(model, batch):
+        ...     x, label = batch
+        ...     return nn.functional.cross_entropy(model(x), label, reduction="none")
+        >>> batches = [(torch.randn(6, 4), torch.randint(8, (6,))) for _ in range(3)]
+        >>> results = sweep(model, batches, loss)
+        >>> results["all"].active_share_mean, results["top 1 and 1"].active_share_mean < 0.5
+        (1.0, True)
+    """
+    on = measured(model, data, loss, **options)
+    return {name: evaluate(on, plan) for name, plan in sweep_plans(model).items()}
+
+
+def sweep_plans(model: nn.Module) -> dict[str, SelectionPlan]:
     """Some forty uniform plans: dense, top-k, thresholds and top-p.
 
     The same kind of selection runs in feed-forward and attention experts; then top-k in one of the
     two, while all experts of the other run.
 
     Args:
-        decoder: the model; layers without a router run whole.
+        model: any model; layers without a router run whole.
 
     Returns:
         Plans by name, such as "threshold 0.5".
@@ -54,20 +95,23 @@ def sweep_plans(decoder: Decoder) -> dict[str, SelectionPlan]:
         >>> plans = sweep_plans(decoder)
         >>> list(plans)[:3]
         ['all', 'top 1 and 1', 'top 2 and 2']
-        >>> plans["threshold 0.5"].experts[0].eps
+        >>> plans["threshold 0.5"].experts.eps
         0.5
     """
-    n_experts, n_attention = decoder.plan_sizes
-    plans = {"all": SelectionPlan.uniform(decoder.n_layers)}
+    layers = routed_layers(model).values()
+    n_experts, n_attention = (
+        [layer.n_experts for layer in layers if layer.kind == kind] for kind in get_args(Kind)
+    )
+    plans = {"all": SelectionPlan()}
 
     def add(name: str, experts: routing.Selection, attention: routing.Selection) -> None:
-        plans[name] = SelectionPlan.uniform(decoder.n_layers, experts=experts, attention=attention)
+        plans[name] = SelectionPlan(experts=experts, attention=attention)
 
     few, few_heads = _numbers(n_experts), _numbers(n_attention)
     for place, k in enumerate(few):
         k_heads = few_heads[min(place, len(few_heads) - 1)] if few_heads else 1
         add(f"top {k} and {k_heads}", routing.TopK(k), routing.TopK(k_heads))
-    least = min((n for n in n_experts + n_attention if n is not None), default=0)
+    least = min(n_experts + n_attention, default=0)
     for eps in (eps for eps in EPS if eps < least):
         add(f"threshold {eps:g}", routing.Threshold(eps), routing.Threshold(eps))
         add(f"threshold top-k {eps:g}", routing.ThresholdTopK(eps), routing.ThresholdTopK(eps))
@@ -170,7 +214,7 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
     return figure
 
 
-def _numbers(counts: Sequence[int | None]) -> list[int]:
-    """Numbers of experts below the fewest of any layer with a router."""
-    least = min((count for count in counts if count is not None), default=0)
+def _numbers(counts: Sequence[int]) -> list[int]:
+    """Numbers of experts below the fewest of any layer."""
+    least = min(counts, default=0)
     return [number for number in NUMBERS if number < least]

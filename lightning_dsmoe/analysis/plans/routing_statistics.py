@@ -1,30 +1,29 @@
-"""Gates of every router of a model on a text, and the cost of a threshold for each.
+"""Gates of every router of a model on data, and the cost of a threshold for each.
 
-Shapes: B sequences in a batch, T positions, N tokens that count, E experts.
+Shapes: N tokens that count, E experts.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.analysis.held_out import HeldOut
-from lightning_dsmoe.data.windows import IGNORED
-from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.metrics import ParameterCounts
+from lightning_dsmoe.analysis.measured import Measured
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing.routing import Kind
 
 
 class RouterStatistics(NamedTuple):
     """One router on a text, all experts running.
 
     Args:
+        kind: of its layer.
         probs_NE: its probabilities in descending order.
         per_expert: parameters of one of its experts.
     """
 
+    kind: Kind
     probs_NE: Tensor
     per_expert: int
 
@@ -49,57 +48,48 @@ class Statistics(NamedTuple):
     """All routers of a model on a text.
 
     Args:
-        experts: of each layer, None without a mixture of experts.
-        attention: of each layer, None without a mixture of attention heads.
+        layers: the routers by the names of their layers, those of feed-forward experts first.
         always: hidden parameters that run for every token.
         hidden: all hidden parameters.
     """
 
-    experts: list[RouterStatistics | None]
-    attention: list[RouterStatistics | None]
+    layers: Mapping[str, RouterStatistics]
     always: int
     hidden: int
 
     @property
-    def routers(self) -> list[RouterStatistics | None]:
-        """Those of feed-forward experts by layer, then those of attention experts."""
-        return [*self.experts, *self.attention]
-
-    @property
     def least_share(self) -> float:
         """Active share with one expert in each layer."""
-        one_each = sum(router.per_expert for router in self.routers if router is not None)
-        return (self.always + one_each) / self.hidden
+        return (self.always + sum(each.per_expert for each in self.layers.values())) / self.hidden
 
-    def share(self, thresholds: Sequence[float]) -> float:
-        """Active share under thresholds, one for each router."""
+    def of_kind(self, kind: Kind) -> Self:
+        """The routers of a kind."""
+        return self._replace(layers={n: r for n, r in self.layers.items() if r.kind == kind})
+
+    def share(self, thresholds: Mapping[str, float]) -> float:
+        """Active share under the thresholds of all routers."""
         active = float(self.always)
-        for router, eps in zip(self.routers, thresholds, strict=True):
-            if router is not None:
-                active += router.running(eps).item() * router.per_expert
+        for name, router in self.layers.items():
+            active += router.running(thresholds[name]).item() * router.per_expert
         return active / self.hidden
 
 
-@torch.inference_mode()
-def routing_statistics(model: SparseModel, text: HeldOut, counts: ParameterCounts) -> Statistics:
-    """Run all experts on a text once.
+@torch.no_grad()
+def routing_statistics(on: Measured) -> Statistics:
+    """Run all experts on data once.
 
-    Args:
-        model: the model.
-        text: the text.
-        counts: parameters of the decoder before it was packed, from `count_parameters`.
+    Raises:
+        ValueError: if a routed layer of the model is not called.
     """
-    dense = SelectionPlan.uniform(model.decoder.n_layers)
-    sizes, n_layers = [*counts.experts, *counts.attention], len(counts.experts)
-    probs: list[list[Tensor]] = [[] for _ in sizes]
-    for inputs_BT, labels_BT in text.batches:
-        routings = model(inputs_BT, dense).routings
-        for batches, routing in zip(probs, chain(*routings), strict=True):
-            if routing is not None:
-                probs_NE = routing.probs[labels_BT != IGNORED].float()
-                batches.append(probs_NE.sort(dim=-1, descending=True).values)
-    routers = [
-        None if size is None else RouterStatistics(torch.cat(batches), size.per_expert)
-        for batches, size in zip(probs, sizes, strict=True)
-    ]
-    return Statistics(routers[:n_layers], routers[n_layers:], counts.always, counts.hidden)
+    batches: dict[str, list[Tensor]] = {name: [] for name in on.counts.layers}
+    for reading in on.read(SelectionPlan()):
+        for name, probs_NE in reading.probs_NE().items():
+            batches[name].append(probs_NE.float().sort(dim=-1, descending=True).values)
+    if unused := [name for name, parts in batches.items() if not parts]:
+        raise ValueError(f"no batch calls {unused[0]}, so there is nothing to find a plan with")
+    routers = {
+        name: RouterStatistics(on.layers[name].kind, torch.cat(parts), each.per_expert)
+        for (name, parts), each in zip(batches.items(), on.counts.layers.values(), strict=True)
+    }
+    by_kind = dict(sorted(routers.items(), key=lambda item: item[1].kind != "experts"))
+    return Statistics(by_kind, on.counts.always, on.counts.hidden)

@@ -6,7 +6,7 @@ threshold for all layers if thresholds are wanted. Last, uniform plans are tried
 layers alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import cache
 from statistics import median
 from typing import NamedTuple
@@ -71,8 +71,8 @@ class PlanSearch:
         >>> from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts
         >>> from lightning_dsmoe import SelectionPlan, compile_sparse
         >>> from lightning_dsmoe.analysis import HeldOut, PlanSearch, evaluate_plan
+        >>> from lightning_dsmoe.analysis.evaluation import measured
         >>> from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
-        >>> from lightning_dsmoe.metrics import count_parameters
         >>> from lightning_dsmoe.analysis.plans.solvers import FIXED_NUMBERS
         >>> decoder = Decoder(
         ...     256,
@@ -81,19 +81,18 @@ class PlanSearch:
         ...     attention=partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8),
         ...     feed_forward=partial(MixtureOfExperts, n_experts=8, d_expert=4),
         ... )
-        >>> model = compile_sparse(decoder, SelectionPlan.uniform(1))
-        >>> counts = count_parameters(decoder)
+        >>> model = compile_sparse(decoder, SelectionPlan())
         >>> tokens = torch.arange(64).view(4, 16)
         >>> text = HeldOut([(tokens, tokens + 1)], n_tokens=64)
         >>> search = PlanSearch(
-        ...     routing_statistics(model, text, counts),
-        ...     lambda plan: evaluate_plan(model, plan, text, counts),
+        ...     routing_statistics(measured(model, text)),
+        ...     lambda plan: evaluate_plan(model, plan, text),
         ...     FIXED_NUMBERS,
         ... )
         >>> plan, result = search.within(0.6)
         >>> result.active_share_mean <= 0.6
         True
-        >>> plan.experts[0].k < 8
+        >>> plan.experts.k < 8
         True
     """
 
@@ -108,7 +107,7 @@ class PlanSearch:
         self.measure: Measure = cache(measure)
         self.family = family
         self.make_divergence = make_divergence
-        self._dense = SelectionPlan.uniform(len(statistics.experts))
+        self._dense = SelectionPlan()
 
     def within(self, budget: float) -> Found:
         """Find a plan of a share with as little loss as possible.
@@ -148,8 +147,17 @@ class PlanSearch:
 
         Returns:
             The plan and its result on the text of the search.
+
+        Raises:
+            ValueError: if the loss of all experts is not above 0.
         """
-        limit = self._loss(self._dense).value * (1 + max_increase)
+        dense_loss = self._loss(self._dense).value
+        if dense_loss <= 0:
+            raise ValueError(
+                "an increase relative to the loss of all experts needs one above 0, this one is "
+                f"{dense_loss:g}: give a budget"
+            )
+        limit = dense_loss * (1 + max_increase)
         middle = (self.statistics.least_share + 1) / 2
         start = solvers.thresholds(self.statistics, solvers.even(self.statistics), middle)
         measured = sensitivities(self.statistics, start, self._loss)
@@ -197,12 +205,9 @@ class PlanSearch:
         start = solvers.thresholds(self.statistics, flat, budget)
         measured = sensitivities(self.statistics, start, score)
         best = trial(solvers.alike(self.statistics))
-        for other in (flat, measured, tuple(s**0.5 for s in measured)):
+        for other in (flat, measured, {name: s**0.5 for name, s in measured.items()}):
             best = best.or_better(trial(other))
-        n_layers = len(self.statistics.experts)
-        all_attention = range(n_layers, 2 * n_layers)
-        alone = [[n] for n, router in enumerate(self.statistics.routers) if router is not None]
-        for group in [all_attention, *alone]:
+        for group in [self.statistics.of_kind("attention").layers, *([n] for n in flat)]:
             best = _climb(best, group, trial)
         return best
 
@@ -236,31 +241,27 @@ def sensitivities(
     A router that drops nothing counts as typical (the median), and none as less than a twentieth of
     that: a gain by chance must not close a router.
     """
-    dense = SelectionPlan.uniform(plan.n_layers)
-    base = score(dense).value
-    found: list[float | None] = []
-    for number, (router, selection) in enumerate(
-        zip(statistics.routers, plan.experts + plan.attention, strict=True)
-    ):
-        mass = 0.0
-        if router is not None and isinstance(selection, Threshold):
-            mass = router.dropped_mass(selection.eps).item()
-        alone = [*dense.experts, *dense.attention]
-        alone[number] = selection
-        found.append(max(0.0, score(solvers.plan_of(alone)).value - base) / mass if mass else None)
-    typical = median([s for s in found if s] or [1.0])
-    return tuple(typical if s is None else max(s, typical / 20) for s in found)
+    base = score(SelectionPlan()).value
+    found: dict[str, float | None] = {}
+    selections = plan.selections(statistics.layers)
+    for name, router in statistics.layers.items():
+        selection = selections[name]
+        mass = router.dropped_mass(selection.eps).item() if isinstance(selection, Threshold) else 0
+        alone = SelectionPlan(layers={name: selection})
+        found[name] = max(0.0, score(alone).value - base) / mass if mass else None
+    typical = median([s for s in found.values() if s] or [1.0])
+    return {n: typical if s is None else max(s, typical / 20) for n, s in found.items()}
 
 
 def _climb(
-    start: _Trial, group: Sequence[int], trial: Callable[[solvers.Sensitivities], _Trial]
+    start: _Trial, group: Collection[str], trial: Callable[[solvers.Sensitivities], _Trial]
 ) -> _Trial:
     """Make some routers more sensitive, or else less, as long as that clearly helps."""
     best = start
     for factor in _FACTORS:
         for _ in range(_MOST_STEPS):
             tried = trial(
-                tuple(s * factor if n in group else s for n, s in enumerate(best.sensitivities))
+                {n: s * factor if n in group else s for n, s in best.sensitivities.items()}
             )
             if best.or_better(tried) is best:
                 break

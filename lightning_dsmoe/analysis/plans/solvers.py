@@ -7,15 +7,17 @@ s_r S_e > l c_r for one price l: a threshold for each router, or the best K of e
 Uniform plans, which treat all layers alike, are what others are compared with.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple, get_args
 
 from lightning_dsmoe.analysis.evaluation import Found, Measure
 from lightning_dsmoe.analysis.plans.routing_statistics import Statistics
-from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing.routing import Kind
 
-Sensitivities = tuple[float, ...]
-"""Of each router: those of feed-forward experts by layer, then those of attention experts."""
+Sensitivities = Mapping[str, float]
+"""Of each router, by the name of its layer."""
 
 
 class PlanFamily(NamedTuple):
@@ -37,14 +39,12 @@ _ALMOST_ONE = 1 - 2**-20  # of E, which no E·S_e can exceed
 
 def even(statistics: Statistics) -> Sensitivities:
     """The same sensitivity everywhere."""
-    return (1.0,) * len(statistics.routers)
+    return dict.fromkeys(statistics.layers, 1.0)
 
 
 def alike(statistics: Statistics) -> Sensitivities:
     """The sensitivities that make all thresholds equal."""
-    return tuple(
-        1.0 if r is None else float(r.n_experts * r.per_expert) for r in statistics.routers
-    )
+    return {n: float(r.n_experts * r.per_expert) for n, r in statistics.layers.items()}
 
 
 def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float) -> SelectionPlan:
@@ -55,13 +55,10 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
         sensitivity: of each router.
         budget: share of the hidden parameters, in the mean over tokens.
     """
-    routers = statistics.routers
+    routers = statistics.layers
 
-    def eps(price: float) -> list[float]:
-        return [
-            0.0 if router is None else router.n_experts * price * router.per_expert / s
-            for router, s in zip(routers, sensitivity, strict=True)
-        ]
+    def eps(price: float) -> dict[str, float]:
+        return {n: r.n_experts * price * r.per_expert / sensitivity[n] for n, r in routers.items()}
 
     low, high = 1 / _WIDEST, _WIDEST
     for _ in range(_PRICE_BISECTIONS):
@@ -70,13 +67,12 @@ def thresholds(statistics: Statistics, sensitivity: Sensitivities, budget: float
             low = middle
         else:
             high = middle
-    return plan_of(
-        [
-            AllExperts()
-            if router is None
-            else Threshold(min(value, _ALMOST_ONE * router.n_experts))
-            for router, value in zip(routers, eps(high), strict=True)
-        ]
+    found = eps(high)
+    return SelectionPlan.of_layers(
+        {
+            name: (router.kind, Threshold(min(found[name], _ALMOST_ONE * router.n_experts)))
+            for name, router in routers.items()
+        }
     )
 
 
@@ -93,8 +89,8 @@ def fixed_numbers(
         sensitivity: of each router.
         budget: share of the hidden parameters.
     """
-    numbers = [1 for _ in statistics.routers]
-    routers = {n: router for n, router in enumerate(statistics.routers) if router is not None}
+    routers = statistics.layers
+    numbers = dict.fromkeys(routers, 1)
     gains = {
         n: (router.probs_NE.double().mean(0) * sensitivity[n] / router.per_expert).tolist()
         for n, router in routers.items()
@@ -107,7 +103,7 @@ def fixed_numbers(
         best = max(fitting, key=lambda n: gains[n][numbers[n]])
         room -= routers[best].per_expert
         numbers[best] += 1
-    return plan_of([TopK(k) if n in routers else AllExperts() for n, k in enumerate(numbers)])
+    return SelectionPlan.of_layers({n: (r.kind, TopK(numbers[n])) for n, r in routers.items()})
 
 
 def uniform_plans(statistics: Statistics, share: float) -> list[SelectionPlan]:
@@ -131,11 +127,7 @@ def best_uniform(statistics: Statistics, share: float, measure: Measure) -> Foun
 
 def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]:
     """For each number of attention experts, the most feed-forward experts that fit the share."""
-    layers = len(statistics.experts)
-    kinds = [
-        [r for r in routers if r is not None]
-        for routers in (statistics.experts, statistics.attention)
-    ]
+    kinds = [statistics.of_kind(kind).layers.values() for kind in get_args(Kind)]
     most, most_heads = (min((r.n_experts for r in kind), default=1) for kind in kinds)
     cost, cost_heads = (sum(r.per_expert for r in kind) for kind in kinds)
     room = share * statistics.hidden - statistics.always
@@ -145,7 +137,7 @@ def uniform_numbers(statistics: Statistics, share: float) -> list[SelectionPlan]
         if rest < cost:
             break
         number = min(int(rest // cost), most) if cost else most
-        plans.append(SelectionPlan.uniform(layers, experts=TopK(number), attention=TopK(heads)))
+        plans.append(SelectionPlan(experts=TopK(number), attention=TopK(heads)))
     return plans
 
 
@@ -156,16 +148,16 @@ def uniform_mixed(statistics: Statistics, share: float) -> list[SelectionPlan]:
         statistics: gates of a text, from `routing_statistics`.
         share: of the hidden parameters, in the mean over tokens.
     """
-    if not any(statistics.experts):
+    experts, attention = statistics.of_kind("experts"), statistics.of_kind("attention").layers
+    if not experts.layers:
         return []
-    attention = [router for router in statistics.attention if router]
-    n_layers, plans = len(statistics.attention), []
-    for heads in range(1, min((router.n_experts for router in attention), default=0) + 1):
-        always = statistics.always + heads * sum(router.per_expert for router in attention)
-        others = statistics._replace(attention=[None] * n_layers, always=always)
+    plans = []
+    for heads in range(1, min((r.n_experts for r in attention.values()), default=0) + 1):
+        always = statistics.always + heads * sum(r.per_expert for r in attention.values())
+        others = experts._replace(always=always)
         if share >= others.least_share:
-            experts = thresholds(others, alike(others), share).experts
-            plans.append(SelectionPlan(experts, (TopK(heads),) * n_layers))
+            plan = thresholds(others, alike(others), share)
+            plans.append(replace(plan, attention=TopK(heads)))
     return plans
 
 
@@ -175,10 +167,3 @@ THRESHOLDS = PlanFamily(
     lambda statistics, share: uniform_numbers(statistics, share) + uniform_mixed(statistics, share),
 )
 FIXED_NUMBERS = PlanFamily(fixed_numbers, uniform_numbers)
-
-
-def plan_of(selections: Iterable[Selection]) -> SelectionPlan:
-    """A plan out of the selections of all routers, in the order of sensitivities."""
-    listed = tuple(selections)
-    layers = len(listed) // 2
-    return SelectionPlan(listed[:layers], listed[layers:])

@@ -3,6 +3,7 @@
 Shapes: E experts.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,30 +27,23 @@ class Drift(NamedTuple):
     """Difference between a model and another checkpoint of it, on the same text.
 
     Args:
-        experts: of each layer, None without a mixture of experts.
-        attention: of each layer, None without a mixture of attention heads.
+        layers: of each routed layer, by name.
         loss: loss of the other checkpoint with all experts, in nats per token.
         plan_loss: loss of the other checkpoint under the plan, in nats per token.
     """
 
-    experts: list[RouterDrift | None]
-    attention: list[RouterDrift | None]
+    layers: Mapping[str, RouterDrift]
     loss: float
     plan_loss: float
 
 
 def drift(use: ModelUse, other: ModelUse) -> Drift:
     """Compare a model with another checkpoint of it, both measured on the same text."""
-    experts, attention = (
-        [
-            None
-            if own is None or before is None
-            else RouterDrift(
-                own.gates.share - before.gates.share,
-                (own.best_N != before.best_N).float().mean().item(),
-            )
-            for own, before in zip(*layers, strict=True)
-        ]
-        for layers in ((use.experts, other.experts), (use.attention, other.attention))
-    )
-    return Drift(experts, attention, other.loss, other.plan_loss)
+    routers = {
+        name: RouterDrift(
+            own.gates.share - other.layers[name].gates.share,
+            (own.best_N != other.layers[name].best_N).float().mean().item(),
+        )
+        for name, own in use.layers.items()
+    }
+    return Drift(routers, other.loss, other.plan_loss)

@@ -16,7 +16,6 @@ from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse
 from lightning_dsmoe.analysis.report.view import kinds_of, printable, sample_tokens, visible
 from lightning_dsmoe.metrics import DEAD_SHARE, ParameterCounts
-from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.units import digits, percent
 
 _PACKAGE = "lightning_dsmoe.analysis.report"
@@ -32,7 +31,7 @@ class Report(NamedTuple):
         title: name of the model.
         facts: names and values of the head of the page, such as the checkpoint and the text.
         counts: parameter counts of the decoder.
-        plan: which experts run.
+        n_layers: number of its blocks.
         use: how the model uses its experts.
         frequent: the tokens whose lift is shown.
         token_text: text of a token.
@@ -43,7 +42,7 @@ class Report(NamedTuple):
     title: str
     facts: Sequence[tuple[str, str]]
     counts: ParameterCounts
-    plan: SelectionPlan
+    n_layers: int
     use: ModelUse
     frequent: FrequentTokens
     token_text: Callable[[int], str]
@@ -80,7 +79,7 @@ def report_page(report: Report) -> str:
         ...     attention=partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=8),
         ...     feed_forward=partial(MixtureOfExperts, n_experts=4, d_expert=8),
         ... )
-        >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
+        >>> plan = SelectionPlan(experts=TopK(2), attention=TopK(1))
         >>> model, counts = compile_sparse(decoder.eval(), plan), count_parameters(decoder)
         >>> inputs, labels = torch.randint(50, (2, 4, 8))
         >>> text = HeldOut([(inputs, labels)], n_tokens=32)
@@ -90,7 +89,7 @@ def report_page(report: Report) -> str:
         ...         title="a small model",
         ...         facts=[("Text", "32 random tokens")],
         ...         counts=counts,
-        ...         plan=plan,
+        ...         n_layers=decoder.n_layers,
         ...         use=utilization(model, plan, text, counts, frequent),
         ...         frequent=frequent,
         ...         token_text="token {}".format,
@@ -102,7 +101,7 @@ def report_page(report: Report) -> str:
         True
     """
     use, drift, counts, sample = report.use, report.drift, report.counts, report.sample
-    kinds = kinds_of(use, drift, report.plan, report.frequent)
+    kinds = kinds_of(use, drift, report.frequent, report.n_layers)
     script = _packaged("page.js")
     template = _templates().get_template("page.html.jinja")
     return template.render(
@@ -113,7 +112,7 @@ def report_page(report: Report) -> str:
         facts=report.facts,
         n_parameters=counts.outside + counts.hidden,
         n_hidden=counts.hidden,
-        n_layers=len(counts.experts),
+        n_layers=report.n_layers,
         active=[share.item() for share in use.active],
         losses=(use.loss, use.plan_loss),
         other_losses=None if drift is None else (drift.loss, drift.plan_loss),
@@ -124,7 +123,7 @@ def report_page(report: Report) -> str:
         least_count=LEAST_COUNT,
         n_frequent=len(report.frequent.numbers_U),
         shown=lambda token: visible(report.token_text(token), token),
-        sample=list(sample_tokens(sample, report.token_text)),
+        sample=list(sample_tokens(sample, report.token_text, report.n_layers)),
         left_out=sample.left_out,
         most_running=int(sample.n_running_T.double().quantile(_MOST_QUANTILE).ceil()),
     )

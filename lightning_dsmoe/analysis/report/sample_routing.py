@@ -3,7 +3,7 @@
 Shapes: T tokens, E experts.
 """
 
-from itertools import chain
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,21 +19,18 @@ class SampleRouting(NamedTuple):
 
     Args:
         tokens: token numbers.
-        experts: of each layer bool `[T, E]`, None without a mixture of experts.
-        attention: of each layer bool `[T, E]`, None without a mixture of attention heads.
+        layers: of each routed layer bool `[T, E]`, by name.
         left_out: number of further tokens, which were not read.
     """
 
     tokens: list[int]
-    experts: list[Tensor | None]
-    attention: list[Tensor | None]
+    layers: Mapping[str, Tensor]
     left_out: int
 
     @property
     def n_running_T(self) -> Tensor:
         """Number of experts that run for each token, over all layers and both kinds."""
-        masks = [mask for mask in self.experts + self.attention if mask is not None]
-        return torch.stack([mask.sum(-1) for mask in masks]).sum(0)
+        return torch.stack([mask.sum(-1) for mask in self.layers.values()]).sum(0)
 
 
 @torch.inference_mode()
@@ -56,12 +53,8 @@ def sample_routing(
         raise ValueError("a sample must be at least one token long, got an empty text")
     read_T = tokens_T[:most]
     windows = [
-        chain(*active_masks(model(window_T[None], plan).routings, plan, model.decoder))
+        active_masks(model(window_T[None], plan).routings, plan, model.decoder)
         for window_T in read_T.split(context)
     ]
-    masks = [
-        None if parts[0] is None else torch.cat([part[0].cpu() for part in parts])
-        for parts in zip(*windows, strict=True)
-    ]
-    experts, attention = masks[: plan.n_layers], masks[plan.n_layers :]
-    return SampleRouting(read_T.tolist(), experts, attention, len(tokens_T) - len(read_T))
+    layers = {name: torch.cat([each[name][0].cpu() for each in windows]) for name in windows[0]}
+    return SampleRouting(read_T.tolist(), layers, len(tokens_T) - len(read_T))

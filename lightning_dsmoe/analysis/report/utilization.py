@@ -4,8 +4,7 @@ Shapes: B windows, T tokens of a window, V vocabulary, N tokens, E experts, U fr
 """
 
 import math
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
-from lightning_dsmoe.routing import Routing, SelectionPlan
+from lightning_dsmoe.routing import Routing, Selection, SelectionPlan, routed_layers
 
 _MOST_PAIRS = 2**27  # 1 GiB of counts in float64
 
@@ -55,15 +54,15 @@ class ModelUse(NamedTuple):
     """How a model uses its experts.
 
     Args:
-        experts: of each layer, None without a mixture of experts.
-        attention: of each layer, None without a mixture of attention heads.
+        layers: of each routed layer, by name.
+        selections: which experts run in each, under the plan.
         loss: cross entropy with all experts, in nats per token.
         plan_loss: cross entropy under the plan, in nats per token.
         active: active share under the plan.
     """
 
-    experts: list[RouterUse | None]
-    attention: list[RouterUse | None]
+    layers: Mapping[str, RouterUse]
+    selections: Mapping[str, Selection]
     loss: float
     plan_loss: float
     active: metrics.ActiveShare
@@ -92,15 +91,14 @@ def utilization(
         ValueError: if the plan is invalid for the model, or the model has no routed layer.
         FloatingPointError: if a loss is not finite.
     """
-    sizes = model.decoder.plan_sizes
-    check_mixtures(sizes)
-    plan.check(*sizes)
-    dense = SelectionPlan.uniform(plan.n_layers)
+    check_mixtures(counts)
+    selections = plan.selections(routed_layers(model.decoder))
+    dense = SelectionPlan()
     row_V = frequent.rows(model.decoder.vocab_size).to(text.device)
-    totals = [
-        None if n is None else _RouterTotals(n, len(frequent.numbers_U), text.device)
-        for n in chain(*sizes)
-    ]
+    totals = {
+        name: _RouterTotals(each.n_experts, len(frequent.numbers_U), text.device)
+        for name, each in counts.layers.items()
+    }
     active = metrics.ActiveParameters(counts, sync_on_compute=False).to(
         text.device
     )  # one rank measures
@@ -112,32 +110,29 @@ def utilization(
         losses[0] += nll
         losses[1] += plan_nll
         running = metrics.active_masks(plan_routings, plan, model.decoder)
-        active.update(*running, mask_BT)
-        rows = zip(totals, chain(*routings), chain(*running), strict=True)
-        for total, routing, running_BTE in rows:
-            if total is not None and routing is not None and running_BTE is not None:
-                total.update(routing, running_BTE, mask_BT, row_V[inputs_BT])
+        active.update(running, mask_BT)
+        for name, layer in routings.by_name().items():
+            totals[name].update(layer.routing, running[name], mask_BT, row_V[inputs_BT])
         on_batch()
-    uses = [None if total is None else total.compute(frequent.counts_U) for total in totals]
-    experts, attention = uses[: plan.n_layers], uses[plan.n_layers :]
+    layers = {name: total.compute(frequent.counts_U) for name, total in totals.items()}
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
     if not math.isfinite(loss + plan_loss):
         raise FloatingPointError(f"the loss is {loss}, under the plan {plan_loss}")
-    return ModelUse(experts, attention, loss, plan_loss, active.cpu().compute())
+    return ModelUse(layers, selections, loss, plan_loss, active.cpu().compute())
 
 
-def check_mixtures(sizes: tuple[list[int | None], list[int | None]]) -> None:
+def check_mixtures(counts: metrics.ParameterCounts) -> None:
     """Raise a ValueError if a decoder has no routed layer, or too many experts to count in pairs.
 
     Args:
-        sizes: `plan_sizes` of the decoder.
+        counts: of the decoder.
     """
-    counts = [n for kind in sizes for n in kind if n is not None]
-    if not counts:
+    sizes = [each.n_experts for each in counts.layers.values()]
+    if not sizes:
         raise ValueError("this model has no mixture of experts or of attention heads in any layer")
-    if sum(n**2 for n in counts) > _MOST_PAIRS:
+    if sum(n**2 for n in sizes) > _MOST_PAIRS:
         raise ValueError(
-            f"this model has {sum(counts)} experts, up to {max(counts)} of a layer: more than "
+            f"this model has {sum(sizes)} experts, up to {max(sizes)} of a layer: more than "
             f"{_MOST_PAIRS} pairs to count"
         )
 

@@ -11,9 +11,10 @@ from lightning_dsmoe.analysis.report import lift
 from lightning_dsmoe.analysis.report.drift import Drift
 from lightning_dsmoe.analysis.report.sample_routing import SampleRouting
 from lightning_dsmoe.analysis.report.utilization import ModelUse
-from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.routing.plan import describe_selections
+from lightning_dsmoe.routing.routing import Kind, block_layer_name
 
+_TITLES: dict[Kind, str] = {"experts": "feed-forward", "attention": "attention"}
 _PAIRS = 3
 _LEAST_CHANGE = 0.01
 _MOST_TOKENS, _LEAST_TOKENS = 8, 3
@@ -66,7 +67,7 @@ class Layer(NamedTuple):
         return [row[expert] for expert, row in enumerate(self.together)]
 
 
-class Kind(NamedTuple):
+class KindView(NamedTuple):
     """All layers of a model, seen as one kind of experts: None where a layer has no router."""
 
     name: str
@@ -112,32 +113,31 @@ class SampleToken(NamedTuple):
 def kinds_of(
     use: ModelUse,
     drift: Drift | None,
-    plan: SelectionPlan,
     frequent: lift.FrequentTokens,
-) -> list[Kind]:
+    n_layers: int,
+) -> list[KindView]:
     """The kinds of experts that a model has.
 
     Args:
         use: how the model uses its experts.
         drift: the difference from another checkpoint, if there is one.
-        plan: which experts run.
         frequent: the tokens whose lift is shown.
+        n_layers: number of blocks.
     """
-    n_experts = sum(len(r.gates.share) for r in [*use.experts, *use.attention] if r is not None)
+    n_experts = sum(len(router.gates.share) for router in use.layers.values())
     most = max(_LEAST_TOKENS, min(_MOST_TOKENS, _ALL_TOKENS // n_experts))
 
-    def layers(name: str) -> Iterator[Layer | None]:
-        routers = getattr(use, name)
-        changes = [None] * len(routers) if drift is None else getattr(drift, name)
-        rows = zip(getattr(plan, name), routers, changes, strict=True)
-        for number, (selection, router, change) in enumerate(rows):
-            if router is None:
+    def layers(kind: Kind) -> Iterator[Layer | None]:
+        for number in range(n_layers):
+            name = block_layer_name(number, kind)
+            if (router := use.layers.get(name)) is None:
                 yield None
                 continue
+            change = None if drift is None else drift.layers[name]
             gates = router.gates
             yield Layer(
                 number,
-                describe_selections([selection]),
+                describe_selections([use.selections[name]]),
                 gates.effective.item(),
                 gates.entropy.item(),
                 gates.conditional_entropy.item(),
@@ -150,23 +150,25 @@ def kinds_of(
                 0.0 if change is None else change.changed,
             )
 
-    names = {"feed-forward experts": "experts", "attention experts": "attention"}
-    kinds = [Kind(title, list(layers(name))) for title, name in names.items()]
+    kinds = [KindView(f"{title} experts", list(layers(kind))) for kind, title in _TITLES.items()]
     return [kind for kind in kinds if kind.routed]
 
 
-def sample_tokens(sample: SampleRouting, token_text: Callable[[int], str]) -> Iterator[SampleToken]:
+def sample_tokens(
+    sample: SampleRouting, token_text: Callable[[int], str], n_layers: int
+) -> Iterator[SampleToken]:
     """The tokens of a sample, with the experts that run for each.
 
     Args:
         sample: the sample.
         token_text: text of a token.
+        n_layers: number of blocks.
     """
     running = [
-        [_running(f"{name} {layer}", row_E) for row_E in mask_TE.tolist()]
-        for name, masks in (("feed-forward", sample.experts), ("attention", sample.attention))
-        for layer, mask_TE in enumerate(masks)
-        if mask_TE is not None
+        [_running(f"{title} {layer}", row_E) for row_E in sample.layers[name].tolist()]
+        for kind, title in _TITLES.items()
+        for layer in range(n_layers)
+        if (name := block_layer_name(layer, kind)) in sample.layers
     ]
     rows = zip(sample.tokens, sample.n_running_T.tolist(), zip(*running, strict=True), strict=True)
     for token, n_running, names in rows:

@@ -15,7 +15,7 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
 from ..conftest import make_decoder, make_text
 
-PLAN = SelectionPlan.uniform(2, experts=Threshold(0.9), attention=TopK(2))
+PLAN = SelectionPlan(experts=Threshold(0.9), attention=TopK(2))
 
 
 @pytest.fixture(scope="module")

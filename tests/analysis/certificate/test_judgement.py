@@ -12,8 +12,9 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.metrics import active_masks, active_parameters, count_parameters
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing.routing import block_layer_name
 
-PLAN = SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
+PLAN = SelectionPlan.of_blocks((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
 
 
 def test_what_a_judgement_says(decoder: Decoder, text: HeldOut) -> None:
@@ -38,17 +39,19 @@ def test_what_a_judgement_says(decoder: Decoder, text: HeldOut) -> None:
     agreed = (dense.argmax(-1) == sparse.argmax(-1))[counted].double().mean().item()
     assert 0.1 < agreed < 1
     assert found.top_1_agreement == pytest.approx(agreed)
-    share = active_parameters(count_parameters(decoder), *active_masks(routings, PLAN), counted)
+    share = active_parameters(count_parameters(decoder), active_masks(routings, PLAN), counted)
     shares = [found.active_share_mean, found.active_share_p50, found.active_share_p95]
     assert shares == pytest.approx([each.item() for each in share])
     assert found.all_experts_error is not None
     assert found.all_experts_error <= ROUNDING
     assert found.loss_before_quantization is None
     assert found.routing_agreement is None
+    layers = token_errors(decoder, PLAN, lambda: decoder(inputs))
+    assert len(layers) == 4
     for kind in ("experts", "attention"):
-        for layer, errors in enumerate(getattr(found, kind)):
-            expected = getattr(token_errors(decoder, inputs, PLAN), kind)[layer]
-            numbers = [n for x in expected for n in (x[counted].mean(), x[counted].max())]
+        for block, errors in enumerate(getattr(found, kind)):
+            rows = (x[counted.flatten()] for x in layers[block_layer_name(block, kind)])
+            numbers = [n for x in rows for n in (x.mean(), x.max())]
             assert list(errors) == pytest.approx([n.item() for n in numbers], rel=1e-3)
 
 
@@ -62,7 +65,7 @@ def test_the_artifact_can_stand_for_the_trained_model(decoder: Decoder, text: He
 
 
 def test_the_dense_plan_changes_nothing(decoder: Decoder, text: HeldOut) -> None:
-    found = judge(compile_sparse(decoder, SelectionPlan.uniform(2)), text, decoder)
+    found = judge(compile_sparse(decoder, SelectionPlan()), text, decoder)
     assert abs(found.relative_gap) < 1e-6
     assert 0 <= found.kl < 1e-9
     assert found.top_1_agreement == found.active_share_mean == 1
@@ -73,7 +76,7 @@ def test_eight_bits(decoder: Decoder, text: HeldOut) -> None:
     model = compile_sparse(decoder, PLAN, quantization="int8")
     found = judge(model, text, decoder)
     exact = judge(compile_sparse(decoder, PLAN), text, decoder)
-    everyone = SelectionPlan.uniform(2)
+    everyone = SelectionPlan()
     with torch.no_grad():
         off = max(
             (model.logits(inputs, plan=everyone) - decoder(inputs).logits).abs().max().item()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.analysis.certificate.mixtures import ErrorTotals, TokenErrors, token_errors
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
@@ -53,9 +53,9 @@ PLAIN: dict[str, Any] = {
     ),
 }
 PLANS = [
-    SelectionPlan((TopK(2), TopP(0.5)), (TopK(1), Threshold(0.9))),
-    SelectionPlan((Threshold(1.0), ThresholdTopK(1.2)), (ThresholdTopK(1.1), TopP(0.6))),
-    SelectionPlan(
+    SelectionPlan.of_blocks((TopK(2), TopP(0.5)), (TopK(1), Threshold(0.9))),
+    SelectionPlan.of_blocks((Threshold(1.0), ThresholdTopK(1.2)), (ThresholdTopK(1.1), TopP(0.6))),
+    SelectionPlan.of_blocks(
         (TopK(1, renormalize=True), Threshold(0.8, renormalize=True)),
         (TopK(2, renormalize=True), TopP(0.4, renormalize=True)),
     ),
@@ -79,14 +79,18 @@ def make(parts: dict[str, Any], seed: int) -> Decoder:
 )
 def test_the_bound_holds(parts: dict[str, Any], plan: SelectionPlan, seed: int) -> None:
     decoder, tokens = make(parts, seed), torch.randint(29, (3, 12))
-    in_double = token_errors(copy.deepcopy(decoder).double(), tokens, plan)
-    for exact, rounded in zip(in_double, token_errors(decoder, tokens, plan), strict=True):
-        for found, other in zip(exact, rounded, strict=True):
-            assert found is not None
-            assert other is not None
-            assert (found.error <= found.bound * (1 + 1e-12) + 1e-14).all()
-            assert found.error.mean() > 0.2 * found.bound.mean() > 1e-3
-            assert (other.error <= other.bound * (1 + 1e-5) + 1e-5).all()
+    in_double = errors_of(copy.deepcopy(decoder).double(), tokens, plan)
+    rounded = errors_of(decoder, tokens, plan)
+    assert len(in_double) == 4
+    for name, found in in_double.items():
+        assert (found.error <= found.bound * (1 + 1e-12) + 1e-14).all()
+        assert found.error.mean() > 0.2 * found.bound.mean() > 1e-3
+        other = rounded[name]
+        assert (other.error <= other.bound * (1 + 1e-5) + 1e-5).all()
+
+
+def errors_of(model: nn.Module, tokens: Tensor, plan: SelectionPlan) -> dict[str, TokenErrors]:
+    return token_errors(model, plan, lambda: model(tokens))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -94,20 +98,22 @@ def test_experts_against_a_loop(plan: SelectionPlan) -> None:
     decoder = make(BIASED, 7)
     tokens = torch.randint(29, (2, 9))
     x = decoder.embed(tokens)
-    found = token_errors(decoder, tokens, plan)
+    found = errors_of(decoder, tokens, plan)
+    selections = decoder.selections(plan)
     for layer, block in enumerate(decoder.blocks):
-        x = x + block.attention(block.attention_norm(x), plan.attention[layer]).output
+        x = x + block.attention(block.attention_norm(x), selections.attention[layer]).output
         seen, mixture, selection = (
             block.feed_forward_norm(x),
             block.feed_forward,
-            plan.experts[layer],
+            selections.experts[layer],
         )
         probs = mixture.router(seen).probs
         gates = selection(probs)
-        errors = found.experts[layer]
-        assert errors is not None
+        dropped_mass, seen_error, seen_bound = (
+            each.view(2, 9) for each in found[f"blocks.{layer}.feed_forward"]
+        )
         dropped = torch.where(gates.active, 0.0, probs).sum(-1)
-        torch.testing.assert_close(errors.dropped_mass, dropped)
+        torch.testing.assert_close(dropped_mass, dropped)
         dense, sparse = mixture(seen).output, mixture(seen, selection).output
         for b in range(2):
             for t in range(9):
@@ -116,11 +122,11 @@ def test_experts_against_a_loop(plan: SelectionPlan) -> None:
                 for e in range(5):
                     change = 5 * (gates.weight[b, t, e] - probs[b, t, e]).abs()
                     bound += change * expert_output(mixture, e, seen[b, t]).norm()
-                assert errors.bound[b, t].item() == pytest.approx(
+                assert seen_bound[b, t].item() == pytest.approx(
                     (bound / size).item(), rel=1e-4, abs=1e-6
                 )
                 error = (sparse[b, t] - dense[b, t]).norm() / size
-                assert errors.error[b, t].item() == pytest.approx(error.item(), rel=1e-3, abs=1e-6)
+                assert seen_error[b, t].item() == pytest.approx(error.item(), rel=1e-3, abs=1e-6)
         x = x + sparse
 
 
@@ -135,9 +141,9 @@ def test_heads_by_taking_others_away() -> None:
     """With two groups of heads, dropping one changes the output by exactly its part."""
     parts = BIASED | {"attention": partial(BIASED["attention"], n_experts=2)}
     decoder = make(parts, 3)
-    plan = SelectionPlan.uniform(2, attention=TopK(1))
-    for errors in token_errors(decoder, torch.randint(29, (2, 9)), plan).attention:
-        assert errors is not None
+    plan = SelectionPlan(attention=TopK(1))
+    found = errors_of(decoder, torch.randint(29, (2, 9)), plan)
+    for errors in (found["blocks.0.attention"], found["blocks.1.attention"]):
         torch.testing.assert_close(errors.error, errors.bound, rtol=1e-4, atol=1e-6)
         assert (errors.dropped_mass < 0.5).all()
 
@@ -148,29 +154,21 @@ def test_packed_decoders_and_all_experts(quantization: Any) -> None:
     tokens = torch.randint(29, (2, 9))
     model = compile_sparse(decoder, PLANS[0], quantization=quantization)
     if quantization is None:
-        for ours, theirs in zip(
-            token_errors(model.decoder, tokens, PLANS[0]),
-            token_errors(decoder, tokens, PLANS[0]),
-            strict=True,
-        ):
-            for found, expected in zip(ours, theirs, strict=True):
-                assert found is not None
-                assert expected is not None
-                for one, other in zip(found, expected, strict=True):
-                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    everyone = SelectionPlan.uniform(2, experts=AllExperts(), attention=AllExperts())
-    for errors in token_errors(model.decoder, tokens, everyone):
-        for each in errors:
-            assert each is not None
-            assert not any(values.any() for values in each)
+        expected = errors_of(decoder, tokens, PLANS[0])
+        for name, found in errors_of(model.decoder, tokens, PLANS[0]).items():
+            for one, other in zip(found, expected[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    everyone = SelectionPlan(experts=AllExperts(), attention=AllExperts())
+    for errors in errors_of(model.decoder, tokens, everyone).values():
+        assert not any(values.any() for values in errors)
 
 
 def test_layers_without_a_router() -> None:
     attention = partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=4)
     feed_forward = partial(FeedForward, d_hidden=8)
     decoder = make({"attention": attention, "feed_forward": feed_forward}, 1)
-    found = token_errors(decoder, torch.randint(29, (2, 9)), SelectionPlan.uniform(2))
-    assert found == ([None, None], [None, None])
+    with pytest.raises(ValueError, match="with routed layers"):
+        errors_of(decoder, torch.randint(29, (2, 9)), SelectionPlan())
 
 
 def test_totals_count_the_tokens_that_count() -> None:
@@ -178,7 +176,7 @@ def test_totals_count_the_tokens_that_count() -> None:
     batches = [torch.rand(3, 2, 4) for _ in range(3)]
     masks = [torch.rand(2, 4) > 0.4, torch.zeros(2, 4, dtype=torch.bool), torch.rand(2, 4) > 0.4]
     for batch, mask in zip(batches, masks, strict=True):
-        totals.add(TokenErrors(*batch), mask)
+        totals.add(TokenErrors(*batch.flatten(1)), mask)
     found = totals.compute()
     counted = torch.cat([batch[:, mask] for batch, mask in zip(batches, masks, strict=True)], 1)
     expected = [n for row in counted for n in (row.mean().item(), row.max().item())]

@@ -23,7 +23,7 @@ HASHES = dict.fromkeys(("config.json", "plan.json", "model.safetensors"), "0" * 
 def made() -> dict[str, Any]:
     decoder = make_decoder()
     text = make_text(decoder)
-    plan = SelectionPlan.uniform(2, experts=TopK(2))
+    plan = SelectionPlan(experts=TopK(2))
     judgement = judge(compile_sparse(decoder, plan), text)
     return certificate(judgement, text, TextSource("files", "test", 0.1, 0.2), checkpoint="ab")
 

@@ -8,7 +8,7 @@ from lightning_dsmoe.analysis.plans.divergence import _most_probable, divergence
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
-PLAN = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+PLAN = SelectionPlan(experts=TopK(1), attention=TopK(1))
 
 
 def naive(model: SparseModel, text: HeldOut, most: int) -> list[float]:
@@ -16,8 +16,7 @@ def naive(model: SparseModel, text: HeldOut, most: int) -> list[float]:
     found = []
     for inputs_BT, labels_BT in text.batches:
         dense, sparse = (
-            model(inputs_BT, plan).logits.double().softmax(-1)
-            for plan in (SelectionPlan.uniform(2), PLAN)
+            model(inputs_BT, plan).logits.double().softmax(-1) for plan in (SelectionPlan(), PLAN)
         )
         for window, labels_T in enumerate(labels_BT):
             counted = labels_T != -100
@@ -45,7 +44,7 @@ def test_it_is_that_of_a_plain_loop(most: int, model: SparseModel, text: HeldOut
 
 
 def test_all_experts_are_no_way_off(model: SparseModel, text: HeldOut) -> None:
-    found = divergence(model, text)(SelectionPlan.uniform(2))
+    found = divergence(model, text)(SelectionPlan())
     assert max(map(abs, found)) < 1e-4
 
 

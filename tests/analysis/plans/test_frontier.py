@@ -40,7 +40,7 @@ def test_all_plans_fit_the_model(n_experts: int, n_attention_experts: int) -> No
     )
     plans = sweep_plans(decoder)
     for plan in plans.values():
-        plan.check(*decoder.plan_sizes)
+        decoder.selections(plan)
     assert ("threshold 1.5" in plans) == (min(n_experts, n_attention_experts) > 1)
     assert "threshold 0.75" in plans
 

@@ -16,29 +16,31 @@ from lightning_dsmoe.analysis.plans.solvers import (
     PlanFamily,
     alike,
     best_uniform,
+    even,
     thresholds,
     uniform_mixed,
     uniform_numbers,
 )
 from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
 
-from ..conftest import share_of
+from ..conftest import in_block, share_of
 
-EVEN = (1.0,) * 4
+LAST = "blocks.1.attention"
+FIRST = "blocks.0.attention"
 
 
 def test_sensitivity_is_loss_for_dropped_mass(statistics: Statistics, measure: Any) -> None:
-    plan = SelectionPlan.uniform(2, experts=Threshold(0.9), attention=Threshold(0.9))
+    plan = SelectionPlan(experts=Threshold(0.9), attention=Threshold(0.9))
 
     def score(plan: SelectionPlan) -> Score:
         return Score(measure(plan).loss, ())
 
     found = sensitivities(statistics, plan, score)
-    alone = SelectionPlan((AllExperts(), Threshold(0.9)), (AllExperts(), AllExperts()))
-    increase = measure(alone).loss - measure(SelectionPlan.uniform(2)).loss
-    mass = statistics.experts[1].dropped_mass(0.9).item()
+    alone = SelectionPlan.of_blocks((AllExperts(), Threshold(0.9)), (AllExperts(), AllExperts()))
+    increase = measure(alone).loss - measure(SelectionPlan()).loss
+    mass = statistics.layers["blocks.1.feed_forward"].dropped_mass(0.9).item()
     assert increase > 0
-    assert found[1] == pytest.approx(increase / mass)
+    assert found["blocks.1.feed_forward"] == pytest.approx(increase / mass)
 
 
 @pytest.mark.parametrize(("family", "budget"), [(THRESHOLDS, 0.55), (FIXED_NUMBERS, 0.7)])
@@ -49,7 +51,7 @@ def test_the_search_is_no_worse_than_where_it_starts(
     again = measure(found.plan)
     assert found.result == again._replace(tokens_per_second=found.result.tokens_per_second)
     starts = [
-        family.solve(statistics, EVEN, budget),
+        family.solve(statistics, even(statistics), budget),
         family.solve(statistics, alike(statistics), budget),
         *uniform_numbers(statistics, budget),
     ]
@@ -70,15 +72,15 @@ def made_up(loss: Callable[[SelectionPlan], float]) -> Callable[[SelectionPlan],
 
 def test_the_search_gives_more_to_the_router_that_counts(statistics: Statistics) -> None:
     """The loss is what the last router of attention drops."""
-    router = statistics.attention[1]
-    assert router is not None
+    router = statistics.layers[LAST]
 
     def loss(plan: SelectionPlan) -> float:
-        last = plan.attention[1]
+        last = in_block(plan, 1, "attention")
         return router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
 
-    start = thresholds(statistics, EVEN, 0.6).attention[1]
-    found = PlanSearch(statistics, made_up(loss)).within(0.6).plan.attention[1]
+    start = in_block(thresholds(statistics, even(statistics), 0.6), 1, "attention")
+    plan = PlanSearch(statistics, made_up(loss)).within(0.6).plan
+    found = in_block(plan, 1, "attention")
     assert found.eps < start.eps / 2
 
 
@@ -104,17 +106,17 @@ def test_a_loss_is_clearly_lower_if_chance_does_not_explain_it() -> None:
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_the_search_moves_on_for_clear_gains_alone(spread: float, statistics: Statistics) -> None:
     """Half of the text gains by what the other half loses, and a little more."""
-    router = statistics.attention[1]
-    assert router is not None
+    router = statistics.layers[LAST]
 
     def measure(plan: SelectionPlan) -> PlanResult:
-        last = plan.attention[1]
+        last = in_block(plan, 1, "attention")
         dropped = router.dropped_mass(last.eps).item() if isinstance(last, Threshold) else 1.0
         return result(1 + (0.01 + spread) * dropped, 1 + (0.01 - spread) * dropped)
 
     found = PlanSearch(statistics, measure).within(0.6).plan
-    starts = [thresholds(statistics, sensitivity, 0.6) for sensitivity in (EVEN, alike(statistics))]
-    moved = found.attention[1].eps < min(plan.attention[1].eps for plan in starts) / 2
+    starts = [thresholds(statistics, each(statistics), 0.6) for each in (even, alike)]
+    eps = [in_block(plan, 1, "attention").eps for plan in starts]
+    moved = in_block(found, 1, "attention").eps < min(eps) / 2
     assert moved == (spread == 0)
 
 
@@ -125,13 +127,13 @@ def test_divergence_guides_the_search_unless_a_sparse_plan_has_the_lower_loss(
     """The loss counts what the last router of attention drops, the divergence the first one."""
 
     def dropped(plan: SelectionPlan, layer: int) -> float:
-        router, selection = statistics.attention[layer], plan.attention[layer]
-        if not (router and isinstance(selection, Threshold)):
+        selection = in_block(plan, layer, "attention")
+        if not isinstance(selection, Threshold):
             return float(isinstance(selection, TopK))
-        return router.dropped_mass(selection.eps).item()
+        return statistics.layers[(FIRST, LAST)[layer]].dropped_mass(selection.eps).item()
 
     def loss(plan: SelectionPlan) -> float:
-        return 9.0 if finished and plan == SelectionPlan.uniform(2) else dropped(plan, 1)
+        return 9.0 if finished and plan == SelectionPlan() else dropped(plan, 1)
 
     by_loss = PlanSearch(statistics, made_up(loss)).within(0.6)
     by_divergence = PlanSearch(statistics, made_up(lambda plan: dropped(plan, 0))).within(0.6)
@@ -185,7 +187,8 @@ def test_numbers_beside_a_threshold_are_tried_unless_numbers_are_wanted(
     measure = made_up(lambda plan: float(plan != best))
     assert PlanSearch(statistics, measure).within(0.7).plan == best
     numbers = PlanSearch(statistics, measure, FIXED_NUMBERS).within(0.7).plan
-    assert {type(selection) for selection in numbers.experts + numbers.attention} == {TopK}
+    selections = numbers.selections(statistics.layers).values()
+    assert {type(selection) for selection in selections} == {TopK}
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -209,7 +212,7 @@ def test_the_sparsest_plan_keeps_to_its_loss(
     family: PlanFamily, statistics: Statistics, measure: Any
 ) -> None:
     found = PlanSearch(statistics, measure, family).sparsest(0.02)
-    most = measure(SelectionPlan.uniform(2)).loss * 1.02
+    most = measure(SelectionPlan()).loss * 1.02
     assert measure(found.plan).loss == pytest.approx(found.result.loss)
     assert found.result.loss <= most
     assert found.result.active_share_mean < 0.8
@@ -219,7 +222,7 @@ def test_the_sparsest_plan_is_a_uniform_one_if_that_is_better(statistics: Statis
     """Nothing is lost down to 0.7 under thresholds, where one plan of numbers is better still."""
 
     def loss(plan: SelectionPlan) -> float:
-        if isinstance(plan.attention[0], TopK):
+        if isinstance(plan.attention, TopK):
             return float(plan != best)
         return 1 + max(0.0, 0.7 - share_of(statistics, plan))
 
@@ -234,7 +237,7 @@ def test_the_share_is_the_least_that_the_loss_allows(
     increase: float, expected: float, statistics: Statistics
 ) -> None:
     def loss(plan: SelectionPlan) -> float:
-        if isinstance(plan.attention[0], TopK):
+        if isinstance(plan.attention, TopK):
             return 2.0
         return 1 + max(0.0, 0.8 - share_of(statistics, plan))
 
@@ -249,7 +252,7 @@ def test_what_costs_nothing_is_left_out(statistics: Statistics) -> None:
 
 
 def test_where_every_expert_counts_all_run(statistics: Statistics) -> None:
-    dense = SelectionPlan.uniform(2)
+    dense = SelectionPlan()
     found = PlanSearch(statistics, made_up(lambda plan: 1.0 + (plan != dense))).sparsest(0.1)
     assert found.plan == dense
 
@@ -262,7 +265,7 @@ def test_a_search_is_short_where_nothing_helps(statistics: Statistics) -> None:
         return 1.0 + len(tried)  # nothing ever helps
 
     PlanSearch(statistics, made_up(loss)).sparsest(0.1)
-    assert tried.count(SelectionPlan.uniform(2)) == 1
+    assert tried.count(SelectionPlan()) == 1
     assert len(tried) < 40
 
 

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from markupsafe import escape
-from torch import Tensor
 
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
@@ -24,7 +23,8 @@ from lightning_dsmoe.metrics import (
     RoutedParameters,
     expert_utilization,
 )
-from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import AllExperts, Selection, Threshold, TopK
+from lightning_dsmoe.routing.routing import Kind, block_layer_name
 from lightning_dsmoe.units import percent
 
 VOID = {"meta", "br", "input"}
@@ -90,38 +90,42 @@ def make_report(
     text: Callable[[int], str] = str,
     title: str = "model",
     facts: tuple[tuple[str, str], ...] = (),
-    plan: SelectionPlan | None = None,
+    selections: dict[str, Selection] | None = None,
     n_frequent: int = 11,
     with_drift: bool = True,
 ) -> Report:
     torch.manual_seed(5)
+    sizes: dict[str, int] = {}
+    kinds: tuple[tuple[Kind, list[int | None]], ...] = (
+        ("experts", experts),
+        ("attention", attention),
+    )
+    for kind, numbers in kinds:
+        sizes |= {block_layer_name(b, kind): n for b, n in enumerate(numbers) if n is not None}
+    selections = dict.fromkeys(sizes, Threshold(0.5)) | (selections or {})
     uses = [
         ModelUse(
-            *([None if n is None else router(n, n_frequent) for n in kind] for kind in sizes),
+            {name: router(n, n_frequent) for name, n in sizes.items()},
+            selections,
             1.5,
             1.6,
             ActiveShare(*torch.tensor([0.3, 0.25, 0.4])),
         )
-        for sizes in [(experts, attention)] * 2
+        for _ in range(2)
     ]
-
-    def masks(sizes: list[int | None]) -> list[Tensor | None]:
-        return [None if n is None else torch.rand(n_frequent, n) < 0.5 for n in sizes]
-
-    routed = [
-        tuple(None if n is None else RoutedParameters(n, 10) for n in kind)
-        for kind in (experts, attention)
-    ]
+    masks = {name: torch.rand(n_frequent, n) < 0.5 for name, n in sizes.items()}
     tokens = list(range(n_frequent))
     return Report(
         title=title,
         facts=facts,
-        counts=ParameterCounts(100, 50, *routed),
-        plan=plan or SelectionPlan.uniform(len(experts), experts=Threshold(0.5)),
+        counts=ParameterCounts(
+            100, 50, {name: RoutedParameters(n, 10) for name, n in sizes.items()}
+        ),
+        n_layers=len(experts),
         use=uses[0],
         frequent=FrequentTokens(torch.tensor(tokens), torch.full((n_frequent,), 30)),
         token_text=text,
-        sample=SampleRouting(tokens, masks(experts), masks(attention), 7),
+        sample=SampleRouting(tokens, masks, 7),
         drift=drift(*uses) if with_drift else None,
     )
 
@@ -151,8 +155,7 @@ def test_every_part_is_there() -> None:
 
 def test_numbers_of_the_heat_map() -> None:
     report = make_report([5], [None])
-    use = report.use.experts[0]
-    assert use is not None
+    use = report.use.layers["blocks.0.feed_forward"]
     titles = [v for _, name, v in Page(report_page(report)).attributes if name == "title"]
     for expert, share in enumerate(use.gates.share.tolist()):
         expected = f"layer 0, expert {expert}: {percent(share)} of the gates"
@@ -166,8 +169,7 @@ def test_numbers_of_the_heat_map() -> None:
 
 def test_dead_experts_are_named() -> None:
     report = make_report([6, 6], [3, None])
-    use = report.use.experts[1]
-    assert use is not None
+    use = report.use.layers["blocks.1.feed_forward"]
     use.together_EE[:, 4] = use.together_EE[4, :] = 0
     page = " ".join("".join(Page(report_page(report)).texts).split())
     dead = ", ".join(
@@ -176,9 +178,7 @@ def test_dead_experts_are_named() -> None:
     )
     assert 4 in use.dead_experts
     assert f"layer 1, feed-forward expert {dead}" in page
-    n_dead = sum(
-        len(r.dead_experts) for r in [*report.use.experts, *report.use.attention] if r is not None
-    )
+    n_dead = sum(len(router.dead_experts) for router in report.use.layers.values())
     assert f"{n_dead} dead expert" in page
 
 
@@ -247,17 +247,21 @@ def test_many_experts_fit_in_a_page() -> None:
 
 def test_a_text_without_frequent_tokens() -> None:
     report = make_report([4], [None])
-    [use] = report.use.experts
-    assert use is not None
-    unseen = report.use._replace(experts=[use._replace(token_gates_UE=torch.zeros(0, 4))])
+    [(name, use)] = report.use.layers.items()
+    unseen = report.use._replace(layers={name: use._replace(token_gates_UE=torch.zeros(0, 4))})
     nothing = torch.zeros(0, dtype=torch.int64)
     page = report_page(report._replace(use=unseen, frequent=FrequentTokens(nothing, nothing)))
     assert "No token occurs often enough" in page
 
 
 def test_plans_that_differ_from_layer_to_layer() -> None:
-    plan = SelectionPlan((TopK(2), Threshold(0.25)), (AllExperts(), AllExperts()))
-    page = report_page(make_report([4, 4], [2, 2], plan=plan))
+    selections: dict[str, Selection] = {
+        "blocks.0.feed_forward": TopK(2),
+        "blocks.1.feed_forward": Threshold(0.25),
+        "blocks.0.attention": AllExperts(),
+        "blocks.1.attention": AllExperts(),
+    }
+    page = report_page(make_report([4, 4], [2, 2], selections=selections))
     assert "<td>top 2</td>" in page
     assert "<td>threshold 0.25</td>" in page
     assert "<td>all</td>" not in page
@@ -267,7 +271,8 @@ def test_many_experts_of_a_token_are_counted_not_named() -> None:
     report = make_report([20], [2])
     mask = torch.zeros(11, 20, dtype=torch.bool)
     mask[0, :7], mask[1, 3:5] = True, True
-    sample = report.sample._replace(experts=[mask])
+    layers = {**report.sample.layers, "blocks.0.feed_forward": mask}
+    sample = report.sample._replace(layers=layers)
     page = report_page(report._replace(sample=sample))
     assert "feed-forward 0: 7 of 20" in page
     assert "feed-forward 0: 3, 4;" in page

@@ -27,10 +27,15 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse
-from lightning_dsmoe.metrics import ParameterCounts, count_parameters, expert_utilization
-from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.metrics import (
+    ParameterCounts,
+    RoutedParameters,
+    count_parameters,
+    expert_utilization,
+)
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK, routed_layers
 
-PLAN = SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
+PLAN = SelectionPlan.of_blocks((TopK(2), Threshold(0.9)), (TopK(1), Threshold(0.8)))
 LEAST = 5
 
 
@@ -46,10 +51,14 @@ def use(
     return utilization(model, PLAN, text, counts, frequent)
 
 
+def counts_of(n_layers: int) -> ParameterCounts:
+    return ParameterCounts(0, 0, {f"{n}": RoutedParameters(4096, 1) for n in range(n_layers)})
+
+
 def test_experts_that_are_too_many_to_pair() -> None:
-    check_mixtures(([4096] * 8, [None] * 8))
+    check_mixtures(counts_of(8))
     with pytest.raises(ValueError, match="36864 experts, up to 4096 of a layer: more than 1342177"):
-        check_mixtures(([4096] * 9, [None] * 9))
+        check_mixtures(counts_of(9))
 
 
 def counted(text: HeldOut) -> list[tuple[int, int, int]]:
@@ -66,27 +75,18 @@ def seen(decoder: Decoder, text: HeldOut, plan: SelectionPlan) -> dict[str, list
     with torch.no_grad():
         routings = [decoder(inputs, plan).routings for inputs, _ in text.batches]
     return {
-        f"{kind} {layer}": [
-            getattr(routings[b], kind)[layer].probs[row, column] for b, row, column in counted(text)
+        name: [
+            routings[b].by_name()[name].routing.probs[row, column]
+            for b, row, column in counted(text)
         ]
-        for kind in ("experts", "attention")
-        for layer in range(2)
-    }
-
-
-def by_name(use: ModelUse) -> dict[str, RouterUse]:
-    return {
-        f"{kind} {layer}": router
-        for kind in ("experts", "attention")
-        for layer, router in enumerate(getattr(use, kind))
-        if router is not None
+        for name in routed_layers(decoder)
     }
 
 
 def test_gates_are_those_of_all_experts(decoder: Decoder, text: HeldOut, use: ModelUse) -> None:
-    for name, probs in seen(decoder, text, SelectionPlan.uniform(2)).items():
+    for name, probs in seen(decoder, text, SelectionPlan()).items():
         expected = expert_utilization(torch.stack(probs))
-        router = by_name(use)[name]
+        router = use.layers[name]
         for found, value in zip(router.gates, expected, strict=True):
             torch.testing.assert_close(found, value)
         assert router.best_N.tolist() == [int(p.argmax()) for p in probs]
@@ -94,8 +94,8 @@ def test_gates_are_those_of_all_experts(decoder: Decoder, text: HeldOut, use: Mo
 
 def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUse) -> None:
     for name, probs in seen(decoder, text, PLAN).items():
-        kind, layer = name.split()
-        selection = getattr(PLAN, kind)[int(layer)]
+        selection = PLAN.selections(routed_layers(decoder))[name]
+        assert use.selections[name] == selection
         n = len(probs[0])
         together = [[0] * n for _ in range(n)]
         for p in probs:
@@ -103,7 +103,7 @@ def test_experts_that_run_together(decoder: Decoder, text: HeldOut, use: ModelUs
             for first in running:
                 for second in running:
                     together[first][second] += 1
-        router = by_name(use)[name]
+        router = use.layers[name]
         expected = torch.tensor(together, dtype=torch.float64) / len(probs)
         torch.testing.assert_close(router.together_EE, expected)
         assert router.running_E.tolist() == pytest.approx(expected.diagonal().tolist())
@@ -113,9 +113,7 @@ def test_losses_and_active_share_are_those_of_the_plans(
     model: SparseModel, text: HeldOut, counts: ParameterCounts, use: ModelUse
 ) -> None:
     plan = evaluate_plan(model, PLAN, text, counts)
-    assert use.loss == pytest.approx(
-        evaluate_plan(model, SelectionPlan.uniform(2), text, counts).loss
-    )
+    assert use.loss == pytest.approx(evaluate_plan(model, SelectionPlan(), text, counts).loss)
     assert use.plan_loss == pytest.approx(plan.loss)
     assert use.active.mean.item() == pytest.approx(plan.active_share_mean)
     assert use.active.p95.item() == pytest.approx(plan.active_share_p95)
@@ -138,8 +136,8 @@ def test_tokens_that_experts_like(
     assert 1 < len(often) < 29
     assert frequent.numbers_U.tolist() == often
     assert frequent.counts_U.tolist() == [tokens.count(t) for t in often]
-    for name, probs in seen(decoder, text, SelectionPlan.uniform(2)).items():
-        router = by_name(use)[name]
+    for name, probs in seen(decoder, text, SelectionPlan()).items():
+        router = use.layers[name]
         top = over_represented(router.token_gates_UE, router.gates.share, frequent, most=3)
         for expert, found in enumerate(top):
             mean = sum(p[expert].item() for p in probs) / len(probs)
@@ -158,8 +156,7 @@ def test_without_frequent_tokens_nothing_is_liked(
     model: SparseModel, text: HeldOut, counts: ParameterCounts
 ) -> None:
     nothing = frequent_tokens(text, 10_000)
-    router = utilization(model, PLAN, text, counts, nothing).experts[0]
-    assert router is not None
+    router = utilization(model, PLAN, text, counts, nothing).layers["blocks.0.feed_forward"]
     top = over_represented(router.token_gates_UE, router.gates.share, nothing, most=3)
     assert top == [[]] * 5
 
@@ -200,20 +197,19 @@ def test_drift(
             if "router" in name:
                 parameter.mul_(-2)
     other_model = compile_sparse(
-        decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
+        decoder, SelectionPlan(), switch_points=SwitchPoints(gather_up_to=0)
     )
     other = utilization(other_model, PLAN, text, counts, frequent)
     found = drift(use, other)
     assert (found.loss, found.plan_loss) == (other.loss, other.plan_loss)
-    for kind in ("experts", "attention"):
-        for layer, router in enumerate(getattr(found, kind)):
-            own, before = getattr(use, kind)[layer], getattr(other, kind)[layer]
-            torch.testing.assert_close(router.change_E, own.gates.share - before.gates.share)
-            changed = [a != b for a, b in zip(own.best_N, before.best_N, strict=True)]
-            assert router.changed == pytest.approx(sum(changed) / len(changed))
-            assert router.changed > 0
-    still = drift(use, use)
-    assert [router.changed for router in still.experts if router is not None] == [0.0, 0.0]
+    assert len(found.layers) == 4
+    for name, router in found.layers.items():
+        own, before = use.layers[name], other.layers[name]
+        torch.testing.assert_close(router.change_E, own.gates.share - before.gates.share)
+        changed = [a != b for a, b in zip(own.best_N, before.best_N, strict=True)]
+        assert router.changed == pytest.approx(sum(changed) / len(changed))
+        assert router.changed > 0
+    assert [router.changed for router in drift(use, use).layers.values()] == [0.0] * 4
 
 
 @pytest.mark.parametrize("context", [4, 7, 100])
@@ -225,12 +221,11 @@ def test_samples_run_in_windows(context: int, decoder: Decoder, model: SparseMod
     running = torch.zeros(15, dtype=torch.int64)
     with torch.no_grad():
         parts = [decoder(part[None], PLAN).routings for part in tokens[:15].split(context)]
-    for kind in ("experts", "attention"):
-        for layer in range(2):
-            probs = torch.cat([getattr(part, kind)[layer].probs[0] for part in parts])
-            mask = getattr(PLAN, kind)[layer].mask(probs)
-            assert torch.equal(getattr(found, kind)[layer], mask)
-            running += mask.sum(-1)
+    for name, selection in PLAN.selections(routed_layers(decoder)).items():
+        probs = torch.cat([part.by_name()[name].routing.probs[0] for part in parts])
+        mask = selection.mask(probs)
+        assert torch.equal(found.layers[name], mask)
+        running += mask.sum(-1)
     assert torch.equal(found.n_running_T, running)
 
 
@@ -241,9 +236,7 @@ def test_an_empty_sample(model: SparseModel) -> None:
 
 def small_model(attention: object, feed_forward: object) -> SparseModel:
     decoder = Decoder(29, 16, 2, attention=attention, feed_forward=feed_forward)  # type: ignore[arg-type]
-    return compile_sparse(
-        decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
-    )
+    return compile_sparse(decoder, SelectionPlan(), switch_points=SwitchPoints(gather_up_to=0))
 
 
 def test_layers_without_mixtures(text: HeldOut, frequent: FrequentTokens) -> None:
@@ -251,29 +244,30 @@ def test_layers_without_mixtures(text: HeldOut, frequent: FrequentTokens) -> Non
     plain_layer = partial(FeedForward, d_hidden=8)
     experts = partial(MixtureOfExperts, n_experts=5, d_expert=6)
     heads = partial(MixtureOfAttentionHeads, n_experts=3, n_heads=1, d_head=4)
-    plan = SelectionPlan.uniform(2)
+    plan = SelectionPlan()
     for attention, feed_forward in ((plain_attention, experts), (heads, plain_layer)):
         model = small_model(attention, feed_forward)
         counts = count_parameters(
             Decoder(29, 16, 2, attention=attention, feed_forward=feed_forward)
         )
         use = utilization(model, plan, text, counts, frequent)
-        assert [r is None for r in use.experts] == [feed_forward is plain_layer] * 2
-        assert [r is None for r in use.attention] == [attention is plain_attention] * 2
+        name = "feed_forward" if feed_forward is experts else "attention"
+        assert list(use.layers) == [f"blocks.0.{name}", f"blocks.1.{name}"]
         assert drift(use, use).loss == use.loss
         sample = sample_routing(model, plan, torch.arange(9), context=4, most=9)
         assert sample.n_running_T.tolist() == [2 * (5 if feed_forward is experts else 3)] * 9
     model = small_model(plain_attention, plain_layer)
     with pytest.raises(ValueError, match="no mixture of experts or of attention heads"):
-        utilization(model, plan, text, counts, frequent)
+        utilization(model, plan, text, count_parameters(model.decoder), frequent)
 
 
 def test_a_plan_that_does_not_fit(
     model: SparseModel, text: HeldOut, counts: ParameterCounts, frequent: FrequentTokens
 ) -> None:
-    with pytest.raises(ValueError, match="a plan of 3 layers, a model of 2"):
-        utilization(model, SelectionPlan.uniform(3), text, counts, frequent)
-    plan = SelectionPlan.uniform(2, experts=TopK(6), attention=AllExperts())
+    plan = SelectionPlan(layers={"blocks.2.attention": TopK(1)})
+    with pytest.raises(ValueError, match=r"no routed layer 'blocks\.2\.attention'"):
+        utilization(model, plan, text, counts, frequent)
+    plan = SelectionPlan(experts=TopK(6), attention=AllExperts())
     with pytest.raises(ValueError, match="k <= 5"):
         utilization(model, plan, text, counts, frequent)
 
@@ -283,9 +277,7 @@ def test_a_loss_that_is_no_number(
 ) -> None:
     with torch.no_grad():
         decoder.embedding.weight[0] = math.nan
-    broken = compile_sparse(
-        decoder, SelectionPlan.uniform(2), switch_points=SwitchPoints(gather_up_to=0)
-    )
+    broken = compile_sparse(decoder, SelectionPlan(), switch_points=SwitchPoints(gather_up_to=0))
     with pytest.raises(FloatingPointError, match="the loss is nan, under the plan nan"):
         utilization(broken, PLAN, text, counts, frequent)
 
