@@ -17,7 +17,6 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.sampling import Sampler
 from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
-from lightning_dsmoe.routing.plan import check_plan
 
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
 """Prompts of whole numbers: several of one length `[B, T]`, or one `[T]`."""
@@ -134,9 +133,8 @@ def new_tokens(
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number from 0, got {max_new_tokens!r}")
     sampler = Sampler(**sampling)
-    plan = SelectionPlan.uniform(decoder.n_layers) if plan is None else plan
-    check_plan(plan, decoder.n_layers)
-    plan.check(*decoder.plan_sizes)
+    plan = SelectionPlan() if plan is None else plan
+    decoder.selections(plan)  # raises if it does not fit
     capacity = min(length + max_new_tokens, context_length or length + max_new_tokens)
 
     @torch.inference_mode()

@@ -24,7 +24,6 @@ from lightning_dsmoe.inference.prompts import check_names
 from lightning_dsmoe.inference.text import TextGeneration, example_prompt
 from lightning_dsmoe.moved import renamed_attributes, renamed_options
 from lightning_dsmoe.routing import SelectionPlan
-from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
@@ -76,7 +75,7 @@ class SparseModel(nn.Module):
         >>> heads = partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8)
         >>> experts = partial(MixtureOfExperts, n_experts=4, d_expert=8)
         >>> decoder = Decoder(256, 16, 2, attention=heads, feed_forward=experts)
-        >>> plan = SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))
+        >>> plan = SelectionPlan(experts=TopK(2), attention=TopK(1))
         >>> uncompiled = SwitchPoints(gather_up_to=0)  # a tiny model needs no compiled step
         >>> model = compile_sparse(
         ...     decoder, plan, switch_points=uncompiled, tokenizer=ByteTokenizer()
@@ -91,7 +90,7 @@ class SparseModel(nn.Module):
         Tokens give tokens, under another plan if a call has one:
 
         >>> tokens = torch.tensor([[72, 105, 32], [72, 111, 32]])
-        >>> model.generate(tokens, 5, SelectionPlan.uniform(2), top_p=0.9).shape
+        >>> model.generate(tokens, 5, SelectionPlan(), top_p=0.9).shape
         torch.Size([2, 8])
         >>> model.logits(tokens).shape
         torch.Size([2, 3, 256])
@@ -130,7 +129,7 @@ class SparseModel(nn.Module):
         tokenizer: Tokenizer | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        plan.check(*decoder.plan_sizes)
+        decoder.selections(plan)  # raises if it does not fit
         longest = decoder.max_positions
         if context_length is None:
             context_length = longest
@@ -363,8 +362,7 @@ class SparseModel(nn.Module):
 
     def _plan(self, plan: SelectionPlan | None) -> SelectionPlan:
         if plan is not None:
-            check_plan(plan, self.decoder.n_layers)
-            plan.check(*self.decoder.plan_sizes)
+            self.decoder.selections(plan)  # raises if it does not fit
         return self.plan if plan is None else plan
 
     def report(self) -> WeightReport:

@@ -104,7 +104,9 @@ def one_decoder() -> Decoder:
 
 @pytest.fixture
 def plan() -> SelectionPlan:
-    return SelectionPlan((TopK(2), Threshold(0.9)), (TopK(1, renormalize=True), Threshold(0.8)))
+    return SelectionPlan.of_blocks(
+        (TopK(2), Threshold(0.9)), (TopK(1, renormalize=True), Threshold(0.8))
+    )
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("originals")
     paths = {}
     torch.manual_seed(3)
-    decoder, plan = rotary_glu(), SelectionPlan.uniform(2)
+    decoder, plan = rotary_glu(), SelectionPlan()
     for name, quantization in (("float", None), ("int8", "int8")):
         paths[name] = folder / name
         model = compile_sparse(decoder, plan, quantization=quantization)  # type: ignore[arg-type]

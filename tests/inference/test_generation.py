@@ -23,9 +23,9 @@ from .conftest import (
 )
 
 PLANS = [
-    SelectionPlan.uniform(2),
-    SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1)),
-    SelectionPlan.uniform(2, experts=Threshold(0.9), attention=Threshold(0.6)),
+    SelectionPlan(),
+    SelectionPlan(experts=TopK(2), attention=TopK(1)),
+    SelectionPlan(experts=Threshold(0.9), attention=Threshold(0.6)),
 ]
 
 
@@ -56,7 +56,7 @@ def test_the_same_greedy_tokens_as_without_caches(
 def test_without_a_plan_all_experts_run(decoder: Decoder, tokens: Tensor) -> None:
     dense = greedy(decoder, tokens[:, :5], 12)
     assert torch.equal(dense, greedy(decoder, tokens[:, :5], 12, plan=PLANS[0]))
-    sparse = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    sparse = SelectionPlan(experts=TopK(1), attention=TopK(1))
     assert not torch.equal(dense, greedy(decoder, tokens[:, :5], 12, plan=sparse))
 
 
@@ -198,8 +198,8 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be above 0 and at most 1, got 1\.5"),
-        ({"plan": SelectionPlan.uniform(3)}, "a plan of 3 layers, a model of 2"),
-        ({"plan": SelectionPlan.uniform(2, experts=TopK(5))}, r"TopK\(k=5\) needs k <= 4"),
+        ({"plan": SelectionPlan(layers={"blocks.2": TopK(1)})}, "no routed layer 'blocks.2'"),
+        ({"plan": SelectionPlan(experts=TopK(5))}, r"TopK\(k=5\) needs k <= 4"),
     ],
 )
 def test_impossible_options(

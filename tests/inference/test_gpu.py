@@ -46,7 +46,7 @@ def rotations_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everywhere(rule: Selection) -> SelectionPlan:
-    return SelectionPlan.uniform(2, experts=rule, attention=rule)
+    return SelectionPlan(experts=rule, attention=rule)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.callbacks import SparseCompile
-from lightning_dsmoe.callbacks.layer_selections import LayerSelections
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, generate
 from lightning_dsmoe.inference.engine.engine import Engine
@@ -13,7 +12,7 @@ from lightning_dsmoe.routing import SelectionPlan
 
 from .conftest import UNCOMPILED
 
-PLAN = SelectionPlan.uniform(2)
+PLAN = SelectionPlan()
 
 
 def test_context(one_decoder: Decoder, tokens: Tensor) -> None:
@@ -45,9 +44,9 @@ def test_calibrate(one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.warns(DeprecationWarning, match=r"^SparseModel\.calibrate is now tune;"):
         assert model.calibrate() == points
     with pytest.warns(DeprecationWarning, match=r"SparseCompile\(calibrate=\) is now tune="):
-        assert SparseCompile(LayerSelections(), calibrate=True).tune
-    assert SparseCompile(LayerSelections(), tune=True).tune
-    assert not SparseCompile(LayerSelections()).tune
+        assert SparseCompile(SelectionPlan(), calibrate=True).tune
+    assert SparseCompile(SelectionPlan(), tune=True).tune
+    assert not SparseCompile(SelectionPlan()).tune
 
 
 def test_a_model_that_was_pickled_whole(one_decoder: Decoder, tokens: Tensor) -> None:

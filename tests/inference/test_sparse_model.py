@@ -55,10 +55,10 @@ def quantization(request: pytest.FixtureRequest) -> Any:
 
 
 def test_all_experts_are_the_dense_model(decoder: Decoder, tokens: Tensor) -> None:
-    model = compile_sparse(decoder, SelectionPlan.uniform(2))
+    model = compile_sparse(decoder, SelectionPlan())
     dense = decoder(tokens).logits
     assert_near(model.logits(tokens), dense)
-    everyone = SelectionPlan.uniform(2, experts=TopK(4), attention=TopK(3))
+    everyone = SelectionPlan(experts=TopK(4), attention=TopK(3))
     assert_near(model.logits(tokens, plan=everyone), dense)
 
 
@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_decoder_under_the_plan(
     expected = decoder(tokens, plan).logits
     assert_near(model.logits(tokens), expected)
     assert not torch.allclose(expected, decoder(tokens).logits, atol=1e-2)
-    other = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    other = SelectionPlan(experts=TopK(1), attention=TopK(1))
     assert_near(model.logits(tokens, plan=other), decoder(tokens, other).logits)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :5] = False
@@ -100,7 +100,7 @@ def test_the_trained_model_stays_as_it_is(
 
 def test_a_module_around_a_decoder(one_decoder: Decoder, plan: SelectionPlan) -> None:
     around = nn.Module()
-    with pytest.raises(ValueError, match="a checkpoint or a sparse model, got Module"):
+    with pytest.raises(ValueError, match="this Module has none"):
         compile_sparse(around, plan)
     around.decoder = one_decoder
     assert compile_sparse(around, plan).architecture == describe_decoder(one_decoder)
@@ -167,7 +167,7 @@ def test_saved_and_loaded_it_is_the_same(
         actual = loaded.state_dict()[name]
         assert actual.dtype == tensor.dtype
         assert torch.equal(actual, tensor), name
-    for some in (plan, SelectionPlan.uniform(2)):
+    for some in (plan, SelectionPlan()):
         assert torch.equal(loaded.logits(tokens, plan=some), model.logits(tokens, plan=some))
     drawn = [
         each.generate(tokens, 6, generator=torch.Generator().manual_seed(3))
@@ -191,7 +191,7 @@ def test_half_precision_outlives_a_file(
 
 
 def test_eight_bits_stay_close(decoder: Decoder, tokens: Tensor) -> None:
-    model = compile_sparse(decoder, SelectionPlan.uniform(2), quantization="int8")
+    model = compile_sparse(decoder, SelectionPlan(), quantization="int8")
     exact = decoder(tokens).logits
     difference = (model.logits(tokens) - exact).abs()
     assert 0 < difference.mean() < 0.05 * exact.std()
@@ -201,7 +201,7 @@ def test_eight_bits_stay_close(decoder: Decoder, tokens: Tensor) -> None:
 def test_report_counts_bytes(make: MakeDecoder, quantization: Any) -> None:
     decoder = make()
     n_bytes = 4 * sum(parameter.numel() for parameter in decoder.parameters())
-    model = compile_sparse(decoder, SelectionPlan.uniform(2), quantization=quantization)
+    model = compile_sparse(decoder, SelectionPlan(), quantization=quantization)
     report = model.report()
     if quantization is None or make is without_routers:
         assert report == (n_bytes, {})
@@ -216,7 +216,7 @@ def test_report_counts_bytes(make: MakeDecoder, quantization: Any) -> None:
 
 
 def test_generating_looks_back_on_the_context(decoder: Decoder, tokens: Tensor) -> None:
-    everyone = SelectionPlan.uniform(2)
+    everyone = SelectionPlan()
     model = compile_sparse(decoder, everyone, context_length=6, switch_points=UNCOMPILED)
     short = model.generate(tokens[:, :5], 9, temperature=0)
     assert torch.equal(short, model.generate(tokens[:, :5], 9, temperature=0, context_length=6))
@@ -229,15 +229,15 @@ def test_generating_looks_back_on_the_context(decoder: Decoder, tokens: Tensor) 
 
 
 def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
-    sparse = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    sparse = SelectionPlan(experts=TopK(1), attention=TopK(1))
     prompts = tokens.view(12, 4)
     model = compile_sparse(decoder, sparse, switch_points=UNCOMPILED)
     own = model.generate(prompts, 3, temperature=0)
     assert torch.equal(own[:, 4], decoder(prompts, sparse).logits[:, -1].argmax(-1))
-    dense = model.generate(prompts, 3, temperature=0, plan=SelectionPlan.uniform(2))
+    dense = model.generate(prompts, 3, temperature=0, plan=SelectionPlan())
     assert torch.equal(dense[:, 4], decoder(prompts).logits[:, -1].argmax(-1))
     assert not torch.equal(own, dense)
-    everyone = SelectionPlan.uniform(2)
+    everyone = SelectionPlan()
     assert torch.equal(model.generate(prompts, 3, everyone, temperature=0), dense)
     assert torch.equal(model.logits(prompts, everyone), model(prompts, everyone).logits)
 
@@ -245,7 +245,7 @@ def test_generating_runs_the_plan(decoder: Decoder, tokens: Tensor) -> None:
 def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> None:
     router = partial(Own, sharpness=3.0)
     decoder = rotary_glu(feed_forward=partial(FEED_FORWARD, router=router))
-    plan = SelectionPlan.uniform(2, experts=TopK(2))
+    plan = SelectionPlan(experts=TopK(2))
     model = compile_sparse(decoder, plan)
     model.save(tmp_path / "model")
     loaded = load_sparse(tmp_path / "model")
@@ -258,7 +258,7 @@ def test_a_router_from_elsewhere_comes_along(tokens: Tensor, tmp_path: Path) -> 
 def test_a_router_that_forgets_its_options_cannot_be_saved() -> None:
     decoder = rotary_glu(feed_forward=partial(FEED_FORWARD, router=Forgetful))
     with pytest.raises(ValueError, match="Forgetful does not keep its option 'width'"):
-        compile_sparse(decoder, SelectionPlan.uniform(2))
+        compile_sparse(decoder, SelectionPlan())
 
 
 @pytest.mark.parametrize("as_path", [False, True])
@@ -266,7 +266,7 @@ def test_a_sparse_model_is_compiled_again_from_whole_weights(
     as_path: bool, decoder: Decoder, plan: SelectionPlan, tmp_path: Path
 ) -> None:
     pruned = prune(decoder, Remaining(((0, 2, 3), None), (None, (1,))))
-    first = compile_sparse(pruned, SelectionPlan.uniform(2), context_length=9, tokenizer=TOKENIZER)
+    first = compile_sparse(pruned, SelectionPlan(), context_length=9, tokenizer=TOKENIZER)
     first.save(tmp_path / "model")
     source = tmp_path / "model" if as_path else first
     again = compile_sparse(source, plan, quantization="int8", quantize_head=True)
@@ -287,8 +287,8 @@ def test_impossible_options(one_decoder: Decoder, plan: SelectionPlan) -> None:
     with pytest.raises(ValueError, match="quantization must be None or 'int8', got 'int4'"):
         compile_sparse(one_decoder, plan, quantization="int4")  # type: ignore[arg-type]
     for some, message in (
-        (SelectionPlan.uniform(3), "a plan of 3 layers, a model of 2"),
-        (SelectionPlan.uniform(2, attention=TopK(4)), r"layer 0, attention: TopK\(k=4\) needs"),
+        (SelectionPlan(layers={"blocks.2": TopK(1)}), "no routed layer 'blocks.2'"),
+        (SelectionPlan(attention=TopK(4)), r"attention, blocks.0.attention: TopK\(k=4\) needs"),
     ):
         with pytest.raises(ValueError, match=message):
             compile_sparse(one_decoder, some)

@@ -28,7 +28,7 @@ PROMPTS = ["a", "in the end ", "two. "]
 
 @pytest.fixture
 def model() -> SparseModel:
-    plan = SelectionPlan.uniform(2)
+    plan = SelectionPlan()
     return compile_sparse(rotary_glu(), plan, switch_points=UNCOMPILED, tokenizer=LETTERS)
 
 
@@ -97,7 +97,7 @@ def test_200_tokens_unless_told(model: SparseModel, monkeypatch: pytest.MonkeyPa
 def test_the_lines_of_the_card_run(
     tokenizer: Tokenizer | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    plan = SelectionPlan.uniform(2)
+    plan = SelectionPlan()
     model = compile_sparse(rotary_glu(), plan, switch_points=UNCOMPILED, tokenizer=tokenizer)
     model.save(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")

@@ -9,9 +9,9 @@ memory before its size is known to be that of the described model.
 import json
 import os
 import shutil
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,12 +31,15 @@ from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.checkpoint import TEXT_FIELDS, check_state, fill
 
 FORMAT_VERSION = 2
-_FIELDS = {
+COMMON_FIELDS = {
     "format_version": int,
-    "architecture": dict,  # which `build_decoder` checks
     "quantization": Literal["int8"] | None,
-    "quantize_head": bool,
     "switch_points": {**get_type_hints(SwitchPoints), "gather_up_to": Count, "grouped_from": Count},
+}
+_FIELDS = {
+    **COMMON_FIELDS,
+    "architecture": dict,  # which `build_decoder` checks
+    "quantize_head": bool,
     **TEXT_FIELDS,
 }
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
@@ -54,8 +57,11 @@ _DTYPES = {
 }
 
 
+Described = TypeVar("Described")
+
+
 class Artifact(NamedTuple):
-    """The content of an artifact directory."""
+    """The content of the artifact directory of a decoder."""
 
     decoder: Decoder
     plan: SelectionPlan
@@ -72,6 +78,50 @@ def write_artifact(
     certificate: dict[str, Any] | None = None,
     frontier: Path | None = None,
 ) -> None:
+    """Write the artifact of a decoder atomically; see `write_files`.
+
+    Args:
+        path: the directory.
+        decoder: the packed decoder.
+        plan: the experts that run.
+        config: the fields of `config.json` but for its version.
+        card: the model card.
+        certificate: measurements; written with `sha256`, the hashes of the files they belong to.
+        frontier: a picture of loss against active share to copy.
+
+    Raises:
+        FileExistsError: if something else than an artifact is at the path.
+        ValueError: if the certificate has other hashes, or the artifact could not be read again.
+    """
+    state = _stored_state(decoder)
+
+    def verify(folder: Path) -> None:
+        _check_header(_described(folder), folder / WEIGHTS)
+        check_finite(state)
+
+    write_files(
+        path,
+        state,
+        plan,
+        config,
+        verify=verify,
+        card=card,
+        certificate=certificate,
+        frontier=frontier,
+    )
+
+
+def write_files(
+    path: Path,
+    state: Mapping[str, Tensor],
+    plan: SelectionPlan,
+    config: dict[str, Any],
+    *,
+    verify: Callable[[Path], None],
+    card: str,
+    certificate: dict[str, Any] | None = None,
+    frontier: Path | None = None,
+) -> None:
     """Write an artifact directory atomically; an earlier artifact there is replaced.
 
     Everything is written to a hidden directory beside it, which is then renamed: a full disk or a
@@ -80,9 +130,10 @@ def write_artifact(
 
     Args:
         path: the directory.
-        decoder: the packed decoder.
+        state: the tensors by their names.
         plan: the experts that run.
         config: the fields of `config.json` but for its version.
+        verify: raises if what is in a directory cannot be read again.
         card: the model card.
         certificate: measurements; written with `sha256`, the hashes of the files they belong to.
         frontier: a picture of loss against active share to copy.
@@ -101,14 +152,10 @@ def write_artifact(
         folder.mkdir(exist_ok=True)
         if frontier is not None:
             shutil.copyfile(frontier, folder / hashes.FRONTIER)
-        state = {n: t.detach().contiguous().cpu() for n, t in _stored_state(decoder).items()}
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
-        # The checks of loading, so that no artifact is written that nobody can read.
-        described = _described(folder)
-        check_finite(state)
-        save_file(state, folder / WEIGHTS)
-        _check_header(described, folder / WEIGHTS)
+        save_file(_in_memory_of_their_own(state), folder / WEIGHTS)
+        verify(folder)  # the checks of loading, so that nothing is written that nobody can read
         finish(folder, path, card=card, certificate=certificate)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,11 +168,38 @@ def check_free(path: Path) -> None:
 
 
 def read_artifact(path: Path, *, certified: bool = True) -> Artifact:
-    """Load an artifact directory after verifying all of it.
+    """Load the artifact of a decoder after verifying all of it.
 
     Args:
         path: the directory.
         certified: refuse a certificate that belongs to other files; false ignores it.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file was changed or is invalid.
+    """
+    artifact = verified_files(path, _described, _check_header, certified=certified)
+    _load_weights(artifact.decoder, path / WEIGHTS)
+    return artifact
+
+
+def verified_files(
+    path: Path,
+    describe: Callable[[Path], Described],
+    check_header: Callable[[Described, Path], None],
+    *,
+    certified: bool,
+) -> Described:
+    """Verify all files of an artifact before its weights are loaded.
+
+    Args:
+        path: the directory.
+        describe: reads the small files of the directory.
+        check_header: compares the header of the weights with what that gave.
+        certified: refuse a certificate that belongs to other files; false ignores it.
+
+    Returns:
+        What `describe` gave.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -138,13 +212,12 @@ def read_artifact(path: Path, *, certified: bool = True) -> Artifact:
     for name in small:
         check_json_size(path / name)
     hashes.check_sums(path, small)
-    artifact = _described(path)
-    _check_header(artifact, path / WEIGHTS)
+    described = describe(path)
+    check_header(described, path / WEIGHTS)
     weights = hashes.check_sums(path, [WEIGHTS])
     if certified and CERTIFICATE in small:
         hashes.check_certificate(path, weights[WEIGHTS])
-    _load_weights(artifact.decoder, path / WEIGHTS)
-    return artifact
+    return described
 
 
 def check_files(path: Path) -> None:
@@ -218,31 +291,31 @@ def _move(folder: Path, path: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _described(path: Path) -> Artifact:
-    """Plan and configuration of an artifact, and the decoder on the meta device."""
+def read_config(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an artifact, with the fields that are given.
+
+    Raises:
+        ValueError: if it is in another format or has other fields.
+    """
     config = read_json(path / CONFIG)
     check_version(str(path / CONFIG), config, FORMAT_VERSION)
-    check_json(str(path / CONFIG), config, _FIELDS)
+    checked: dict[str, Any] = check_json(str(path / CONFIG), config, fields)
+    return checked
+
+
+def _described(path: Path) -> Artifact:
+    """Plan and configuration of an artifact, and the decoder on the meta device."""
+    config = read_config(path, _FIELDS)
     decoder = build_decoder(config["architecture"])
     plan = SelectionPlan.from_dict(read_json(path / PLAN))
-    plan.check(*decoder.plan_sizes)
+    decoder.selections(plan)  # raises if it does not fit
     return Artifact(decoder, plan, config)
 
 
 def _check_header(artifact: Artifact, path: Path) -> None:
     """Compare the header of a file with the decoder, which is packed on the meta device for it."""
     decoder, _, config = artifact
-    n_weights = sum(tensor.numel() for tensor in decoder.state_dict().values())
-    if path.stat().st_size > _MAX_HEADER_BYTES + 8 * n_weights:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, which is too much for {n_weights} weights"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            headers = {name: _empty(name, file.get_slice(name)) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    headers = read_headers(path, sum(tensor.numel() for tensor in decoder.state_dict().values()))
     embedding = headers.get("embedding.weight")
     pack_empty(
         decoder,
@@ -251,6 +324,28 @@ def _check_header(artifact: Artifact, path: Path) -> None:
         quantize_head=config["quantize_head"],
     )
     check_state(_stored_state(decoder), headers)
+
+
+def read_headers(path: Path, n_weights: int) -> dict[str, Tensor]:
+    """The tensors of a file of weights on the meta device.
+
+    Args:
+        path: the file.
+        n_weights: numbers that the model has.
+
+    Raises:
+        ValueError: if the file is too large for the model or no whole safetensors file.
+    """
+    if path.stat().st_size > _MAX_HEADER_BYTES + 8 * n_weights:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, which is too much for {n_weights} weights"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: _empty(name, file.get_slice(name)) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def _stored_state(decoder: Decoder) -> dict[str, Tensor]:
@@ -267,6 +362,17 @@ def _load_weights(decoder: Decoder, path: Path) -> None:
         check_finite(state)
         fill(decoder, state)
     decoder.requires_grad_(False)
+
+
+def _in_memory_of_their_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU of what lies elsewhere or shares memory, which no file can hold."""
+    found, storages = {}, set()
+    for name, tensor in state.items():
+        plain = tensor.detach().contiguous().cpu()
+        storage = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    return found
 
 
 def _empty(name: str, header: Any) -> Tensor:

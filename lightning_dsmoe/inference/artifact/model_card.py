@@ -83,7 +83,7 @@ def model_card(
     """
     all_remain = (None,) * decoder.n_layers
     remaining = remaining_experts(decoder) or Remaining(all_remain, all_remain)
-    selections = plan.experts, plan.attention
+    selections = decoder.selections(plan)
     experts, attention = map(_experts, decoder.plan_sizes, remaining, selections)
     lines = [
         "# A sparse DS-MoE language model",
@@ -92,9 +92,9 @@ def model_card(
         f"vocabulary of {decoder.vocab_size}, {digits(n_bytes / 2**20)} MiB of weights",
         f"- feed-forward experts: {experts}",
         f"- attention experts: {attention}",
-        f"- in 8 bits: {_quantized(quantized)}",
+        f"- in 8 bits: {quantized_words(quantized)}",
         "",
-        *_measured(certificate, frontier),
+        *measured_lines(certificate, frontier),
         _use(prompt),
     ]
     return "\n".join(lines)
@@ -111,14 +111,17 @@ def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = Fa
     section = re.compile(rf"^{_MEASURED}$.*?(?=^##? |\Z)", re.MULTILINE | re.DOTALL)
     if not section.search(card):
         card = f"{card.rstrip()}\n\n{_MEASURED}"
-    measured = "".join(f"{line}\n" for line in _measured(certificate, frontier))
+    measured = "".join(f"{line}\n" for line in measured_lines(certificate, frontier))
     return section.sub(lambda _: measured, card, count=1).rstrip() + "\n"
 
 
-def _measured(certificate: dict[str, Any], frontier: bool) -> list[str]:
+def measured_lines(certificate: dict[str, Any], frontier: bool) -> list[str]:
+    """The section "Measured" of a card."""
     facts = {name: value for name, value in certificate.items() if name not in _OMITTED}
     lines = _headline(facts)
     lines += [f"- {name}: {value}" for name, value in _flat(facts)]
+    if "samples" in certificate:  # of any model: only its user knows the unit of its loss
+        lines = [line.replace(f" {_NATS}", "") for line in lines]
     picture = [f"![Loss against active share of other plans]({FRONTIER})", ""] if frontier else []
     tables = [line for kind in _KINDS for line in _table(kind, certificate)]
     return [_MEASURED, "", *(lines or ["Nothing yet."]), "", *picture, *tables]
@@ -192,7 +195,8 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _quantized(n_bytes: dict[str, int]) -> str:
+def quantized_words(n_bytes: dict[str, int]) -> str:
+    """What of a decoder is in 8 bits, and how large it is."""
     in_layers = [name for name in n_bytes if name.startswith("blocks.")]
     kinds = sorted({name.split(".", 2)[2] for name in in_layers})
     parts = [f"{', '.join(kinds)} of every layer"] if kinds else []

@@ -34,7 +34,7 @@ CERTIFICATE = {
 
 @pytest.fixture
 def model() -> SparseModel:
-    return compile_sparse(rotary_glu(), SelectionPlan.uniform(2))
+    return compile_sparse(rotary_glu(), SelectionPlan())
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path
         compile_sparse(rotary_glu(), model.plan),
         SparseModel(
             model.decoder,
-            SelectionPlan.uniform(2, experts=TopK(2)),
+            SelectionPlan(experts=TopK(2)),
             architecture=model.architecture,
         ),
     )
@@ -87,9 +87,9 @@ def test_a_certificate_of_another_model(path: Path, model: SparseModel, tmp_path
 def test_other_files_beside_a_certificate_are_refused(
     path: Path, model: SparseModel, tmp_path: Path
 ) -> None:
-    compile_sparse(
-        rotary_glu(), SelectionPlan.uniform(2, experts=TopK(2)), tokenizer={"kind": "byte"}
-    ).save(tmp_path / "other")
+    compile_sparse(rotary_glu(), SelectionPlan(experts=TopK(2)), tokenizer={"kind": "byte"}).save(
+        tmp_path / "other"
+    )
     for name, what in (
         ("model.safetensors", "other weights"),
         ("plan.json", "another plan"),

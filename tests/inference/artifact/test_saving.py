@@ -29,7 +29,7 @@ def save(
     certificate: dict[str, Any] | None = None,
     **changes: Any,
 ) -> None:
-    plan = SelectionPlan.uniform(2)
+    plan = SelectionPlan()
     model = compile_sparse(decoder, plan)
     config = {
         "architecture": model.architecture,

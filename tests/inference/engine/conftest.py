@@ -98,7 +98,7 @@ def packed(decoder: Decoder, *, int8: bool = False) -> Decoder:
 
 
 def uniform(selection: Selection) -> SelectionPlan:
-    return SelectionPlan.uniform(2, experts=selection, attention=selection)
+    return SelectionPlan(experts=selection, attention=selection)
 
 
 def assert_near(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
@@ -113,7 +113,7 @@ class Steps:
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan) -> None:
         self.embed, self.predict = EmbedStep(decoder), PredictStep(decoder)
-        selections = zip(decoder.blocks, plan.experts, plan.attention, strict=True)
+        selections = zip(decoder.blocks, *decoder.selections(plan), strict=True)
         self.blocks = [BlockStep(*arguments) for arguments in selections]
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ def attend_groups(
         keys_BHSC,
         values_BHSC,
         attn_mask=None if attend is None else attend[:, None],
-        is_causal=attend is None,
+        is_causal=scope.causal and attend is None,
         enable_gqa=n_groups > 1,
     )
     return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)

@@ -69,7 +69,7 @@ class CompiledStep:
     """
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
-        selections = list(zip(plan.experts, plan.attention, strict=True))
+        selections = list(zip(*decoder.selections(plan), strict=True))
         blocks = list(cast(Iterable[Block], decoder.blocks))
         with compiling():
             steps = [BlockStep(b, *some) for b, some in zip(blocks, selections, strict=True)]
@@ -90,7 +90,8 @@ class CompiledStep:
                 **{k: Part(step, inputs, frozenset({1, 2, 3})) for k, step in step_of_kind.items()},
                 "predict": Part(predict, (x_BD,), frozenset()),
             }
-            kernels = _kernels(parts, n_sequences, tokens_B.device)
+            sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
+            kernels = kernels_of(parts, f"decoding of {sequences}", tokens_B.device)
         self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
         self._blocks = [
             (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
@@ -112,18 +113,21 @@ class CompiledStep:
         return logits_BV
 
 
-def _kernels(
-    parts: dict[object, Part], n_sequences: int, device: torch.device
-) -> dict[object, Kernel]:
-    """Load the parts' kernels, compiling those that are new to this machine."""
+def kernels_of(parts: dict[object, Part], what: str, device: torch.device) -> dict[object, Kernel]:
+    """Load the parts' kernels, compiling those that are new to this machine.
+
+    Args:
+        parts: the parts, by any names.
+        what: what the user is told is compiled.
+        device: where they run.
+    """
     aot_cache.ensure_private_folder(aot_cache.kernel_folder())
     programs = {name: aot_cache.export_part(part) for name, part in parts.items()}
     paths = {name: aot_cache.kernel_path(program) for name, program in programs.items()}
     loaded = {path: kernel for path in paths.values() if (kernel := _loaded(path, device))}
     missing = {path: programs[name] for name, path in paths.items() if path not in loaded}
     if missing:
-        sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
-        title = f"Compiling decoding of {sequences}, once for this machine"
+        title = f"Compiling {what}, once for this machine"
         for path in track(missing, title, console=Console(stderr=True)):
             aot_cache.compile_kernel(missing[path], path)
             loaded[path] = aot_cache.load_kernel(path, device)

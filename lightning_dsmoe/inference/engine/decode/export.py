@@ -31,9 +31,7 @@ class WholeStep(nn.Module):
 
     def __init__(self, decoder: Decoder, plan: SelectionPlan) -> None:
         super().__init__()
-        layers = zip(
-            cast(Iterable[Block], decoder.blocks), plan.experts, plan.attention, strict=True
-        )
+        layers = zip(cast(Iterable[Block], decoder.blocks), *decoder.selections(plan), strict=True)
         self.blocks = nn.ModuleList(BlockStep(*layer) for layer in layers)
         self.embed = EmbedStep(decoder)
         self.predict = PredictStep(decoder)

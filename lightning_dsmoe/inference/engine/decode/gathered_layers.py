@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.rotary import Rotation, rotate
-from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts
+from lightning_dsmoe.experts import Experts, FeedForward, MixtureOfExperts
+from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts, choose_experts
 from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
 from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, take_experts
 from lightning_dsmoe.inference.engine.weights.tiled import TiledWeights
+from lightning_dsmoe.routing import AllExperts, MixtureOutput, Routing, Selection
 
 
 class LayerSlots(NamedTuple):
@@ -32,6 +34,36 @@ class LayerSlots(NamedTuple):
     values_SBHC: Tensor
     seen_SB: Tensor
     at_1: Tensor
+
+
+def choose(
+    layer: nn.Module, selection: Selection, x_BD: Tensor
+) -> tuple[Routing | None, ChosenExperts]:
+    """The routing of a layer's tokens, and the experts that run; all for one without a router."""
+    if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
+        routing: Routing = with_matvec_linears(layer.router, x_BD)
+        chosen = choose_experts(selection, routing, layer.remaining)
+        return routing, ChosenExperts(chosen.experts_K, chosen.gates_KB * layer.gate_factor)
+    n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
+    return None, ChosenExperts(None, torch.ones(n_groups, x_BD.shape[0], device=x_BD.device))
+
+
+def gather_feed_forward(
+    layer: MixtureOfExperts | FeedForward, selection: Selection, x_BD: Tensor
+) -> MixtureOutput:
+    """A feed-forward layer on a few tokens, in at least float32.
+
+    Args:
+        layer: the layer, packed.
+        selection: the experts that run.
+        x_BD: tokens, materialized.
+    """
+    routing, chosen = choose(layer, selection, x_BD)
+    y_BD = gather_experts(layer.experts, x_BD, chosen)
+    if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
+        _, all_shared = choose(layer.shared, AllExperts(), x_BD)
+        y_BD = y_BD + gather_experts(layer.shared.experts, x_BD, all_shared)
+    return MixtureOutput(y_BD, routing)
 
 
 def gather_experts(experts: Experts, x_BD: Tensor, chosen: ChosenExperts) -> Tensor:

@@ -8,22 +8,21 @@ the cache in use), C head width, V vocabulary.
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.rotary import Rotation, rotation
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
-from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts, choose_experts
 from lightning_dsmoe.inference.engine.decode.gathered_layers import (
     LayerSlots,
-    gather_experts,
+    choose,
+    gather_feed_forward,
     gather_heads,
 )
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
 from lightning_dsmoe.inference.engine.weights.matvec import materialize, with_matvec_linears
-from lightning_dsmoe.routing import AllExperts, Selection
+from lightning_dsmoe.routing import Selection
 
 _ATTENTION = (GroupedQueryAttention, MixtureOfAttentionHeads)
 _FEED_FORWARD = (FeedForward, MixtureOfExperts)
@@ -89,20 +88,14 @@ class BlockStep(nn.Module):
         slots = LayerSlots(keys_SBHC, values_SBHC, seen_SB, at_1)
         attention = cast(MixtureOfAttentionHeads, self.block.attention)
         normed_BD = materialize(self.block.attention_norm(x_BD))
-        chosen = _choose(attention, self.attention, normed_BD)
+        _, chosen = choose(attention, self.attention, normed_BD)
         angles = Rotation(*rotary) if rotary else None
         attended_BD = gather_heads(attention.heads, normed_BD, chosen, angles, slots)
         x_BD = materialize(x_BD + attended_BD.to(x_BD.dtype))
-        fed_BD = self._feed_forward(materialize(self.block.feed_forward_norm(x_BD)))
-        return materialize(x_BD + fed_BD.to(x_BD.dtype))
-
-    def _feed_forward(self, x_BD: Tensor) -> Tensor:
+        normed_BD = materialize(self.block.feed_forward_norm(x_BD))
         layer = cast(MixtureOfExperts, self.block.feed_forward)
-        y_BD = gather_experts(layer.experts, x_BD, _choose(layer, self.experts, x_BD))
-        if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
-            all_shared = _choose(layer.shared, AllExperts(), x_BD)
-            y_BD = y_BD + gather_experts(layer.shared.experts, x_BD, all_shared)
-        return y_BD
+        fed_BD = gather_feed_forward(layer, self.experts, normed_BD).output
+        return materialize(x_BD + fed_BD.to(x_BD.dtype))
 
 
 class PredictStep(nn.Module):
@@ -124,11 +117,3 @@ class PredictStep(nn.Module):
             return self.head.matvec(normed_BD)
         logits_BV: Tensor = with_matvec_linears(self.head, normed_BD)
         return logits_BV
-
-
-def _choose(layer: nn.Module, selection: Selection, x_BD: Tensor) -> ChosenExperts:
-    if isinstance(layer, MixtureOfExperts | MixtureOfAttentionHeads):
-        chosen = choose_experts(selection, with_matvec_linears(layer.router, x_BD), layer.remaining)
-        return ChosenExperts(chosen.experts_K, chosen.gates_KB * layer.gate_factor)
-    n_groups = layer.heads.n_groups if isinstance(layer, GroupedQueryAttention) else 1
-    return ChosenExperts(None, torch.ones(n_groups, x_BD.shape[0], device=x_BD.device))

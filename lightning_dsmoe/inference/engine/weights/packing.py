@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -29,6 +30,7 @@ _SHORT_ROWS = 48
 _TRANSPOSED = {"w_in": False, "w_out": True, "w_q": False, "w_o": True}
 
 Quantization = Literal["int8"]
+Quantizer = Callable[[RowMajorWeights], Int8RowMajorWeights]
 
 
 def pack(
@@ -36,7 +38,7 @@ def pack(
     *,
     quantization: Quantization | None = None,
     quantize_head: bool = False,
-    quantizer: Callable[[RowMajorWeights], Int8RowMajorWeights] = quantize_int8,
+    quantizer: Quantizer = quantize_int8,
 ) -> None:
     """Store all expert and head weights row by row, as decoding reads them.
 
@@ -66,21 +68,31 @@ def pack(
     routed: set[nn.Module] = {m.experts for m in modules() if isinstance(m, MixtureOfExperts)}
     routed |= {m.heads for m in modules() if isinstance(m, MixtureOfAttentionHeads)}
     for layer in [m for m in modules() if isinstance(m, Experts | HeadGroups)]:
-        for name, transposed in _TRANSPOSED.items():
-            if isinstance(stacked := getattr(layer, name, None), StackedWeight):
-                matrices = stacked.weight.mT if transposed else stacked.weight
-                weights = RowMajorWeights(matrices.detach(), transposed=transposed)
-                quantize = layer in routed and quantization == "int8"
-                setattr(layer, name, quantizer(weights) if quantize else weights)
+        quantize = layer in routed and quantization == "int8"
+        pack_weights(layer, quantizer if quantize else None)
     if quantize_head:
         weights = RowMajorWeights(decoder.head.weight.detach()[None], transposed=False)
         decoder.head = cast(TokenHead, Int8Head(quantizer(weights)))
         decoder.tie_embeddings = False
 
 
-def is_packed(decoder: Decoder) -> bool:
-    """Whether `pack` has changed a decoder."""
-    return any(isinstance(module, RowMajorWeights | Int8Head) for module in decoder.modules())
+def pack_weights(layer: Experts | HeadGroups, quantizer: Quantizer | None = None) -> None:
+    """Store the weights of a layer row by row, in place.
+
+    Args:
+        layer: the experts or heads.
+        quantizer: puts a weight into 8 bits; None leaves it as it is.
+    """
+    for name, transposed in _TRANSPOSED.items():
+        if isinstance(stacked := getattr(layer, name, None), StackedWeight):
+            matrices = stacked.weight.mT if transposed else stacked.weight
+            weights = RowMajorWeights(matrices.detach(), transposed=transposed)
+            setattr(layer, name, weights if quantizer is None else quantizer(weights))
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether some of a model's weights are stored for inference already."""
+    return any(isinstance(module, RowMajorWeights | Int8Head) for module in model.modules())
 
 
 def pack_empty(
@@ -94,14 +106,21 @@ def pack_empty(
         quantization: as in `pack`.
         quantize_head: as in `pack`.
     """
-
-    def empty(weights: RowMajorWeights) -> Int8RowMajorWeights:
-        shape, device = weights.weight.shape, weights.weight.device
-        codes = torch.empty(shape, dtype=torch.int8, device=device)
-        scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
-        return Int8RowMajorWeights(codes, scales, transposed=weights.transposed, dtype=dtype)
-
+    empty = partial(empty_int8, dtype=dtype)
     pack(decoder, quantization=quantization, quantize_head=quantize_head, quantizer=empty)
+
+
+def empty_int8(weights: RowMajorWeights, *, dtype: torch.dtype) -> Int8RowMajorWeights:
+    """Uninitialized 8-bit weights in the place of others.
+
+    Args:
+        weights: the others.
+        dtype: type of the matrices that the 8-bit weights give out.
+    """
+    shape, device = weights.weight.shape, weights.weight.device
+    codes = torch.empty(shape, dtype=torch.int8, device=device)
+    scales = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    return Int8RowMajorWeights(codes, scales, transposed=weights.transposed, dtype=dtype)
 
 
 def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
@@ -138,10 +157,10 @@ def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
     return copied
 
 
-def quantized_bytes(decoder: Decoder) -> dict[str, int]:
+def quantized_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of codes and scales of each quantized weight, by its name."""
     return {
         name: module.weight.nbytes + module.scales.nbytes
-        for name, module in decoder.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, Int8RowMajorWeights)
     }

@@ -41,6 +41,11 @@ class RowMajorWeights(nn.Module):
         self.transposed = transposed
         self.register_buffer("weight", weight.contiguous())
 
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Type of the matrices given out."""
+        return self.weight.dtype
+
     def rows(self, experts: int | slice) -> Tensor:
         """Rows `[..., R, I]` of one or more experts in floating point."""
         return self.weight[experts]
@@ -132,6 +137,11 @@ class Int8RowMajorWeights(RowMajorWeights):
         super().__init__(codes, transposed=transposed)
         self.dtype = dtype
         self.register_buffer("scales", scales)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Type of the matrices given out."""
+        return self.dtype
 
     def rows(self, experts: int | slice) -> Tensor:
         """Rows `[..., R, I]`, dequantized at each call."""

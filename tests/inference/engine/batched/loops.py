@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention import KVCache
-from lightning_dsmoe.attention.attention import Scope, causal_scope
+from lightning_dsmoe.attention.attention import Scope, attention_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts, GLUExperts, MLPExperts
 from lightning_dsmoe.inference.engine.weights.row_major import (
@@ -110,7 +110,7 @@ def read(heads: HeadGroups, context: str) -> Context:
     cache = KVCache(len(firsts), heads.n_heads, 9, heads.d_head) if n_cached else None
     for part in (slice(n_cached), slice(n_cached, None)):
         x_BTD, some = x_BSD[:, part], None if mask is None else mask[:, part]
-        scope = causal_scope(x_BTD, some, cache)
+        scope = attention_scope(x_BTD, some, cache)
         keys, values = heads.keys_and_values(x_BTD, scope, cache, some)
     return Context(x_BTD, x_BSD, firsts, scope, keys, values)
 

@@ -52,11 +52,11 @@ pytestmark = pytest.mark.slow
 
 # torch 2.13 warns about its own modules when it compiles.
 
-TOP_K = SelectionPlan((TopK(2), TopK(1, renormalize=True)), (TopK(1), TopK(2)))
-SWAPPED = SelectionPlan(TOP_K.experts[::-1], TOP_K.attention[::-1])
-THRESHOLDS = SelectionPlan.uniform(2, experts=Threshold(0.8), attention=TopP(0.6))
+TOP_K = SelectionPlan.of_blocks((TopK(2), TopK(1, renormalize=True)), (TopK(1), TopK(2)))
+SWAPPED = SelectionPlan.of_blocks((TopK(1, renormalize=True), TopK(2)), (TopK(2), TopK(1)))
+THRESHOLDS = SelectionPlan(experts=Threshold(0.8), attention=TopP(0.6))
 # All of them, by the way of the best few: in half precision, near ties would be decided by chance.
-EVERYONE = SelectionPlan.uniform(2, experts=TopK(5), attention=TopK(3))
+EVERYONE = SelectionPlan(experts=TopK(5), attention=TopK(3))
 
 
 def pruned_mlp() -> Decoder:

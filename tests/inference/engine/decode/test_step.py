@@ -21,6 +21,7 @@ from lightning_dsmoe.routing import (
     Threshold,
     TopK,
     TopP,
+    routed_layers,
 )
 
 from ....pairwise import pairwise
@@ -99,7 +100,8 @@ def test_padding_is_never_looked_at(
 
 
 def test_layers_of_different_selections(decoder: Decoder, tokens: Tensor) -> None:
-    plan = SelectionPlan((TopK(1), Threshold(0.7)), (TopP(0.5), AllExperts()))
+    plan = SelectionPlan.of_blocks((TopK(1), Threshold(0.7)), (TopP(0.5), AllExperts()))
+    plan = plan if routed_layers(decoder) else SelectionPlan()
     for some in (tokens, tokens[:1]):
         found = in_steps(packed(decoder), plan, some, 0)
         assert_near(found, token_by_token(decoder, plan, some, 0))

@@ -1,0 +1,223 @@
+"""Feed-forward layers of any model on a few tokens, compiled as the decode step of a decoder is.
+
+Shapes: N tokens, D width, E experts; leading dimensions of tokens that are called x are free.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
+from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    CannotCompile,
+    compiling,
+    kernels_of,
+)
+from lightning_dsmoe.inference.engine.decode.gathered_layers import gather_feed_forward
+from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
+from lightning_dsmoe.inference.engine.weights.matvec import materialize
+from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
+from lightning_dsmoe.routing import MixtureOutput, Routing, Selection
+
+MAX_TOKENS = 16
+"""A kernel is unrolled over its tokens, of which more together leave fewer experts idle."""
+_COMPILING = threading.Lock()  # PyTorch exports one program at a time
+_LEFT_OUT = ("_parameters", "_buffers", "_modules")
+
+
+def gather_tokens(layer: MixtureOfExperts, selection: Selection, x_ND: Tensor) -> MixtureOutput:
+    """A packed layer on a few tokens, reading the active experts' weights only.
+
+    Args:
+        layer: the layer.
+        selection: the experts that run.
+        x_ND: tokens.
+    """
+    y_ND, routing = gather_feed_forward(layer, selection, materialize(x_ND))
+    return MixtureOutput(y_ND.to(x_ND.dtype), routing)
+
+
+def of_shape(x: Tensor, output: MixtureOutput) -> MixtureOutput:
+    """The output for tokens `[N, D]` in the shape of tokens `[..., D]`."""
+    logits, probs = (each.view(*x.shape[:-1], -1) for each in cast(Routing, output.routing))
+    return MixtureOutput(output.output.view(x.shape), Routing(logits, probs))
+
+
+class ExpertsStep(nn.Module):
+    """A packed layer on a few tokens, in the form that is compiled.
+
+    Args:
+        layer: the layer.
+        selection: the experts that run.
+    """
+
+    def __init__(self, layer: MixtureOfExperts, selection: Selection) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selection = selection
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens `[N, D]`, logits and probabilities `[N, E]`."""
+        y_ND, routing = gather_tokens(self.layer, self.selection, x_ND)
+        return y_ND, *cast(Routing, routing)
+
+
+class Layout(NamedTuple):
+    """What a kernel, which checks nothing, takes for granted of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Layout":
+        """The layout of a tensor."""
+        return cls(tensor.shape, tensor.dtype, tensor.stride())
+
+
+class _Compiled(NamedTuple):
+    """A kernel, and where the weights of its layer are found at each call."""
+
+    kernel: Kernel
+    places: list[tuple[dict[str, Tensor], str]]
+    layouts: list[Layout]
+
+
+class FewTokens:
+    """Runs packed layers of a model on a few tokens, compiled at the first use.
+
+    Layers that differ in their weights alone share a kernel, which is kept on disk.
+
+    Args:
+        switch_points: `gather_up_to` tokens are few, on the CPU and at most 16.
+    """
+
+    def __init__(self, switch_points: SwitchPoints) -> None:
+        self.switch_points = switch_points
+        self._compiled: dict[object, _Compiled | None] = {}
+        self._kernels: list[tuple[ExpertsStep, tuple[object, ...], Kernel | None]] = []
+        self._warned = False
+
+    def __call__(
+        self, layer: MixtureOfExperts, selection: Selection, x: Tensor
+    ) -> MixtureOutput | None:
+        """Run a layer on tokens `[..., D]`; None if they are many, or it cannot be compiled."""
+        n_tokens = x.shape[:-1].numel()
+        few = 0 < n_tokens <= min(self.switch_points.gather_up_to, MAX_TOKENS)
+        of_own_type = x.dtype == as_row_major(layer.experts.w_in).out_dtype
+        if not (few and x.is_cpu and of_own_type and isinstance(selection, Selection)):
+            return None
+        x_ND = x.detach().reshape(n_tokens, -1).contiguous()
+        key = layer, selection, n_tokens, x.dtype
+        if (compiled := self._compiled.get(key)) is None:
+            if key in self._compiled:
+                return None
+            compiled = self._compile(key, x_ND)
+        if compiled is None:
+            return None
+        weights = [tensors[name] for tensors, name in compiled.places]
+        if any(Layout.of(w) != layout for w, layout in zip(weights, compiled.layouts, strict=True)):
+            self._compiled.pop(key, None)  # the layer was moved or changed
+            return self(layer, selection, x)
+        y_ND, *routing = compiled.kernel([x_ND, *weights])
+        return of_shape(x, MixtureOutput(y_ND, Routing(*routing)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: nothing compiled."""
+        return {"switch_points": self.switch_points}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take that state."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _compile(self, key: tuple[Any, ...], x_ND: Tensor) -> _Compiled | None:
+        layer, selection, *_ = key
+        step = ExpertsStep(layer, selection)
+        with _COMPILING:
+            if key not in self._compiled:
+                kernel = self._kernel(step, x_ND)
+                places = _places(step)
+                layouts = [Layout.of(tensors[name]) for tensors, name in places]
+                found = None if kernel is None else _Compiled(kernel, places, layouts)
+                self._compiled[key] = found
+            return self._compiled[key]
+
+    def _kernel(self, step: ExpertsStep, x_ND: Tensor) -> Kernel | None:
+        """The kernel of a step alike, or a new one; None if it cannot be compiled."""
+        layouts = (*map(Layout.of, tensors_of(step)), Layout.of(x_ND))
+        for other, of_other, kernel in self._kernels:
+            if of_other == layouts and differ_in_weights_alone(step, other):
+                return kernel
+        kernel = None
+        try:
+            with compiling():
+                what = (
+                    "a layer for 1 token" if len(x_ND) == 1 else f"a layer for {len(x_ND)} tokens"
+                )
+                # Of inference tensors no graph can be traced, and the values do not matter.
+                part = Part(step, (torch.zeros_like(x_ND),), frozenset())
+                kernel = kernels_of({"layer": part}, what, x_ND.device)["layer"]
+        except CannotCompile as error:
+            if not self._warned:
+                warnings.warn(f"layers run uncompiled, more slowly: {error}", stacklevel=2)
+            self._warned = True
+        self._kernels.append((step, layouts, kernel))
+        return kernel
+
+
+def differ_in_weights_alone(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same graph, as far as can be told from their attributes.
+
+    What cannot be compared counts as different, which costs time but is never wrong.
+    """
+    modules, others = list(one.named_modules()), list(other.named_modules())
+    return len(modules) == len(others) and all(
+        name == of_other
+        and type(module) is type(match)
+        and _tensor_names(module) == _tensor_names(match)
+        and _same_options(module, match)
+        for (name, module), (of_other, match) in zip(modules, others, strict=True)
+    )
+
+
+def _tensor_names(module: nn.Module) -> list[tuple[str, bool]]:
+    """Names of a module's own parameters and buffers, and whether each is there."""
+    own = {**module._parameters, **module._buffers}
+    return [(name, tensor is not None) for name, tensor in own.items()]
+
+
+def _same_options(one: nn.Module, other: nn.Module) -> bool:
+    options, others = (
+        {k: v for k, v in vars(module).items() if k not in _LEFT_OUT} for module in (one, other)
+    )
+    return options.keys() == others.keys() and all(
+        _same(value, others[name]) for name, value in options.items()
+    )
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # arrays and the like, whose comparison has no single answer
+        return False
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, Tensor], str]]:
+    """Where the tensors of `tensors_of` are found, so that a call sees those of its time."""
+    kinds: tuple[tuple[Callable[[], Any], str], ...] = (
+        (module.named_parameters, "_parameters"),
+        (module.named_buffers, "_buffers"),
+    )
+    places = []
+    for named, kind in kinds:
+        for path, _ in named():
+            owner, _, name = path.rpartition(".")
+            places.append((getattr(module.get_submodule(owner), kind), name))
+    return places
