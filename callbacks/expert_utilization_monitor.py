@@ -3,16 +3,19 @@
 import shutil
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_dsmoe.callbacks.naming import short_names
+from lightning_dsmoe.callbacks.needs import layers_for
+from lightning_dsmoe.callbacks.open_record import OpenRecord
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
-from lightning_dsmoe.callbacks.routed_model import routed_model
-from lightning_dsmoe.callbacks.run_folder import run_folder
 from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
+from lightning_dsmoe.training.run_folder import run_folder
 
-Meters = dict[str, list[ExpertUtilization | None]]
-Utilizations = dict[str, list[Utilization | None]]
+Meters = dict[str, dict[str, ExpertUtilization]]
+Utilizations = dict[str, dict[str, Utilization]]
 
 
 class ExpertUtilizationMonitor(Callback):
@@ -20,12 +23,17 @@ class ExpertUtilizationMonitor(Callback):
 
     For each router it logs the number of effective experts, both entropies in nats, the largest
     gate share and the number of dead experts, under names such as
-    `train/experts/layer_03/effective` and `val/attention/layer_00/entropy`. Each validation plots
-    the gate shares of all layers, to `utilization/` in the log directory of the run and to loggers
-    that take images; without validation, training plots its last report at its end.
+    `train/experts/layer_03/effective` and `val/attention/layer_00/entropy`. The number is that in
+    the name of the layer; where the names of a kind differ in more than one number, they stand in
+    its place, as in `val/experts/encoder.blocks.3.mlp/entropy`. Each validation plots the gate
+    shares of all layers, to `utilization/` in the log directory of the run and to loggers that take
+    images; without validation, training plots its last report at its end.
 
-    `results` holds the last report of "train" and of "val": for "experts" and for "attention" one
-    `Utilization` per layer, None for a layer without a router.
+    The model is any LightningModule with routed layers. A step that returns a dict with "mask" says
+    which tokens count; otherwise all do.
+
+    `results` holds the last report of "train" and of "val": for "experts" and for "attention" a
+    `Utilization` of each layer, by name.
 
     Args:
         every_n_steps: training batches between reports.
@@ -34,7 +42,8 @@ class ExpertUtilizationMonitor(Callback):
 
     Raises:
         ValueError: if not 1 <= window <= every_n_steps or `dead_share` not in [0, 1), and before
-            the first batch if there is another ExpertUtilizationMonitor with other settings.
+            the first batch if the model has no routed layers or there is another
+            ExpertUtilizationMonitor with other settings.
 
     Examples:
         >>> from lightning import Trainer
@@ -60,6 +69,7 @@ class ExpertUtilizationMonitor(Callback):
         self.dead_share = dead_share
         self.results: dict[str, Utilizations] = {}
         self._meters: dict[str, Meters] = {}
+        self._record = OpenRecord()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -77,15 +87,23 @@ class ExpertUtilizationMonitor(Callback):
         self.results = {}
         self._start("train", pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        place = self._place(trainer)
+        if place == 0 or place > self.every_n_steps - self.window:
+            self._record.open(pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        place = (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
-        if place == 0 or place > self.every_n_steps - self.window:
-            _update(self._meters["train"], outputs)
-        if place == 0:
+        self._update("train", outputs)
+        if self._place(trainer) == 0:
             self._report("train", trainer)
             self._start("train", pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._record.close()
+
+    on_train_epoch_end = on_exception
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if "train" in self.results and "val" not in self.results:
@@ -94,42 +112,50 @@ class ExpertUtilizationMonitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("val", pl_module)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        self._record.open(pl_module)
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        _update(self._meters["val"], outputs)
+        self._update("val", outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._report("val", trainer)
             self._draw("val", trainer)
 
+    def _place(self, trainer: Trainer) -> int:
+        """Batches since the last report; 0 at the last batch before a report."""
+        return (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps
+
     def _start(self, stage: str, pl_module: LightningModule) -> None:
-        decoder = routed_model(self, pl_module, "decoder").decoder
-        self._meters[stage] = {
-            kind: [
-                None
-                if n_experts is None
-                else ExpertUtilization(n_experts, dead_share=self.dead_share).to(pl_module.device)
-                for n_experts in layers
-            ]
-            for kind, layers in zip(("experts", "attention"), decoder.plan_sizes, strict=True)
-        }
+        meters: Meters = {"experts": {}, "attention": {}}
+        for name, layer in layers_for(self, pl_module).items():
+            meter = ExpertUtilization(layer.n_experts, dead_share=self.dead_share)
+            meters[layer.kind][name] = meter.to(pl_module.device)
+            # No token yet, and perhaps none later, in a layer that is not called.
+            meter.update(torch.zeros(0, layer.n_experts, device=pl_module.device))
+        self._meters[stage] = meters
+
+    def _update(self, stage: str, outputs: Any) -> None:
+        for name, (kind, probs, mask) in self._record.close(outputs).items():
+            self._meters[stage][kind][name].update(probs, mask)
 
     def _report(self, stage: str, trainer: Trainer) -> None:
         self.results[stage] = {
-            kind: [
-                None if meter is None else Utilization(*(v.cpu() for v in meter.compute()))
-                for meter in meters
-            ]
+            kind: {
+                name: Utilization(*(value.cpu() for value in meter.compute()))
+                for name, meter in meters.items()
+            }
             for kind, meters in self._meters[stage].items()
         }
         log_scalars(trainer, _scalars(stage, self.results[stage]))
 
     def _draw(self, stage: str, trainer: Trainer) -> None:
         utilizations = self.results[stage]
-        if not any(any(layers) for layers in utilizations.values()):
-            return
         run = run_folder(trainer)  # on all ranks
         if run is None or not trainer.is_global_zero:
             return
@@ -141,20 +167,11 @@ class ExpertUtilizationMonitor(Callback):
             shutil.copyfile(path, copy)
 
 
-def _update(meters: Meters, outputs: Any) -> None:
-    for kind, layers in outputs["routings"]._asdict().items():
-        for meter, routing in zip(meters[kind], layers, strict=True):
-            if meter is not None and routing is not None:
-                meter.update(routing.probs, outputs["mask"])
-
-
 def _scalars(stage: str, utilizations: Utilizations) -> dict[str, float]:
     scalars = {}
     for kind, layers in utilizations.items():
-        for layer, used in enumerate(layers):
-            if used is None:
-                continue
-            name = f"{stage}/{kind}/layer_{layer:02d}"
+        for short, used in zip(short_names(layers), layers.values(), strict=True):
+            name = f"{stage}/{kind}/{short}"
             scalars[f"{name}/effective"] = used.effective.item()
             scalars[f"{name}/entropy"] = used.entropy.item()
             scalars[f"{name}/conditional_entropy"] = used.conditional_entropy.item()

@@ -1,35 +1,34 @@
 """How a loss weight follows the gate mass of the experts with the largest gates.
 
-Shapes: B sequences, T positions, E experts.
+Shapes: N tokens, E experts; leading dimensions (tokens) are free.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.routing import Routing
+from lightning_dsmoe.losses.token_sums import flatten_tokens
 
 _LEAST_MISSING = 1e-6  # what float32 can still tell from nothing
 _MOST_MASS = 0.9999
 
 
-def gate_mass_totals(routings: Sequence[Routing | None], k: int, mask_BT: Tensor) -> Tensor:
-    """Sum over tokens of the k largest probabilities, mean over routers; and the token count.
+def gate_mass_totals(probs: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    """Sum over tokens of the k largest probabilities, and the number of tokens.
 
     Args:
-        routings: of each layer, probabilities `[B, T, E]`; None for a layer without a router; one
-            at least has one.
+        probs: what a router said, `[..., E]`.
         k: number of experts that are summed, from 1 to E.
-        mask_BT: tokens that count, bool.
+        mask: tokens that count, bool `[...]`; None counts all.
 
     Returns:
-        The two numbers, `[2]`; their sums over batches and ranks divide to a mean over tokens.
+        The two numbers, `[2]`; their sums over routers, batches and ranks divide to a mean.
     """
-    mass_BT = [r.probs.topk(k, sorted=False).values.sum(-1) for r in routings if r is not None]
-    return torch.stack([torch.stack(mass_BT).mean(0)[mask_BT].sum(), mask_BT.sum()])
+    probs_NE, weight_N = flatten_tokens(probs, mask)
+    mass_N = probs_NE.topk(k, sorted=False).values.sum(-1)
+    return torch.stack([weight_N @ mass_N, weight_N.sum()])
 
 
 @dataclass(frozen=True)

@@ -5,40 +5,16 @@ from typing import Any, Literal, get_args
 
 from lightning import LightningModule, Trainer
 
-from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
-from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS
+from lightning_dsmoe.callbacks.mi_weight_setter import MI_WEIGHTS, MIWeightSetter
+from lightning_dsmoe.callbacks.needs import check_automatic
 
 Schedule = Literal["linear", "cosine", "constant_then_ramp"]
-
-
-def annealed_factor(
-    step: int, *, schedule: Schedule, start: float, end: float, steps: int, delay: int = 0
-) -> float:
-    """Factor at an optimizer step: from `start` after `delay` steps to `end` another `steps` later.
-
-    Args:
-        step: optimizer steps taken so far.
-        schedule: "linear" and "constant_then_ramp" are straight, "cosine" is half a cosine wave.
-        start: factor up to step `delay`.
-        end: factor from step `delay + steps` on.
-        steps: optimizer steps of the change.
-        delay: optimizer steps before it.
-
-    Examples:
-        >>> from lightning_dsmoe.callbacks.mi_weight_annealing import annealed_factor
-        >>> [annealed_factor(s, schedule="linear", start=0, end=1, steps=4) for s in (0, 1, 4, 9)]
-        [0.0, 0.25, 1.0, 1.0]
-    """
-    progress = min(1.0, max(0.0, (step - delay) / steps))
-    if schedule == "cosine":
-        progress = (1 - math.cos(math.pi * progress)) / 2
-    return (1 - progress) * start + progress * end
 
 
 class MIWeightAnnealing(MIWeightSetter):
     """Anneals the weights of the mutual-information loss: scales them by a factor per step.
 
-    The factor multiplies the weights that the model is configured with. It depends on the number of
+    The factor multiplies the weights of the model's `RoutingLoss`. It depends on the number of
     optimizer steps alone, so a resumed run continues exactly. Once training ends, for whatever
     reason, the model has its own weights again.
 
@@ -51,7 +27,8 @@ class MIWeightAnnealing(MIWeightSetter):
         delay: optimizer steps before a ramp; 0 for the other schedules.
 
     Raises:
-        ValueError: if the schedule does not exist or a number is out of range.
+        ValueError: if the schedule does not exist or a number is out of range, and before training
+            if the model has no `RoutingLoss`, or more than one.
 
     Examples:
         >>> from lightning_dsmoe.callbacks import MIWeightAnnealing
@@ -85,20 +62,17 @@ class MIWeightAnnealing(MIWeightSetter):
         self.steps, self.delay = steps, delay
 
     def factor(self, step: int) -> float:
-        """Factor at an optimizer step."""
-        return annealed_factor(
-            step,
-            schedule=self.schedule,
-            start=self.start,
-            end=self.end,
-            steps=self.steps,
-            delay=self.delay,
-        )
+        """Factor after a number of optimizer steps."""
+        progress = min(1.0, max(0.0, (step - self.delay) / self.steps))
+        if self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return (1 - progress) * self.start + progress * self.end
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_automatic(self, pl_module)
         self._remember(pl_module, MI_WEIGHTS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         factors = dict.fromkeys(MI_WEIGHTS, self.factor(trainer.global_step))
-        self._scale(pl_module, factors)
+        self._scale(factors)
         self._log(trainer, trainer.global_step, factors)

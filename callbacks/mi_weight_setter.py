@@ -5,14 +5,19 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_dsmoe.callbacks.needs import routing_loss_for
 from lightning_dsmoe.callbacks.reporting import log_scalars
-from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
+from lightning_dsmoe.losses import RoutingLoss
+
+MI_WEIGHTS = {"experts": "expert_mi", "attention": "attention_mi"}
+"""Attribute of a `RoutingLoss` with the weight of the mutual-information loss, by kind of layer."""
 
 
 class MIWeightSetter(Callback):
-    """Scales a model's MI weights in training, and restores them at its end."""
+    """Scales the MI weights of a `RoutingLoss` in training, and restores them at its end."""
 
     def __init__(self) -> None:
+        self._loss: RoutingLoss | None = None
         self._configured: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -25,18 +30,18 @@ class MIWeightSetter(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore(pl_module)
+        self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._restore(pl_module)
+        self._restore()
 
     def _remember(self, pl_module: LightningModule, kinds: Iterable[str]) -> None:
-        model = routed_model(self, pl_module, *(MI_WEIGHTS[kind] for kind in kinds))
-        self._configured = {kind: float(getattr(model, MI_WEIGHTS[kind])) for kind in kinds}
+        self._loss = routing_loss_for(self, pl_module)
+        self._configured = {kind: float(getattr(self._loss, MI_WEIGHTS[kind])) for kind in kinds}
 
-    def _scale(self, pl_module: LightningModule, factors: Mapping[str, float]) -> None:
+    def _scale(self, factors: Mapping[str, float]) -> None:
         for kind, factor in factors.items():
-            setattr(pl_module, MI_WEIGHTS[kind], factor * self._configured[kind])
+            setattr(self._loss, MI_WEIGHTS[kind], factor * self._configured[kind])
 
     def _log(
         self, trainer: Trainer, step: int, factors: Mapping[str, float], **others: float
@@ -44,11 +49,10 @@ class MIWeightSetter(Callback):
         """Log the scaled weights and other scalars, if loggers write this step."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0:
-            weights = {MI_WEIGHTS[kind]: f * self._configured[kind] for kind, f in factors.items()}
-            scalars = weights | others
-            log_scalars(trainer, {f"train/{name}": value for name, value in scalars.items()})
+            for kind, factor in factors.items():
+                others[f"{MI_WEIGHTS[kind]}_weight"] = factor * self._configured[kind]
+            log_scalars(trainer, {f"train/{name}": value for name, value in others.items()})
 
-    def _restore(self, pl_module: LightningModule) -> None:
-        for kind, weight in self._configured.items():
-            setattr(pl_module, MI_WEIGHTS[kind], weight)
-        self._configured = {}
+    def _restore(self) -> None:
+        self._scale(dict.fromkeys(self._configured, 1.0))
+        self._loss, self._configured = None, {}

@@ -15,19 +15,18 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.certificate.judgement import judge
 from lightning_dsmoe.analysis.certificate.record import Source, TextSource, certificate
-from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
 from lightning_dsmoe.callbacks.naming import check_name
-from lightning_dsmoe.callbacks.rank_zero import on_rank_zero
-from lightning_dsmoe.callbacks.routed_model import routed_model
-from lightning_dsmoe.callbacks.run_folder import run_folder
+from lightning_dsmoe.callbacks.needs import PlanSpec, check_runs, load_plan
 from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED, EvaluationSampler
-from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, compile_sparse
 from lightning_dsmoe.inference.artifact.directory import check_free
+from lightning_dsmoe.inference.compilation import language_model
 from lightning_dsmoe.inference.engine.weights.packing import Quantization
 from lightning_dsmoe.moved import renamed_attributes, warn_renamed
 from lightning_dsmoe.serialization.architecture import describe_decoder
+from lightning_dsmoe.training.rank_zero import on_rank_zero
+from lightning_dsmoe.training.run_folder import run_folder
 
 _RESERVED = {"checkpoints", "utilization"}
 """Folders of a run that `ModelCheckpoint` and `ExpertUtilizationMonitor` write to."""
@@ -37,13 +36,16 @@ _RESERVED = {"checkpoints", "utilization"}
 class SparseCompile(Callback):
     """Compiles the trained model under a plan after `fit`, measures it and writes its artifact.
 
-    The measurement compares the compiled model with the trained one on the same validation batches.
-    It goes into the artifact's `certificate.json`, which `lightning-dsmoe certify` verifies, and
-    into its model card. After `fit`, `artifact` is its directory; with `fast_dev_run` nothing is
-    written and it is None.
+    A `DSMoELanguageModel` becomes a `SparseModel`, any other module with routed layers a copy whose
+    layers are packed; see `compile_sparse`.
+
+    The measurement compares a compiled language model with the trained one on the same validation
+    batches. It goes into the artifact's `certificate.json`, which `lightning-dsmoe certify`
+    verifies, and into its model card. After `fit`, `artifact` is its directory; with `fast_dev_run`
+    nothing is written and it is None.
 
     Args:
-        plan: selections for all layers, a plan, or the path of a saved plan.
+        plan: a plan, or the path of a saved one.
         quantization: "int8" quantizes the routed experts to 8 bits with bitsandbytes.
         quantize_head: quantize the output head to 8 bits too.
         tune: measure on this machine which method of running experts is the fastest for how many
@@ -56,15 +58,15 @@ class SparseCompile(Callback):
 
     Raises:
         ValueError: if a file is not a plan or an option is out of range, and before training if
-            the plan does not fit the model, the model cannot be described, the strategy shards it
-            or another SparseCompile writes to the same place.
+            the model has no routed layers, the plan does not fit it, it cannot be described, the
+            strategy shards it or another SparseCompile writes to the same place.
         FileExistsError: before training, if something else than an artifact is at `path`, or
             anything in the place of the artifact in the log directory.
 
     Examples:
-        >>> from lightning_dsmoe import Threshold
-        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseCompile
-        >>> plan = LayerSelections(experts=Threshold(0.1), attention=Threshold(0.1))
+        >>> from lightning_dsmoe import SelectionPlan, Threshold
+        >>> from lightning_dsmoe.callbacks import SparseCompile
+        >>> plan = SelectionPlan(experts=Threshold(0.1), attention=Threshold(0.1))
         >>> SparseCompile(plan, quantization="int8", name="sparse_int8").artifact is None
         True
     """
@@ -104,9 +106,6 @@ class SparseCompile(Callback):
         # `setup`, over that of an earlier run in the same folder.
         if stage != "fit":
             return
-        decoder = routed_model(self, pl_module, "decoder").decoder
-        plan_for("SparseCompile", self.plan, decoder)
-        describe_decoder(decoder)
         self._check_place(trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
@@ -114,12 +113,22 @@ class SparseCompile(Callback):
                 "checkpoint after training and call compile_sparse on it"
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_runs("SparseCompile", self.plan, pl_module)
+        decoder = language_model(pl_module)
+        if decoder is not None:
+            describe_decoder(decoder)
+        elif self.tune or self.quantize_head:
+            raise ValueError(
+                "SparseCompile: tune and quantize_head are for language models, such as "
+                f"DSMoELanguageModel, got a {type(pl_module).__name__}"
+            )
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (folder := self._folder(trainer)) is None:
             return
         folder = trainer.strategy.broadcast(self._free(folder))
-        decoder = routed_model(self, pl_module, "decoder").decoder
-        on_rank_zero(trainer, lambda: self._write(trainer, decoder, folder))
+        on_rank_zero(trainer, lambda: self._write(trainer, pl_module, folder))
         self.artifact = folder
 
     def _folder(self, trainer: Trainer) -> Path | None:
@@ -159,12 +168,13 @@ class SparseCompile(Callback):
                 "SparseCompile another name or a path, or the logger another version"
             )
 
-    def _write(self, trainer: Trainer, decoder: Decoder, folder: Path) -> None:
-        data = getattr(trainer, "datamodule", None)
+    def _write(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> None:
+        # What only a model of text can have.
+        data = getattr(trainer, "datamodule", None) if language_model(pl_module) else None
         tokenizer = getattr(data, "tokenizer", None)
         model = compile_sparse(
-            decoder,
-            plan_for("SparseCompile", self.plan, decoder),
+            pl_module,
+            self.plan,
             quantization=self.quantization,
             quantize_head=self.quantize_head,
             context_length=getattr(data, "context", None),
@@ -172,14 +182,15 @@ class SparseCompile(Callback):
         )
         if self.tune:
             rank_zero_info(f"Measured for the sparse model: {model.tune()}")
-        model.save(folder, certificate=self._measure(trainer, decoder, model))
+        model.save(folder, certificate=self._certificate(trainer, pl_module, model))
         rank_zero_info(f"The sparse model is in {folder}")
 
-    def _measure(
-        self, trainer: Trainer, decoder: Decoder, model: SparseModel
+    def _certificate(
+        self, trainer: Trainer, pl_module: LightningModule, model: SparseModel
     ) -> dict[str, Any] | None:
-        """Judge the compiled model against the trained one on validation batches."""
-        if trainer.val_dataloaders is None or not self.max_batches:
+        """Judge a compiled language model against the trained one on validation batches."""
+        decoder = language_model(pl_module)
+        if decoder is None or trainer.val_dataloaders is None or not self.max_batches:
             return None
         batches = [
             (batch["input_ids"].cpu(), batch["labels"].cpu())

@@ -2,24 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_dsmoe.callbacks.layer_selections import PlanSpec, load_plan, plan_for
-from lightning_dsmoe.callbacks.routed_model import routed_model
+from lightning_dsmoe.callbacks.needs import PlanSpec, check_automatic, check_runs, load_plan
 from lightning_dsmoe.moved import warn_renamed
-from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.routing import run_plan
 
 
 class SparseFinishing(Callback):
     """Trains the last steps of `fit` under the plan, or plans, that the model is to run with later.
 
-    In these steps only the plan's experts run for a token, and `train/loss` and the load-balancing
-    loss are those of the step's plan. If the model has a `consistency_weight`, the same steps train
-    it with all experts too and keep the two predictions alike, in about twice the time and with
-    twice the activations in memory. Alternating between plans that run more and fewer experts makes
-    one model that serves all active shares between them.
+    In these steps only the plan's experts run for a token, so what the model logs in them is of the
+    step's plan. A `DSMoELanguageModel` with a `consistency_weight` trains in the same steps with
+    all experts too and keeps the two predictions alike, in about twice the time and with twice the
+    activations in memory. Alternating between plans that run more and fewer experts makes one model
+    that serves all active shares between them.
 
     Validation continues with the model as it is configured, so that `val/loss` means the same in
     the whole run; `SparseEvaluation` logs the loss under the plan.
@@ -29,7 +29,7 @@ class SparseFinishing(Callback):
     by time or by another callback, may never get there.
 
     Args:
-        plan: selections for all layers, a plan, or the path of a saved plan.
+        plan: a plan, or the path of a saved one.
         steps: optimizer steps of the phase; fewer than the run, whose length `max_steps` or
             `max_epochs` of the trainer has to set.
         alternate_with: further plans; `plan` runs in the first step, then each step runs the next
@@ -42,9 +42,9 @@ class SparseFinishing(Callback):
             unknown or `steps` is not below it.
 
     Examples:
-        >>> from lightning_dsmoe import TopK
-        >>> from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
-        >>> plans = [LayerSelections(experts=TopK(k)) for k in (2, 4)]
+        >>> from lightning_dsmoe import SelectionPlan, TopK
+        >>> from lightning_dsmoe.callbacks import SparseFinishing
+        >>> plans = [SelectionPlan(experts=TopK(k)) for k in (2, 4)]
         >>> finishing = SparseFinishing(plans[0], steps=100, alternate_with=plans[1:])
         >>> len(finishing.plans)
         2
@@ -65,9 +65,8 @@ class SparseFinishing(Callback):
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.plans = [load_plan("SparseFinishing", each) for each in (plan, *alternate_with)]
         self.steps = steps
-        self._first: int | None = None
-        self._sparse: list[SelectionPlan] = []
-        self._configured: SelectionPlan | None = None
+        self._first = 0
+        self._running = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -75,8 +74,9 @@ class SparseFinishing(Callback):
             raise ValueError("one SparseFinishing per trainer, since both would set the plan")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = routed_model(self, pl_module, "decoder", "plan").decoder
-        self._sparse = [plan_for("SparseFinishing", plan, decoder) for plan in self.plans]
+        check_automatic(self, pl_module)
+        for plan in self.plans:
+            check_runs("SparseFinishing", plan, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -93,21 +93,14 @@ class SparseFinishing(Callback):
         self._first = int(total) - self.steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._restore(pl_module)  # a batch that was skipped had no end
-        assert self._first is not None
+        self._running.close()  # a batch that was skipped had no end
         step = trainer.global_step - self._first
         if step >= 0:
-            model = routed_model(self, pl_module, "plan")
-            self._configured = model.plan
-            model.plan = self._sparse[step % len(self._sparse)]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._restore(pl_module)
+            plan = self.plans[step % len(self.plans)]
+            self._running.enter_context(run_plan(pl_module, plan))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._restore(pl_module)
+        self._running.close()
 
-    def _restore(self, pl_module: LightningModule) -> None:
-        if self._configured is not None:
-            routed_model(self, pl_module, "plan").plan = self._configured
-            self._configured = None
+    on_train_epoch_end = on_exception
+    on_train_batch_end = on_exception  # type: ignore[assignment]

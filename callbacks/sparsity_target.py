@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dsmoe.callbacks.gate_mass_controller import GateMassController, gate_mass_totals
-from lightning_dsmoe.callbacks.mi_weight_setter import MIWeightSetter
-from lightning_dsmoe.callbacks.routed_model import MI_WEIGHTS, routed_model
+from lightning_dsmoe.callbacks.mi_weight_setter import MI_WEIGHTS, MIWeightSetter
+from lightning_dsmoe.callbacks.needs import check_automatic, layers_for
+from lightning_dsmoe.callbacks.open_record import OpenRecord
 
 
 class SparsityTarget(MIWeightSetter):
@@ -25,9 +27,11 @@ class SparsityTarget(MIWeightSetter):
     trend leads there. (arXiv 2412.14711 changes its penalty's weight in steps of 1.2 or 1/1.2.)
 
     Routing of low entropy keeps it for long under a smaller weight: begin with weights that are
-    rather too small. They are where the control starts and what its bounds refer to. The state is
-    saved in checkpoints, so a resumed run continues exactly. Once training ends, for whatever
-    reason, the model has its own weights again.
+    rather too small. They are where the control starts and what its bounds refer to: those of the
+    model's `RoutingLoss`. The state is saved in checkpoints, so a resumed run continues exactly.
+    Once training ends, for whatever reason, the model has its own weights again.
+
+    A training step that returns a dict with "mask" says which tokens count; otherwise all do.
 
     Args:
         expert_top_k: K of the feed-forward experts; None leaves their weight alone.
@@ -43,7 +47,8 @@ class SparsityTarget(MIWeightSetter):
 
     Raises:
         ValueError: if a number is out of range, if there is another callback that sets these
-            weights, and before training if a K does not fit the model or its weight is 0.
+            weights, and before training if a K does not fit the model, its weight is 0, or the
+            model has not one `RoutingLoss`.
 
     Examples:
         >>> from lightning_dsmoe.callbacks import SparsityTarget
@@ -84,6 +89,7 @@ class SparsityTarget(MIWeightSetter):
         self.least, self.most = least, most
         self.every, self.smoothing, self.delay = every, smoothing, delay
         _ = self.controller  # checks its numbers
+        self._record = OpenRecord()
         self._start_afresh()
 
     @property
@@ -112,15 +118,16 @@ class SparsityTarget(MIWeightSetter):
             self._start_afresh()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        decoder = routed_model(self, pl_module, "decoder").decoder
+        check_automatic(self, pl_module)
+        layers = layers_for(self, pl_module).values()
         self._remember(pl_module, self.top_k)
-        sizes = dict(zip(MI_WEIGHTS, decoder.plan_sizes, strict=True))
         for kind, k in self.top_k.items():
-            self._check(kind, k, min((n for n in sizes[kind] if n is not None), default=0))
+            n_experts = min((each.n_experts for each in layers if each.kind == kind), default=0)
+            self._check(kind, k, n_experts)
 
     def _check(self, kind: str, k: int, n_experts: int) -> None:
         weight = MI_WEIGHTS[kind]
-        name = f"SparsityTarget, {weight.removesuffix('_mi_weight')}_top_k={k}"
+        name = f"SparsityTarget, {weight.removesuffix('_mi')}_top_k={k}"
         if not n_experts:
             raise ValueError(f"{name}: the model has no router of this kind")
         if k >= n_experts:
@@ -131,27 +138,38 @@ class SparsityTarget(MIWeightSetter):
                 f"{k / n_experts:.4g} already, and mass must be above it, got {self.mass}"
             )
         if not self._configured[kind] > 0:
-            raise ValueError(f"{name}: {weight} must be above 0, got {self._configured[kind]}")
+            raise ValueError(
+                f"{name}: the weight {weight} of the RoutingLoss must be above 0, "
+                f"got {self._configured[kind]}"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._steps_before_batch = trainer.global_step
-        self._scale(pl_module, self._factors)
+        self._scale(self._factors)
+        if (trainer.global_step + 1) % self.every == 0:
+            self._record.open(pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         step = self._steps_before_batch + 1
+        tokens = self._record.close(outputs).values()
         if step % self.every == 0:
             for kind, k in self.top_k.items():
-                totals = gate_mass_totals(getattr(outputs["routings"], kind), k, outputs["mask"])
-                self._totals[kind] = self._totals.get(kind, 0) + totals
+                none = torch.zeros(2, device=pl_module.device)
+                totals = [gate_mass_totals(p, k, mask) for of, p, mask in tokens if of == kind]
+                self._totals[kind] = sum(totals, self._totals.get(kind, none))
         if trainer.global_step < step:
             return  # gradients are being accumulated
-        for kind, totals in self._totals.items():
-            self._control(kind, trainer.strategy.reduce(totals, reduce_op="sum"), step)
+        for kind, total in self._totals.items():
+            self._control(kind, trainer.strategy.reduce(total, reduce_op="sum"), step)
         self._totals = {}
         masses = {f"{kind}/top_mass": mass for kind, mass in self._masses.items()}
         self._log(trainer, step, self._factors, **masses)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._record.close()
+        super().on_exception(trainer, pl_module)
 
     def _control(self, kind: str, totals: Tensor, step: int) -> None:
         mass, tokens = totals.tolist()

@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, V vocabulary.
 """
 
+import math
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -15,15 +16,23 @@ from torch.optim import Optimizer
 
 from lightning_dsmoe import decoder
 from lightning_dsmoe.data.loader import Batch
-from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan
+from lightning_dsmoe.losses import RoutingLoss
+from lightning_dsmoe.moved import renamed_attributes
+from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, run_plan
+from lightning_dsmoe.routing.running import running_plan
 from lightning_dsmoe.training import checkpoints, gradients, optimization, strategies
 from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
 from lightning_dsmoe.training.optimizer_settings import ResumableSettings
 from lightning_dsmoe.training.random_state import ResumableRandomState
-from lightning_dsmoe.training.routing_losses import RoutingLossWeights
 
 
+@renamed_attributes(
+    expert_mi_weight="routing_loss.expert_mi",
+    attention_mi_weight="routing_loss.attention_mi",
+    load_balancing_weight="routing_loss.load_balancing",
+    router_z_weight="routing_loss.router_z",
+)
 class DSMoELanguageModel(LightningModule):
     """Language model that trains all experts on every token, with a mutual-information loss.
 
@@ -87,7 +96,7 @@ class DSMoELanguageModel(LightningModule):
         torch.Size([2, 6, 100])
         >>> routings.experts[0].probs.shape
         torch.Size([2, 6, 4])
-        >>> plan = SelectionPlan.uniform(2, experts=TopK(1))
+        >>> plan = SelectionPlan(experts=TopK(1))
         >>> model(tokens, plan).logits.shape
         torch.Size([2, 6, 100])
     """
@@ -124,15 +133,13 @@ class DSMoELanguageModel(LightningModule):
         self.max_positions, self.tie_embeddings = max_positions, tie_embeddings
         self.dropout, self.checkpoint_activations = dropout, checkpoint_activations
         self.compile_blocks = compile_blocks
-        self.expert_mi_weight, self.attention_mi_weight = expert_mi_weight, attention_mi_weight
-        self.load_balancing_weight, self.router_z_weight = load_balancing_weight, router_z_weight
+        if not 0 <= consistency_weight < math.inf:
+            raise ValueError(f"consistency_weight must be 0 or more, got {consistency_weight}")
         self.consistency_weight = consistency_weight
-        weights = (*self._routing_loss_weights(), consistency_weight)
-        if min(weights) < 0:
-            raise ValueError(f"loss weights must be 0 or more, got {weights}")
-        self.plan = SelectionPlan.uniform(
-            n_layers, experts=expert_selection, attention=attention_selection
+        self.routing_loss = RoutingLoss(
+            expert_mi_weight, attention_mi_weight, load_balancing_weight, router_z_weight
         )
+        self.plan = SelectionPlan(expert_selection, attention_selection)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._settings = ResumableSettings()
         self._random_state = ResumableRandomState()
@@ -150,7 +157,7 @@ class DSMoELanguageModel(LightningModule):
             dropout=dropout,
             checkpoint_activations=checkpoint_activations,
         )
-        self.plan.check(*self.decoder.plan_sizes)
+        self.decoder.selections(self.plan)  # raises where one does not fit
 
     @classmethod
     def load_from_checkpoint(
@@ -223,16 +230,17 @@ class DSMoELanguageModel(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
-        weights = self._routing_loss_weights()
         group = strategies.data_parallel_group(self.device_mesh)
-        step = Step.of(self, batch, self.plan, group)
-        dense = SelectionPlan.uniform(self.n_layers)
-        if self.consistency_weight and self.plan != dense:
+        plan, dense = self._running_plan(), SelectionPlan()
+        step = Step.of(self, batch, plan, group)
+        if self.consistency_weight and plan != dense:
+            with run_plan(self, dense):
+                dense_step = Step.of(self, batch, dense, group)
             total, terms = consistent_objective(
-                step, Step.of(self, batch, dense, group), weights, self.consistency_weight, group
+                step, dense_step, self.routing_loss, self.consistency_weight, group
             )
         else:
-            total, terms = objective(step, weights, group)
+            total, terms = objective(step, self.routing_loss, group)
         if not torch.isfinite(total):
             listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise FloatingPointError(
@@ -342,10 +350,10 @@ class DSMoELanguageModel(LightningModule):
             gradients.check_and_clip(self, optimizer, *limit)
 
     def _evaluate(self, batch: Batch, metric: EvaluationLoss, split: str) -> dict[str, Any]:
-        step = Step.of(self, batch, self.plan)
+        step = Step.of(self, batch, self._running_plan())
         count = step.mask_BT.sum()
         metric.update(step.loss, count)
-        _, terms = objective(step, self._routing_loss_weights())
+        _, terms = objective(step, self.routing_loss)
         terms = {f"{split}/{name}": value for name, value in terms.items()}
         self.log_dict(terms, batch_size=max(1, int(count)), sync_dist=True)
         return {"loss": step.loss, **step.results()}
@@ -356,13 +364,8 @@ class DSMoELanguageModel(LightningModule):
             # The same on all ranks already; Lightning warns where `sync_dist` is missing.
             self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
-    def _routing_loss_weights(self) -> RoutingLossWeights:
-        return RoutingLossWeights(
-            self.expert_mi_weight,
-            self.attention_mi_weight,
-            self.load_balancing_weight,
-            self.router_z_weight,
-        )
+    def _running_plan(self) -> SelectionPlan:
+        return running_plan(self, self.plan)
 
     def _logs_are_due(self) -> bool:
         """Whether loggers write what this step logs; preparing it costs time at every step."""

@@ -13,11 +13,10 @@ from torch import Tensor
 from lightning_dsmoe.data.loader import Batch
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import DecoderOutput, Routings
-from lightning_dsmoe.losses import consistency_loss
+from lightning_dsmoe.losses import RoutingLoss, consistency_loss
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
 from lightning_dsmoe.losses.token_sums import sum_over_ranks
 from lightning_dsmoe.routing import Routing, SelectionPlan
-from lightning_dsmoe.training.routing_losses import RoutingLossWeights, routing_losses
 
 
 class Step(NamedTuple):
@@ -72,26 +71,26 @@ class Step(NamedTuple):
 
 
 def objective(
-    step: Step, weights: RoutingLossWeights, group: dist.ProcessGroup | None = None
+    step: Step, routing_loss: RoutingLoss, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_LM + the weighted losses of all routers.
 
     Args:
         step: a batch under the plan that is trained.
-        weights: of the losses of each router.
+        routing_loss: the losses of the routers.
         group: process group over whose tokens all means are, as in `mutual_information_loss`.
 
     Returns:
         The loss to minimize, and its detached terms by name, for logging.
     """
-    total, terms = routing_losses(step.routings, step.plan, weights, step.mask_BT, group=group)
+    total, terms = routing_loss.losses(step.routings, step.mask_BT, plan=step.plan, group=group)
     return step.loss + total, terms
 
 
 def consistent_objective(
     sparse: Step,
     dense: Step,
-    weights: RoutingLossWeights,
+    routing_loss: RoutingLoss,
     consistency_weight: float,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,15 +101,15 @@ def consistent_objective(
     Args:
         sparse: a batch under the plan.
         dense: the same batch with all experts.
-        weights: of the losses of each router.
+        routing_loss: the losses of the routers.
         consistency_weight: delta.
         group: as in `objective`.
 
     Returns:
         As `objective`.
     """
-    total, terms = objective(sparse, weights, group)
-    dense_total, _ = objective(dense, weights, group)
+    total, terms = objective(sparse, routing_loss, group)
+    dense_total, _ = objective(dense, routing_loss, group)
     consistency = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
     more = {"all_experts/loss": dense.loss.detach(), "consistency": consistency.detach()}
     return (total + dense_total) / 2 + consistency_weight * consistency, terms | more

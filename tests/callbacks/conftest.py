@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,34 +15,12 @@ from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.routing import LinearRouter
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
+from ..remote_logger import Remote
+
 V = 11
 T = 6
 
 Loader = DataLoader[dict[str, Tensor]]
-
-
-class Remote(Logger):
-    """A logger that keeps its records elsewhere, as those of services do."""
-
-    def __init__(self, save_dir: Path | None, *, version: int | str | None = None) -> None:
-        super().__init__()
-        self._save_dir, self._version = save_dir, version
-
-    @property
-    def save_dir(self) -> str | None:
-        return None if self._save_dir is None else str(self._save_dir)
-
-    @property
-    def name(self) -> str:
-        return "project"
-
-    @property
-    def version(self) -> int | str | None:
-        return self._version
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning import Callback, Trainer
 
 from lightning_dsmoe.callbacks import MIWeightAnnealing
-from lightning_dsmoe.callbacks.mi_weight_annealing import Schedule, annealed_factor
+from lightning_dsmoe.callbacks.mi_weight_annealing import Schedule
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ class WeightRecorder(Callback):
         self.fail_at = fail_at
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.weights.append((pl_module.expert_mi_weight, pl_module.attention_mi_weight))
+        self.weights.append((pl_module.routing_loss.expert_mi, pl_module.routing_loss.attention_mi))
         if trainer.global_step == self.fail_at:
             raise RuntimeError("stop here")
 
@@ -37,15 +37,14 @@ class WeightRecorder(Callback):
     start=factors,
     end=factors,
     steps=st.integers(1, 50),
-    delay=st.integers(0, 20),
+    delay=st.integers(1, 20),
 )
 def test_goes_from_start_to_end_without_turning_back(
     schedule: Schedule, start: float, end: float, steps: int, delay: int
 ) -> None:
-    values = [
-        annealed_factor(step, schedule=schedule, start=start, end=end, steps=steps, delay=delay)
-        for step in range(delay + steps + 3)
-    ]
+    delay = delay if schedule == "constant_then_ramp" else 0
+    annealing = MIWeightAnnealing(schedule=schedule, start=start, end=end, steps=steps, delay=delay)
+    values = [annealing.factor(step) for step in range(delay + steps + 3)]
     assert values[: delay + 1] == [start] * (delay + 1)
     assert values[delay + steps :] == pytest.approx([end] * 3)
     assert min(start, end) - 1e-9 <= min(values)
@@ -97,7 +96,7 @@ def test_scales_both_weights_and_gives_them_back(
     ramp = [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [weights[0] for weights in recorder.weights] == pytest.approx([0.2 * f for f in ramp])
     assert [weights[1] for weights in recorder.weights] == pytest.approx([0.1 * f for f in ramp])
-    assert (model.expert_mi_weight, model.attention_mi_weight) == (0.2, 0.1)
+    assert (model.routing_loss.expert_mi, model.routing_loss.attention_mi) == (0.2, 0.1)
     logged = (Path(trainer.log_dir) / "metrics.csv").read_text()
     assert "train/expert_mi_weight" in logged.splitlines()[0]
     assert trainer.callback_metrics["train/attention_mi_weight"] == torch.tensor(0.1)
@@ -113,7 +112,7 @@ def test_counts_optimizer_steps_not_batches(
         max_steps=3, accumulate_grad_batches=2, callbacks=[MIWeightAnnealing(steps=2), recorder]
     )
     trainer.fit(model, make_loader(6), make_loader(1))
-    base = model.expert_mi_weight
+    base = model.routing_loss.expert_mi
     ramp = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
     assert [weight for weight, _ in recorder.weights] == pytest.approx([base * f for f in ramp])
 
@@ -149,7 +148,7 @@ def test_weights_come_back_after_an_exception(
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    base = model.expert_mi_weight
+    base = model.routing_loss.expert_mi
     annealing = MIWeightAnnealing(steps=10)
     recorder = WeightRecorder(fail_at=3)
     with pytest.raises(RuntimeError, match="stop here"):
@@ -157,7 +156,7 @@ def test_weights_come_back_after_an_exception(
             model, make_loader(6), make_loader(1)
         )
     assert recorder.weights[-1][0] == pytest.approx(0.2 * base)
-    assert model.expert_mi_weight == base
+    assert model.routing_loss.expert_mi == base
 
 
 def test_one_per_trainer(

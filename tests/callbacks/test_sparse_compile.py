@@ -16,7 +16,6 @@ from lightning_dsmoe.analysis.certificate.record import TextSource
 from lightning_dsmoe.analysis.certificate.record import certificate as made
 from lightning_dsmoe.callbacks import (
     ExpertUtilizationMonitor,
-    LayerSelections,
     SparseCompile,
     SparseEvaluation,
 )
@@ -28,7 +27,7 @@ from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 pytestmark = pytest.mark.slow
 
-PLAN = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
+PLAN = SelectionPlan.of_blocks((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
 
 
 def certificate(artifact: Path) -> dict[str, float]:
@@ -164,9 +163,9 @@ def test_plan_that_does_not_fit_stops_before_the_first_step(
         def on_train_batch_start(self, *args: Any) -> None:
             raise AssertionError("a step was taken")
 
-    compiling = SparseCompile(LayerSelections(experts=TopK(5)), path=str(tmp_path / "here"))
+    compiling = SparseCompile(SelectionPlan(experts=TopK(5)), path=str(tmp_path / "here"))
     trainer = make_trainer(max_steps=1, callbacks=[compiling, NoStep()])
-    with pytest.raises(ValueError, match=r"SparseCompile: plan, layer 0, experts: TopK\(k=5\)"):
+    with pytest.raises(ValueError, match=r"SparseCompile: plan, experts, \S*: TopK\(k=5\)"):
         trainer.fit(model, make_loader(1), make_loader(1))
     assert not (tmp_path / "here").exists()
 
@@ -238,7 +237,7 @@ def test_runs_without_a_log_directory_keep_each_their_own(
     tmp_path: Path,
 ) -> None:
     artifacts = []
-    for plan in (PLAN, SelectionPlan.uniform(2)):
+    for plan in (PLAN, SelectionPlan()):
         compiling = SparseCompile(plan, max_batches=0)
         used = make_remote(tmp_path) if logger else False
         callbacks = [ExpertUtilizationMonitor(), compiling]
@@ -246,7 +245,7 @@ def test_runs_without_a_log_directory_keep_each_their_own(
         make_trainer(max_steps=1, **options).fit(make_model(), make_loader(1), make_loader(1))
         assert compiling.artifact is not None
         artifacts.append(compiling.artifact)
-    assert [load_sparse(path).plan for path in artifacts] == [PLAN, SelectionPlan.uniform(2)]
+    assert [load_sparse(path).plan for path in artifacts] == [PLAN, SelectionPlan()]
     assert all((path.parent / "utilization" / "last.png").exists() for path in artifacts)
 
 
@@ -282,7 +281,7 @@ def test_two_at_once(
     make_trainer: Callable[..., Trainer],
     tmp_path: Path,
 ) -> None:
-    dense = SelectionPlan.uniform(2)
+    dense = SelectionPlan()
 
     def fit(*callbacks: SparseCompile) -> None:
         trainer = make_trainer(max_steps=1, callbacks=list(callbacks))

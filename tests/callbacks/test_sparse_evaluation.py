@@ -12,15 +12,15 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import functional as F
 
 from lightning_dsmoe.attention import GroupedQueryAttention
-from lightning_dsmoe.callbacks import LayerSelections, SparseEvaluation, SparseResult
+from lightning_dsmoe.callbacks import SparseEvaluation, SparseResult
 from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.metrics import count_parameters
-from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK
+from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK, routed_layers
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 pytestmark = pytest.mark.slow
 
-TOP_1 = LayerSelections(experts=TopK(1), attention=TopK(1))
+TOP_1 = SelectionPlan(experts=TopK(1), attention=TopK(1))
 
 
 def loss_of(model: DSMoELanguageModel, loader: Any, plan: SelectionPlan | None) -> float:
@@ -43,7 +43,7 @@ def test_sharded_weights_are_refused_at_once(model: DSMoELanguageModel) -> None:
     trainer = mock.Mock(strategy=FSDPStrategy())
     callback = SparseEvaluation({"top_1": TOP_1})
     for hook in (callback.on_fit_start, callback.on_validation_start, callback.on_test_start):
-        with pytest.raises(ValueError, match="which FSDP does not let it"):
+        with pytest.raises(ValueError, match="which FSDPStrategy flattens"):
             hook(trainer, model)
 
 
@@ -55,14 +55,14 @@ def test_same_as_a_loop_over_tokens(
     make_trainer: Callable[..., Trainer],
 ) -> None:
     loader = make_loader(3)
-    plan = SelectionPlan((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
+    plan = SelectionPlan.of_blocks((TopK(2), Threshold(0.5)), (TopK(1), AllExperts()))
     callback = SparseEvaluation({"mixed": plan, "top_1": TOP_1})
     trainer = make_trainer(callbacks=[callback])
     evaluate = trainer.validate if stage == "val" else trainer.test
     (logged,) = evaluate(model, loader, verbose=False)
 
     dense = loss_of(model, loader, None)
-    top_1 = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
+    top_1 = SelectionPlan(experts=TopK(1), attention=TopK(1))
     for name, used in (("mixed", plan), ("top_1", top_1)):
         result = callback.results[name]
         sparse = loss_of(model, loader, used)
@@ -76,21 +76,19 @@ def test_same_as_a_loop_over_tokens(
         assert share == pytest.approx(result.active_share_mean)
     assert logged[f"{stage}/loss"] == pytest.approx(result.dense_loss)
 
-    counts = count_parameters(model.decoder)
-    one_of_each = [layer.per_expert for layer in counts.experts + counts.attention if layer]
-    share = (counts.always + sum(one_of_each)) / counts.hidden
+    counts = count_parameters(model)
+    share = (counts.always + sum(e.per_expert for e in counts.layers.values())) / counts.hidden
     assert callback.results["top_1"].active_share_mean == pytest.approx(share)
     assert callback.results["top_1"].active_share_p95 == pytest.approx(share, abs=5e-4)
     shares: list[float] = []
+    selections = plan.selections(routed_layers(model))
     for batch in loader:
         with torch.no_grad():
-            routings = model(batch["input_ids"], plan).routings
+            routings = model(batch["input_ids"], plan).routings.by_name()
         active = torch.full(batch["labels"].shape, float(counts.always))
-        for kind in ("experts", "attention"):
-            for layer, routing, selection in zip(
-                *(getattr(each, kind) for each in (counts, routings, plan)), strict=True
-            ):
-                active += layer.per_expert * selection.mask(routing.probs).sum(-1)
+        for name, layer in counts.layers.items():
+            probs = routings[name.removeprefix("decoder.")].routing.probs
+            active += layer.per_expert * selections[name].mask(probs).sum(-1)
         shares += (active / counts.hidden)[batch["labels"] != -100].tolist()
     mixed = callback.results["mixed"].active_share_mean
     assert mixed == pytest.approx(sum(shares) / len(shares), rel=1e-6)
@@ -103,7 +101,7 @@ def test_all_experts_are_the_dense_model(
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    callback = SparseEvaluation({"all": LayerSelections()})
+    callback = SparseEvaluation({"all": SelectionPlan()})
     make_trainer(callbacks=[callback], precision=precision).validate(
         model, make_loader(2), verbose=False
     )
@@ -112,7 +110,7 @@ def test_all_experts_are_the_dense_model(
     assert (result.active_share_mean, result.active_share_p50) == (1, 1)
 
 
-def test_model_without_routers_is_always_whole(
+def test_a_model_without_routers_is_refused(
     make_model: Callable[..., DSMoELanguageModel],
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
@@ -121,10 +119,9 @@ def test_model_without_routers_is_always_whole(
         attention=partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=4),
         feed_forward=partial(FeedForward, d_hidden=12),
     )
-    callback = SparseEvaluation({"top_1": TOP_1})
-    make_trainer(callbacks=[callback]).validate(model, make_loader(2), verbose=False)
-    assert callback.results["top_1"].active_share_mean == 1
-    assert abs(callback.results["top_1"].relative_gap) < 1e-6
+    trainer = make_trainer(callbacks=[SparseEvaluation({"top_1": TOP_1})])
+    with pytest.raises(ValueError, match=r"^SparseEvaluation, 'top_1' needs .* routed layers"):
+        trainer.validate(model, make_loader(2), verbose=False)
 
 
 def test_plan_that_does_not_fit_stops_before_the_first_step(
@@ -139,9 +136,9 @@ def test_plan_that_does_not_fit_stops_before_the_first_step(
         def on_validation_batch_start(self, *args: Any) -> None:
             raise AssertionError("a batch was evaluated")
 
-    callback = SparseEvaluation({"fits": TOP_1, "five": LayerSelections(experts=TopK(5))})
+    callback = SparseEvaluation({"fits": TOP_1, "five": SelectionPlan(experts=TopK(5))})
     trainer = make_trainer(max_steps=1, callbacks=[callback, NoStep()])
-    with pytest.raises(ValueError, match=r"'five': plan, layer 0, experts: TopK\(k=5\).*<= 4"):
+    with pytest.raises(ValueError, match=r"'five': plan, experts, \S*: TopK\(k=5\).*<= 4"):
         trainer.fit(model, make_loader(1), make_loader(1))
 
 
@@ -152,7 +149,7 @@ def test_saved_plan(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "plan.json"
-    SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1)).save(path)
+    SelectionPlan(experts=TopK(1), attention=TopK(1)).save(path)
     callback = SparseEvaluation({"saved": str(path), "made": TOP_1})
     make_trainer(callbacks=[callback]).validate(model, make_loader(2), verbose=False)
     assert callback.results["saved"] == callback.results["made"]
@@ -185,7 +182,7 @@ def test_one_name_in_two_callbacks_is_refused(
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    plans = {"top_1": TOP_1, "all": LayerSelections()}
+    plans = {"top_1": TOP_1, "all": SelectionPlan()}
     trainer = make_trainer(callbacks=[SparseEvaluation(plans), SparseEvaluation({"top_1": TOP_1})])
     with pytest.raises(ValueError, match=r"more than one .* a plan named top_1, and"):
         trainer.validate(model, make_loader(1), verbose=False)

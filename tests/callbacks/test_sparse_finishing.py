@@ -7,8 +7,9 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 
-from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
-from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
+from lightning_dsmoe.callbacks import SparseFinishing
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK, interception
+from lightning_dsmoe.routing.running import running_plan
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 pytestmark = pytest.mark.slow
@@ -17,10 +18,10 @@ MakeModel = Callable[..., DSMoELanguageModel]
 MakeLoader = Callable[..., Any]
 MakeTrainer = Callable[..., Trainer]
 
-SPEC = LayerSelections(experts=TopK(1), attention=TopK(1))
-DENSE = SelectionPlan.uniform(2)
-SPARSE = SelectionPlan.uniform(2, experts=TopK(1), attention=TopK(1))
-OTHER = SelectionPlan.uniform(2, experts=Threshold(0.5))
+SPEC = SelectionPlan(experts=TopK(1), attention=TopK(1))
+DENSE = SelectionPlan()
+SPARSE = SelectionPlan(experts=TopK(1), attention=TopK(1))
+OTHER = SelectionPlan(experts=Threshold(0.5))
 
 
 class Plans(Callback):
@@ -32,12 +33,12 @@ class Plans(Callback):
         self.fail_at = fail_at
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.training.append(pl_module.plan)
+        self.training.append(running_plan(pl_module, pl_module.plan))
         if trainer.global_step == self.fail_at:
             raise RuntimeError("stop here")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.validation.append(pl_module.plan)
+        self.validation.append(running_plan(pl_module, pl_module.plan))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -165,6 +166,7 @@ def test_the_plan_comes_back_after_an_exception(
         make_trainer(max_steps=4, callbacks=callbacks).fit(model, make_loader(4), make_loader(1))
     assert plans.training == [configured] * 2 + [SPARSE]
     assert model.plan == configured
+    assert not interception.is_open
 
 
 @pytest.mark.parametrize(
@@ -199,11 +201,11 @@ def test_mistakes_end_before_training(
     with pytest.raises(ValueError, match=r"SparseFinishing: .*no_plan.json"):
         SparseFinishing(str(tmp_path / "no_plan.json"), steps=1)
     loaders = make_loader(2), make_loader(1)
-    wide = SparseFinishing(LayerSelections(experts=TopK(5)), steps=1)
-    with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=5\)"):
+    wide = SparseFinishing(SelectionPlan(experts=TopK(5)), steps=1)
+    with pytest.raises(ValueError, match=r"SparseFinishing: plan, experts, \S*: TopK\(k=5\)"):
         make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
-    wide = SparseFinishing(SPEC, steps=1, alternate_with=[LayerSelections(experts=TopK(6))])
-    with pytest.raises(ValueError, match=r"SparseFinishing: plan, layer 0, experts: TopK\(k=6\)"):
+    wide = SparseFinishing(SPEC, steps=1, alternate_with=[SelectionPlan(experts=TopK(6))])
+    with pytest.raises(ValueError, match=r"SparseFinishing: plan, experts, \S*: TopK\(k=6\)"):
         make_trainer(max_steps=2, callbacks=[wide]).fit(model, *loaders)
     two = [SparseFinishing(SPEC, steps=1), SparseFinishing(SPEC, steps=2)]
     with pytest.raises(ValueError, match="one SparseFinishing per trainer"):

@@ -40,7 +40,7 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any
     ) -> None:
-        self.weights.append((pl_module.expert_mi_weight, pl_module.attention_mi_weight))
+        self.weights.append((pl_module.routing_loss.expert_mi, pl_module.routing_loss.attention_mi))
         self.outputs.append(outputs)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -178,7 +178,7 @@ def test_weights_follow_the_measured_mass(
                 factor *= 1.3 ** max(-1, min(1, error))
         assert [pair[place] for pair in recorder.weights] == pytest.approx(weights, rel=1e-5)
         assert trainer.callback_metrics[f"train/{kind}/top_mass"].item() == pytest.approx(mass)
-    assert (model.expert_mi_weight, model.attention_mi_weight) == (0.2, 0.1)
+    assert (model.routing_loss.expert_mi, model.routing_loss.attention_mi) == (0.2, 0.1)
     assert len({round(pair[0], 9) for pair in recorder.weights}) == 3
 
 
@@ -210,7 +210,7 @@ def test_tokens_that_do_not_count_change_nothing(
     trainer = make_trainer(max_steps=2, callbacks=[SparsityTarget(**options), recorder])
     loader: Any = torch.utils.data.DataLoader(items)
     trainer.fit(model, loader, loader)
-    assert recorder.weights == [(model.expert_mi_weight, model.attention_mi_weight)] * 2
+    assert recorder.weights == [(model.routing_loss.expert_mi, model.routing_loss.attention_mi)] * 2
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -269,14 +269,14 @@ def test_resumed_at_step_7_is_as_if_never_stopped(
 def test_weights_come_back_after_an_exception(
     model: DSMoELanguageModel, make_loader: MakeLoader, make_trainer: MakeTrainer
 ) -> None:
-    configured = (model.expert_mi_weight, model.attention_mi_weight)
+    configured = (model.routing_loss.expert_mi, model.routing_loss.attention_mi)
     recorder = Recorder(fail_at=5)
     callbacks = [SparsityTarget(**CONTROL), recorder]
     with pytest.raises(Stop, match="stop here"):
         make_trainer(max_steps=6, callbacks=callbacks).fit(model, make_loader(5), make_loader(1))
     assert recorder.weights[-1][0] != configured[0]
     assert recorder.weights[-1][1] != configured[1]
-    assert (model.expert_mi_weight, model.attention_mi_weight) == configured
+    assert (model.routing_loss.expert_mi, model.routing_loss.attention_mi) == configured
 
 
 def test_another_fit_begins_at_the_configured_weights(

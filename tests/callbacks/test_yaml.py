@@ -11,13 +11,12 @@ from lightning import Callback
 
 from lightning_dsmoe.callbacks import (
     ExpertUtilizationMonitor,
-    LayerSelections,
     MIWeightAnnealing,
     SparseEvaluation,
     SparseFinishing,
     SparsityTarget,
 )
-from lightning_dsmoe.routing import AllExperts, SelectionPlan, Threshold, TopK, TopP
+from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK, TopP
 
 
 def parse(callbacks: str) -> list[Callback]:
@@ -29,7 +28,7 @@ def parse(callbacks: str) -> list[Callback]:
 
 
 def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
-    saved = SelectionPlan.uniform(3, experts=TopP(0.9))
+    saved = SelectionPlan(experts=TopP(0.9))
     saved.save(tmp_path / "plan.json")
     monitor, annealing, sparse, target, finishing = parse(
         f"""
@@ -44,10 +43,12 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
               top_2:
                 experts: {{class_path: TopK, init_args: {{k: 2, renormalize: true}}}}
               two_layers:
-                experts:
-                  - {{class_path: lightning_dsmoe.routing.Threshold, init_args: {{eps: 1.0}}}}
-                  - {{class_path: lightning_dsmoe.AllExperts}}
-                attention: [{{class_path: AllExperts}}, {{class_path: AllExperts}}]
+                attention: {{class_path: AllExperts}}
+                layers:
+                  blocks.0.feed_forward:
+                    class_path: lightning_dsmoe.routing.Threshold
+                    init_args: {{eps: 1.0}}
+                  blocks.1.attention: {{class_path: TopK, init_args: {{k: 1}}}}
         - class_path: lightning_dsmoe.callbacks.SparsityTarget
           init_args: {{expert_top_k: 2, mass: 0.9, rate: 1.2, every: 5, delay: 0}}
         - class_path: lightning_dsmoe.callbacks.SparseFinishing
@@ -66,15 +67,58 @@ def test_every_callback_by_its_class_path(tmp_path: Path) -> None:
     assert isinstance(sparse, SparseEvaluation)
     assert sparse.plans == {
         "saved": saved,
-        "top_2": LayerSelections(experts=TopK(2, renormalize=True)),
-        "two_layers": SelectionPlan((Threshold(1.0), AllExperts()), (AllExperts(), AllExperts())),
+        "top_2": SelectionPlan(experts=TopK(2, renormalize=True)),
+        "two_layers": SelectionPlan(
+            layers={"blocks.0.feed_forward": Threshold(1.0), "blocks.1.attention": TopK(1)}
+        ),
     }
     assert isinstance(target, SparsityTarget)
     assert target.top_k == {"experts": 2}
     assert (*astuple(target.controller)[:2], target.every, target.delay) == (0.9, 1.2, 5, 0)
     assert isinstance(finishing, SparseFinishing)
-    assert finishing.plans == [saved, LayerSelections(experts=TopK(3)), saved]
+    assert finishing.plans == [saved, SelectionPlan(experts=TopK(3)), saved]
     assert finishing.steps == 7
+
+
+LAYERS = "{blocks.3.feed_forward: {class_path: Threshold, init_args: {eps: 0.5}}}"
+
+
+@pytest.mark.parametrize(
+    "plan", ["{}", "{experts: {class_path: TopK, init_args: {k: 3}}, layers: %s}", "plan.json"]
+)
+def test_a_plan_that_was_printed_is_the_same(plan: str) -> None:
+    given = yaml.safe_load("[{class_path: SparseEvaluation, init_args: {plans: {it: PLAN}}}]")
+    given[0]["init_args"]["plans"]["it"] = yaml.safe_load(plan.replace("%s", LAYERS))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    config = parser.parse_object({"callbacks": given})
+    assert parser.parse_string(parser.dump(config)) == config
+
+
+def test_a_plan_by_the_class_path_of_version_0_1() -> None:
+    with pytest.warns(DeprecationWarning, match="LayerSelections is now SelectionPlan"):
+        [finishing] = parse(
+            """
+            - class_path: lightning_dsmoe.callbacks.SparseFinishing
+              init_args:
+                plan:
+                  class_path: lightning_dsmoe.callbacks.LayerSelections
+                  init_args: {experts: {class_path: TopK, init_args: {k: 3}}}
+                steps: 7
+            """
+        )
+    assert isinstance(finishing, SparseFinishing)
+    assert finishing.plans == [SelectionPlan(TopK(3))]
+
+
+def test_the_old_name_of_a_plan() -> None:
+    import lightning_dsmoe.callbacks
+
+    message = "LayerSelections is now SelectionPlan; the old name goes with version 0.3"
+    with pytest.warns(DeprecationWarning, match=message):
+        assert lightning_dsmoe.callbacks.LayerSelections is SelectionPlan
+    with pytest.raises(AttributeError, match="no attribute 'Selections'"):
+        _ = lightning_dsmoe.callbacks.Selections
 
 
 def test_the_old_name_of_further_plans_still_works() -> None:
@@ -89,7 +133,7 @@ def test_the_old_name_of_further_plans_still_works() -> None:
             """
         )
     assert isinstance(finishing, SparseFinishing)
-    assert finishing.plans == [LayerSelections(), LayerSelections(experts=TopK(3))]
+    assert finishing.plans == [SelectionPlan(), SelectionPlan(experts=TopK(3))]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
 FOLDER = Path(__file__).parent / "files_v0_1"
 CHECKPOINT = FOLDER / "checkpoint.ckpt"
-PLAN = SelectionPlan.uniform(2, experts=TopK(2), attention=Threshold(0.5))
+PLAN = SelectionPlan(experts=TopK(2), attention=Threshold(0.5))
 TOKENS = torch.tensor([list(b"def f1")])
 LOGITS = {  # of the first tokens, after the last of TOKENS
     "dense": [-0.071629, 0.012243, 0.029180, 0.005401, -0.071810, 0.159641, -0.059095],

@@ -87,9 +87,9 @@ def test_a_model_built_in_python_needs_its_factories_again(
     torch.manual_seed(99)
     loaded = load(path, **factories(model))
     assert_equal(loaded, model)
-    assert loaded.expert_mi_weight == 0.125
+    assert loaded.routing_loss.expert_mi == 0.125
     assert loaded.max_positions == model.max_positions
-    assert load(path, **factories(model), expert_mi_weight=0.5).expert_mi_weight == 0.5
+    assert load(path, **factories(model), expert_mi_weight=0.5).routing_loss.expert_mi == 0.5
     with pytest.raises(TypeError, match="attention"):
         load(path)
 
@@ -119,7 +119,7 @@ def test_a_model_of_the_command_line_needs_nothing(make_one_model: MakeModel, sa
     )
     loaded = load(save(model, hyper_parameters=FROM_COMMAND_LINE))
     assert_equal(loaded, model)
-    assert loaded.expert_mi_weight == 0.5
+    assert loaded.routing_loss.expert_mi == 0.5
 
 
 @pytest.mark.parametrize(

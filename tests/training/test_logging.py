@@ -12,7 +12,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dsmoe.callbacks import LayerSelections, SparseFinishing
+from lightning_dsmoe.callbacks import SparseFinishing
 from lightning_dsmoe.losses import consistency_loss, entropy, mutual_information_loss
 from lightning_dsmoe.routing import SelectionPlan, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
@@ -110,7 +110,7 @@ def test_consistency_is_logged_where_a_plan_is_trained(
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    plan = SelectionPlan.uniform(2, experts=TopK(1))
+    plan = SelectionPlan(experts=TopK(1))
     expected: list[tuple[float, float]] = []
 
     class Compare(Callback):
@@ -121,7 +121,7 @@ def test_consistency_is_logged_where_a_plan_is_trained(
             loss = F.cross_entropy(dense.flatten(0, 1), batch["labels"].flatten())
             expected.append((loss.item(), consistency_loss(dense, sparse).item()))
 
-    finishing = SparseFinishing(LayerSelections(experts=TopK(1)), steps=2)
+    finishing = SparseFinishing(SelectionPlan(experts=TopK(1)), steps=2)
     trainer = make_trainer(max_steps=4, log_every_n_steps=1, callbacks=[Compare(), finishing])
     trainer.fit(make_one_model(consistency_weight=2.0), make_loader(), make_loader(3))
     logged = rows(trainer, "train/consistency")

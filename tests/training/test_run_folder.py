@@ -6,7 +6,14 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_dsmoe.callbacks.run_folder import run_folder
+from lightning_dsmoe.training.run_folder import run_folder
+
+from ..remote_logger import Remote
+
+
+@pytest.fixture
+def make_remote() -> type[Remote]:
+    return Remote
 
 
 def make_trainer(folder: Path, logger: Any, **options: Any) -> Trainer:

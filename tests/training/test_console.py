@@ -8,7 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
-from lightning_dsmoe.callbacks.console import (
+from lightning_dsmoe.training.console import (
     ParameterSummary,
     TrainingProgress,
     with_console_callbacks,
@@ -49,13 +49,14 @@ def test_the_last_epoch_is_shown_where_there_is_one(
 
 
 def test_the_summary_counts_parameters_and_no_operations(
-    model: Any,
+    make_one_model: Callable[..., Any],
     make_loader: Callable[..., Any],
     make_trainer: Callable[..., Trainer],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    model = make_one_model()
     trainer = make_trainer(callbacks=[ParameterSummary()], max_steps=1)
-    trainer.fit(model, make_loader(1), make_loader(1))
+    trainer.fit(model, make_loader(3), make_loader(3))
     shown = capsys.readouterr().out
     count = sum(parameter.numel() for parameter in model.parameters())
     assert "Decoder" in shown
