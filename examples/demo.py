@@ -88,15 +88,15 @@ def speed(share: float) -> Table:
     """Decoding speed of a dense model against its mixture with a share of the experts running."""
     k = max(1, round(share * EXPERTS))
     k_attention = max(1, round(share * ATTENTION_EXPERTS))
-    plan = SelectionPlan.uniform(LAYERS, experts=TopK(k), attention=TopK(k_attention))
+    plan = SelectionPlan(experts=TopK(k), attention=TopK(k_attention))
     mixture, twin = decoders()
     counts = count_parameters(mixture)
-    left_out = LAYERS * (
-        (EXPERTS - k) * counts.experts[0].per_expert
-        + (ATTENTION_EXPERTS - k_attention) * counts.attention[0].per_expert
+    left_out = sum(
+        (layer.n_experts - (k if layer.n_experts == EXPERTS else k_attention)) * layer.per_expert
+        for layer in counts.layers.values()
     )
     total_twin, total = (sum(p.numel() for p in model.parameters()) for model in (twin, mixture))
-    dense = compile_sparse(twin, SelectionPlan.uniform(LAYERS))
+    dense = compile_sparse(twin, SelectionPlan())
     sparse = compile_sparse(mixture, plan)
     rates = tokens_per_second([dense, sparse])
     running = f"{k} of {EXPERTS} experts, {k_attention} of {ATTENTION_EXPERTS} attention experts"

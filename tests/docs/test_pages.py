@@ -40,7 +40,7 @@ def test_blocks_run(
     page: Path, workplace: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SparseModel, "tune", lambda model: None, raising=False)  # takes minutes
-    SelectionPlan.uniform(4, experts=TopK(2)).save("plan.json")  # as calibrate would
+    SelectionPlan(experts=TopK(2)).save("plan.json")  # as calibrate would
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Trainers of a page share folders and machines
         run_page(page, start)
