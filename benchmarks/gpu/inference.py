@@ -50,7 +50,7 @@ class Engines:
         nowhere = torch.device("meta")
         self._models, self._device = models, device
         self._sparse, self._dense = made_on(nowhere, models.sparse), made_on(nowhere, models.dense)
-        self._everything = SelectionPlan.uniform(self._sparse.n_layers)
+        self._everything = SelectionPlan()
 
     @cached_property
     def sparse(self) -> SparseModel:

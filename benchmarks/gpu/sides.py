@@ -74,16 +74,15 @@ def models_1b() -> Models:
         torch.manual_seed(0)
         return Decoder(VOCABULARY, width, layers, attention=attention, feed_forward=feed_forward)
 
-    plan = partial(SelectionPlan.uniform, layers)
     return Models(
         "1B",
         partial(make, attention, feed_forward),
         partial(make, twins_attention, twins_feed_forward),
         {
-            "P1": plan(experts=TopK(11)),
-            "P2": plan(experts=TopK(9), attention=TopK(8)),
-            "P3": plan(experts=TopK(3), attention=TopK(4)),
-            "paper": plan(experts=TopK(9), attention=TopK(12)),
+            "P1": SelectionPlan(experts=TopK(11)),
+            "P2": SelectionPlan(experts=TopK(9), attention=TopK(8)),
+            "P3": SelectionPlan(experts=TopK(3), attention=TopK(4)),
+            "paper": SelectionPlan(experts=TopK(9), attention=TopK(12)),
         },
     )
 

@@ -16,9 +16,8 @@ from benchmarks.gpu.sides import Models, Side, compare_sides, made_on, models_1b
 from benchmarks.speed.plain_gpt import adamw, training_step
 from benchmarks.speed.sparse_models import operations
 from benchmarks.timing import seconds_per_call
-from lightning_dsmoe import Decoder, SelectionPlan
+from lightning_dsmoe import Decoder, RoutingLoss, SelectionPlan
 from lightning_dsmoe.training.objective import Step, objective
-from lightning_dsmoe.training.routing_losses import RoutingLossWeights
 
 TWIN, DS_MOE = "dense twin", "DS-MoE"
 NOTES = (
@@ -38,7 +37,7 @@ PEAKS = {
 }
 """Operations a second in bfloat16 without sparsity, by whole names: H100s differ by their board."""
 STEPS = 3
-MI_WEIGHTS = RoutingLossWeights(6.3e-4, 3.5e-4)
+MI_WEIGHTS = (6.3e-4, 3.5e-4)
 
 
 def training(
@@ -118,7 +117,7 @@ def _compare(
 def operations_per_token(make: Callable[[], Decoder], context: int) -> float:
     """Floating-point operations of a training step for each token; the backward pass takes two."""
     decoder = made_on(torch.device("meta"), make)
-    plan = SelectionPlan.uniform(decoder.n_layers)
+    plan = SelectionPlan()
     return 3 * operations(decoder, plan, context, predicted=context) / context
 
 
@@ -132,11 +131,11 @@ def _side(decoder: Decoder, shape: tuple[int, int], *, compiled: bool) -> Side:
     torch.manual_seed(0)
     text_BT = torch.randint(decoder.vocab_size, (shape[0], shape[1] + 1), device=device)
     batch = {"input_ids": text_BT[:, :-1], "labels": text_BT[:, 1:]}
-    plan = SelectionPlan.uniform(decoder.n_layers)
+    plan = SelectionPlan()
 
     def loss() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            return objective(Step.of(decoder, batch, plan), MI_WEIGHTS)[0]
+            return objective(Step.of(decoder, batch, plan), RoutingLoss(*MI_WEIGHTS))[0]
 
     step = partial(training_step, decoder, optimizer, loss)
     return Side(decoder, partial(seconds_per_call, step, STEPS))

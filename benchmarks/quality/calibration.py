@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import machine
-from lightning_dsmoe.analysis import HeldOut, PlanSearch, evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, MeasuredText, PlanSearch, evaluate_plan
 from lightning_dsmoe.analysis.plans.divergence import divergence
 from lightning_dsmoe.analysis.plans.routing_statistics import routing_statistics
 from lightning_dsmoe.analysis.plans.solvers import (
@@ -86,9 +86,9 @@ def compare(
     trained = open_trained(str(path), **source)
     model, counts = trained.model, trained.counts
     found_on, judged_on = trained.text.halves()
-    statistics = routing_statistics(model, found_on, counts)
+    statistics = routing_statistics(MeasuredText(model, found_on, counts))
     diverge, diverge_unseen = divergence(model, found_on), divergence(model, judged_on)
-    unseen = routing_statistics(model, judged_on, counts)
+    unseen = routing_statistics(MeasuredText(model, judged_on, counts))
     dense = evaluate_plan(model, model.plan, judged_on, counts)
     twin_loss = None if twin is None else dense_loss(twin, source, judged_on)
     search = PlanSearch(

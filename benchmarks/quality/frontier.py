@@ -1,12 +1,12 @@
 """What a trained model loses when fewer of its experts run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 from lightning_dsmoe import SelectionPlan, Threshold, TopK
-from lightning_dsmoe.analysis import HeldOut, PlanResult, evaluate_plan
+from lightning_dsmoe.analysis import HeldOut, MeasuredText, PlanResult, evaluate_plan
 from lightning_dsmoe.analysis.plans.routing_statistics import (
     RouterStatistics,
     Statistics,
@@ -15,6 +15,8 @@ from lightning_dsmoe.analysis.plans.routing_statistics import (
 from lightning_dsmoe.analysis.plans.solvers import alike, thresholds, uniform_mixed, uniform_numbers
 from lightning_dsmoe.commands.evaluation_setup import Trained
 from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.routing import routed_layers
+from lightning_dsmoe.routing.routing import Kind
 
 TRIES = 3
 """For a threshold that runs a share: what runs early decides how later layers route."""
@@ -47,10 +49,11 @@ def measure(
         return evaluate_plan(model, plan, text, counts)
 
     points: list[dict[str, Any]] = []
+    has_attention = any(layer.kind == "attention" for layer in routed_layers(model).values())
 
     def add(rule: str, budget: float, plan: SelectionPlan) -> None:
         loss, share, *_ = on_text(plan)
-        name = _name(plan, attention=any(counts.attention))
+        name = _name(plan, attention=has_attention)
         points.append({"rule": rule, "budget": budget, "plan": name, "share": share, "loss": loss})
 
     def add_threshold(share: float) -> None:
@@ -58,14 +61,14 @@ def measure(
         if plan is not None:
             add("threshold", share, plan)
 
-    dense = SelectionPlan.uniform(training_plan.n_layers)
+    dense = SelectionPlan()
     add("all", 1.0, dense)
     if training_plan != dense:
         add("as trained", 1.0, training_plan)
-    if not any(counts.experts + counts.attention):
+    if not counts.layers:
         return {"points": points, "running": {"experts": None, "attention": None}}
-    statistics = routing_statistics(model, part, counts)
-    highest = SelectionPlan.uniform(dense.n_layers, experts=TopK(1), attention=TopK(1))
+    statistics = routing_statistics(MeasuredText(model, part, counts))
+    highest = SelectionPlan(experts=TopK(1), attention=TopK(1))
     add("threshold", statistics.least_share, highest)
     for share in shares:
         add_threshold(share)
@@ -76,8 +79,11 @@ def measure(
         mixed = uniform_mixed(statistics, share)
         if mixed:
             add("mixed", share, min(mixed, key=lambda plan: on_part(plan).loss))
-    kinds = {"experts": statistics.experts, "attention": statistics.attention}
-    return {"points": points, "running": {kind: running(r, eps) for kind, r in kinds.items()}}
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    return {
+        "points": points,
+        "running": {k: running(statistics.of_kind(k).layers.values(), eps) for k in kinds},
+    }
 
 
 def threshold(
@@ -102,14 +108,14 @@ def threshold(
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
-def running(routers: list[RouterStatistics | None], eps: float) -> dict[str, float] | None:
+def running(routers: Iterable[RouterStatistics], eps: float) -> dict[str, float] | None:
     """Experts that run under a threshold, means over the routers of a kind; None without one.
 
     Returns:
         The `share` n / N of the experts, and `beyond_one`, the share (n - 1) / (N - 1) of those
         that can be left out, as one always runs.
     """
-    kept = [(r.running(eps).item(), r.n_experts) for r in routers if r is not None]
+    kept = [(r.running(eps).item(), r.n_experts) for r in routers]
     if not kept:
         return None
     return {
@@ -125,7 +131,7 @@ def every_fourth(text: HeldOut) -> HeldOut:
 
 
 def _name(plan: SelectionPlan, *, attention: bool) -> str:
-    experts, heads = plan.experts[0], plan.attention[0]
+    experts, heads = plan.experts, plan.attention
     and_heads = f", attention top {heads.k}" if attention and isinstance(heads, TopK) else ""
     if isinstance(experts, Threshold):
         return f"threshold {experts.eps:.3g}{and_heads}"

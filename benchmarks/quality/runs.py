@@ -83,8 +83,7 @@ def training_plan(config: Config) -> SelectionPlan:
         given = model.get(name)
         return AllExperts() if given is None else TopK(given["init_args"]["k"])
 
-    return SelectionPlan.uniform(
-        model["n_layers"],
+    return SelectionPlan(
         experts=selection("expert_selection"),
         attention=selection("attention_selection"),
     )

@@ -34,7 +34,6 @@ import torch
 from benchmarks.speed.decode_report import figure, table
 from benchmarks.speed.decoding import Decoding, Ours
 from benchmarks.speed.sparse_models import (
-    LAYERS,
     PLANS,
     VOCABULARY,
     active_bytes,
@@ -49,7 +48,7 @@ from lightning_dsmoe.inference import SparseModel
 BATCH_SIZES = [2**n for n in range(13)]
 SHARES = [(2, 1), (3, 2), (6, 3), (9, 4), (14, 5), (20, 6), (26, 7), (32, 8)]
 STREAM_BYTES = 256 * 2**20
-DENSE = SelectionPlan.uniform(LAYERS)
+DENSE = SelectionPlan()
 
 
 def main() -> None:
@@ -163,7 +162,7 @@ def shares(*, rounds: int) -> list[dict[str, float]]:
 
 def plan_of(experts: int, attention: int) -> SelectionPlan:
     """A plan of fixed numbers."""
-    return SelectionPlan.uniform(LAYERS, experts=TopK(experts), attention=TopK(attention))
+    return SelectionPlan(experts=TopK(experts), attention=TopK(attention))
 
 
 def many_experts(*, rounds: int) -> dict[str, Any]:

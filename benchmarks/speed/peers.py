@@ -109,8 +109,8 @@ def main() -> None:
 def llama_group(size: Size) -> Group:
     """Llama against a model with experts of GELU, under two plans and in 8 bits."""
     decoder, peer = ds_moe(size), llama(size)
-    p1 = SelectionPlan.uniform(size.n_layers, experts=TopK(11))
-    p3 = SelectionPlan.uniform(size.n_layers, experts=TopK(3), attention=TopK(2))
+    p1 = SelectionPlan(experts=TopK(11))
+    p3 = SelectionPlan(experts=TopK(3), attention=TopK(2))
     float32, int8 = compile_sparse(decoder, p1), compile_sparse(decoder, p1, quantization="int8")
     return Group(
         {
@@ -125,7 +125,7 @@ def llama_group(size: Size) -> Group:
 
 def qwen3_moe_group(size: Size) -> Group:
     """Qwen3-MoE, with each implementation of its experts, against a model of its shape."""
-    decoder, plan = glu_ds_moe(size), SelectionPlan.uniform(size.n_layers, experts=TopK(11))
+    decoder, plan = glu_ds_moe(size), SelectionPlan(experts=TopK(11))
     make = cache(partial(qwen3_moe, size, n_active=11))
     peers: dict[str, Callable[[], Reader]] = {}
     for experts in ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.keys())):
@@ -141,7 +141,7 @@ def jet_moe_group(size: Size) -> Group:
     """JetMoE against a model of its shape."""
     decoder, peer = jet_ds_moe(size), jet_moe(size, n_active=10)
     top_10 = TopK(10, renormalize=True)
-    plan = SelectionPlan.uniform(size.n_layers, experts=top_10, attention=top_10)
+    plan = SelectionPlan(experts=top_10, attention=top_10)
     return Group(
         {"top 10 of both, float32": partial(Ours, compile_sparse(decoder, plan), plan, CAPACITY)},
         _both_ways("JetMoE", lambda: peer),

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.sparse_models import LAYERS, PLANS, VOCABULARY, dense_twin, ds_moe, operations
+from benchmarks.speed.sparse_models import PLANS, VOCABULARY, dense_twin, ds_moe, operations
 from benchmarks.timing import compare, machine, rounds_of, seconds_per_call
 from lightning_dsmoe import SelectionPlan, compile_sparse
 from lightning_dsmoe.inference import SparseModel
 
-DENSE = SelectionPlan.uniform(LAYERS)
+DENSE = SelectionPlan()
 
 
 def main() -> None:

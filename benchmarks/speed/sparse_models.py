@@ -13,16 +13,16 @@ from lightning_dsmoe import Decoder, MixtureOfAttentionHeads, MixtureOfExperts, 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.experts import FeedForward
 from lightning_dsmoe.metrics import count_parameters
-from lightning_dsmoe.routing import AllExperts
+from lightning_dsmoe.routing import AllExperts, routed_layers
 
 VOCABULARY, WIDTH, LAYERS = 4096, 768, 12
 N_EXPERTS, D_EXPERT = 32, 128
 N_ATTENTION, N_HEADS, D_HEAD = 8, 2, 64
 
 PLANS = {
-    "P1": SelectionPlan.uniform(LAYERS, experts=TopK(11)),
-    "P2": SelectionPlan.uniform(LAYERS, experts=TopK(9), attention=TopK(4)),
-    "P3": SelectionPlan.uniform(LAYERS, experts=TopK(3), attention=TopK(2)),
+    "P1": SelectionPlan(experts=TopK(11)),
+    "P2": SelectionPlan(experts=TopK(9), attention=TopK(4)),
+    "P3": SelectionPlan(experts=TopK(3), attention=TopK(2)),
 }
 """P1: 11 of 32 feed-forward experts, all attention; P2: 34 %, P3: 15 % of the hidden parameters."""
 
@@ -77,19 +77,14 @@ def active_bytes(
     counts = count_parameters(decoder)
     always = counts.always + decoder.vocab_size * decoder.d_model
     routed = 0
-    for layers, selections in (
-        (counts.experts, plan.experts),
-        (counts.attention, plan.attention),
-    ):
-        for layer, selection in zip(layers, selections, strict=True):
-            if layer is None:
-                continue
-            if isinstance(selection, TopK):
-                routed += selection.k * layer.per_expert
-            elif isinstance(selection, AllExperts):
-                routed += layer.n_experts * layer.per_expert
-            else:
-                raise ValueError(f"the number of experts under {selection} varies")
+    for name, selection in plan.selections(routed_layers(decoder)).items():
+        layer = counts.layers[name]
+        if isinstance(selection, TopK):
+            routed += selection.k * layer.per_expert
+        elif isinstance(selection, AllExperts):
+            routed += layer.n_experts * layer.per_expert
+        else:
+            raise ValueError(f"the number of experts under {selection} varies")
     return routed * expert_bytes + always * other_bytes
 
 
@@ -112,7 +107,7 @@ def operations(decoder: Decoder, plan: SelectionPlan, length: int, *, predicted:
     head = decoder.vocab_size * decoder.d_model
     weights = active_bytes(decoder, plan, expert_bytes=1, other_bytes=1) - head
     channels = 0
-    for block, selection in zip(decoder.blocks, plan.attention, strict=True):
+    for block, selection in zip(decoder.blocks, decoder.selections(plan).attention, strict=True):
         heads = block.attention.heads
         n_groups = selection.k if isinstance(selection, TopK) else heads.n_groups
         channels += n_groups * heads.n_heads * heads.d_head

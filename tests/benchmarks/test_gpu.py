@@ -72,7 +72,7 @@ def tiny(gpu: SimpleNamespace) -> Any:
             partial(GroupedQueryAttention, n_heads=4, n_kv_heads=1, d_head=8),
             partial(FeedForward, d_hidden=32),
         ),
-        {"P": SelectionPlan.uniform(2, experts=TopK(2), attention=TopK(1))},
+        {"P": SelectionPlan(experts=TopK(2), attention=TopK(1))},
     )
 
 

@@ -37,7 +37,7 @@ def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamesp
         for layer in (block.attention, block.feed_forward):
             torch.nn.init.normal_(layer.router.weight)
     batches = [tuple(torch.randint(11, (2, 2, 16))) for _ in range(5)]
-    counts, plan = count_parameters(decoder), SelectionPlan.uniform(2)
+    counts, plan = count_parameters(decoder), SelectionPlan()
     model = compile_sparse(decoder, plan, switch_points=SwitchPoints(gather_up_to=0))
     trained = Trained(model, counts, HeldOut(batches, 160), ByteTokenizer())
     found = benchmark_modules.frontier.measure(trained, plan, [0.8], 0.48)
@@ -54,14 +54,16 @@ def test_plans_are_measured_as_a_plain_loop_does(benchmark_modules: SimpleNamesp
     assert [point["rule"] for point in fixed] == ["threshold", "top-k"]
     for point in fixed:
         k, heads = (int(number) for number in re.findall(r"\d+", point["plan"]))
-        of_heads = SelectionPlan.uniform(2, experts=TopK(k), attention=TopK(heads))
+        of_heads = SelectionPlan(experts=TopK(k), attention=TopK(heads))
         assert point["loss"] == pytest.approx(loss(of_heads), rel=1e-5)
-        experts, attention = counts.experts[0], counts.attention[0]
+        experts, attention = (
+            counts.layers[f"blocks.0.{name}"] for name in ("feed_forward", "attention")
+        )
         routed = 2 * (k * experts.per_expert + heads * attention.per_expert)
         assert point["share"] == pytest.approx((counts.always + routed) / counts.hidden)
     [mixed] = [point for point in found["points"] if point["rule"] == "mixed"]
     eps, heads = mixed["plan"].removeprefix("threshold ").split(", attention top ")
-    of_kinds = SelectionPlan.uniform(2, experts=Threshold(float(eps)), attention=TopK(int(heads)))
+    of_kinds = SelectionPlan(experts=Threshold(float(eps)), attention=TopK(int(heads)))
     assert mixed["loss"] == pytest.approx(loss(of_kinds), rel=1e-3)  # eps has three digits
     probs = [
         routing.probs for inputs, _ in batches[::4] for routing in decoder(inputs).routings.experts
@@ -76,10 +78,10 @@ def test_thresholds_come_closer_to_a_share_by_what_is_measured(
 ) -> None:
     """A model of which a tenth less runs than all experts' routing makes one think."""
     probs = torch.rand(2000, 8).softmax(-1).sort(dim=-1, descending=True).values
-    statistics = Statistics([RouterStatistics(probs, 10)], [None], always=20, hidden=100)
+    statistics = Statistics({"mlp": RouterStatistics("experts", probs, 10)}, 20, 100)
 
     def measured(plan: SelectionPlan) -> float:
-        return 0.9 * statistics.share([plan.experts[0].eps, 0.0])
+        return 0.9 * statistics.share({"mlp": plan.experts.eps})
 
     find = benchmark_modules.frontier.threshold
     assert measured(find(statistics, 0.6, measured)) == pytest.approx(0.6, abs=0.002)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_dsmoe import DSMoELanguageModel
+from lightning_dsmoe import DSMoELanguageModel, routed_layers
 from lightning_dsmoe.metrics import count_parameters
 
 
@@ -24,13 +24,9 @@ def sizes(models: ModuleType, name: str, preset: str) -> tuple[int, int, int]:
         model.configure_model()
     counts = count_parameters(model.decoder)
     running = counts.always
-    for layers, selections in (
-        (counts.experts, model.plan.experts),
-        (counts.attention, model.plan.attention),
-    ):
-        for layer, selection in zip(layers, selections, strict=True):
-            if layer is not None:
-                running += layer.per_expert * getattr(selection, "k", layer.n_experts)
+    for name, selection in model.plan.selections(routed_layers(model.decoder)).items():
+        layer = counts.layers[name]
+        running += layer.per_expert * getattr(selection, "k", layer.n_experts)
     return counts.outside + counts.hidden, counts.hidden, running
 
 
