@@ -41,7 +41,10 @@ _FIELDS = {
     "module": ShortText,  # for people: nothing looks for a class of this name
     "matrix_type": Literal["float64", "float32", "float16", "bfloat16"] | None,
     "remaining": dict,
+    "layers": dict,
 }
+_OPTIONS = ("gate_scale", "causal", "rope_theta", "qk_norm", "activation")
+"""Of a routed layer or its experts: without weights, and yet they change what it computes."""
 
 
 class ModuleArtifact(NamedTuple):
@@ -95,6 +98,7 @@ def write_module(
         "module": type(model).__name__[:200],
         "matrix_type": _matrix_type(model),
         "remaining": _remaining(model),
+        "layers": _layers(model),
         **config,
     }
 
@@ -140,6 +144,8 @@ def read_module(path: Path, model: nn.Module, *, certified: bool = True) -> Modu
         )
         if config["remaining"] != _remaining(model):
             raise ValueError(f"{path} has other experts removed than the model that was given")
+        if changes := _changes(config["layers"], _layers(model)):
+            raise ValueError(f"{path} is of another model: {'; '.join(changes[:3])}")
         few_tokens = FewTokens(SwitchPoints(**config["switch_points"]))
         quantizer = None
         if config["quantization"] is not None:
@@ -156,6 +162,36 @@ def read_module(path: Path, model: nn.Module, *, certified: bool = True) -> Modu
     found = verified_files(path, described, check_header, certified=certified)
     _load(found.model, path / WEIGHTS, devices)
     return found
+
+
+def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What the weights of each routed layer do not tell: classes of its parts, and options."""
+    found = {}
+    for name, layer in routed_layers(model).items():
+        experts = getattr(layer, "experts", None)
+        parts = {"router": layer.router, "experts": experts}
+        options = {
+            n: getattr(each, n) for each in (layer, experts) for n in _OPTIONS if hasattr(each, n)
+        }
+        found[name] = {
+            **{part: type(module).__name__ for part, module in parts.items() if module is not None},
+            **{
+                n: each
+                for n, each in options.items()
+                if isinstance(each, str | bool | float | None)
+            },
+        }
+    return found
+
+
+def _changes(before: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[str]:
+    return [
+        f"{option} of {name} was {before[name].get(option)!r:.80}, is {value!r:.80}"
+        for name, options in now.items()
+        if isinstance(before.get(name), dict)  # or else the names of tensors differ, too
+        for option, value in options.items()
+        if before[name].get(option) != value
+    ]
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

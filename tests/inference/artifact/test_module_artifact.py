@@ -2,19 +2,26 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_dsmoe.experts import MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference import SparseModule, compile_sparse, load_sparse
 from lightning_dsmoe.inference.artifact.certificate import save_certificate
-from lightning_dsmoe.routing import SelectionPlan, TopK
+from lightning_dsmoe.routing import LinearRouter, SelectionPlan, TopK
 
 from ..conftest import CERTIFICATE, FEED_FORWARD, UNCOMPILED, sign
 from ..networks import Network, network, plan_of
+
+
+class CosineLike(LinearRouter):
+    pass
 
 
 @pytest.fixture(params=[None, "int8"])
@@ -200,3 +207,26 @@ def test_a_model_on_the_meta_device(path: Path, sparse: SparseModule, x: Tensor)
         load_sparse(path, model=empty)
     empty.steps = torch.arange(3.0)
     assert torch.equal(load_sparse(path, model=empty)(x), sparse(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate_scale": "sum_to_one"}, "gate_scale of 0 was 'mean_one', is 'sum_to_one'"),
+        (
+            {"experts": partial(MLPExperts, activation="relu")},
+            "activation of 0 was 'gelu', is 'relu'",
+        ),
+        ({"router": CosineLike}, "router of 0 was 'LinearRouter', is 'CosineLike'"),
+    ],
+)
+def test_options_without_weights_must_be_the_same(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    def made(**options: Any) -> nn.Module:
+        return nn.Sequential(MixtureOfExperts(8, 4, 6, **options))
+
+    compile_sparse(made(), SelectionPlan(TopK(1))).save(tmp_path / "model")
+    assert load_sparse(tmp_path / "model", model=made()).plan == SelectionPlan(TopK(1))
+    with pytest.raises(ValueError, match=f"is of another model: {message}"):
+        load_sparse(tmp_path / "model", model=made(**options))
