@@ -30,7 +30,6 @@ MOVED = {
     "inference.engine.rows": "inference.engine.weights.row_major",
     "inference.engine.tiles": "inference.engine.weights.tiled",
     "inference.engine.head": "inference.engine.weights.int8_head",
-    "analysis.sweep": "analysis.plans.frontier",
     "analysis.pruning": "analysis.unused_experts",
     "analysis.utilization": "analysis.report.utilization",
     "data.tokenizers": "tokenizers",

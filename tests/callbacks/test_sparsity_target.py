@@ -99,7 +99,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         (
             {"expert_top_k": 1},
             {"expert_mi_weight": 0.0},
-            "expert_top_k=1: expert_mi_weight must be above 0, got 0.0",
+            "expert_top_k=1: the weight expert_mi of the RoutingLoss must be above 0, got 0.0",
         ),
     ],
 )
