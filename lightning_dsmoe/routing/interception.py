@@ -136,9 +136,11 @@ def call(
     """
     if is_pinned(args):
         return run(args[0], args[1].selection, *args[2:], **kwargs)
-    if torch.compiler.is_exporting():  # which is done once, under what is open then
-        return _call_in_scope(layer, run, args, kwargs)
-    return _call_uncompiled(layer, run, args, kwargs)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _call_uncompiled(layer, run, args, kwargs)
+    # Exporting, which is done once, under what is open then; or not compiling, where asking for it
+    # not to be compiled would take 40 us a call.
+    return _call_in_scope(layer, run, args, kwargs)
 
 
 def _call_in_scope(
