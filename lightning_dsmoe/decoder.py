@@ -35,7 +35,7 @@ class DecoderOutput(NamedTuple):
     routings: Routings
 
 
-_ALL_EXPERTS = AllExperts()  # made here, since torch.compile cannot trace the making of one
+_ALL_EXPERTS = SelectionPlan()  # made here, since torch.compile cannot trace the making of one
 
 
 class BlockOutput(NamedTuple):
@@ -104,26 +104,16 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        experts: Selection | None = None,
-        attention: Selection | None = None,
+        experts: Selection = AllExperts(),
+        attention: Selection = AllExperts(),
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> BlockOutput:
-        """Transform tokens `[B, T, D]`; a layer without a selection runs its default, all experts.
-
-        Args:
-            x: tokens.
-            experts: the feed-forward experts that run.
-            attention: the attention experts that run.
-            mask: bool `[B, T]`, false for padding; None for no padding.
-            cache: keys and values of earlier tokens; the new ones are added to it.
-        """
-        chosen: tuple[Selection, ...] = () if attention is None else (attention,)
-        attended = self.attention(self.attention_norm(x), *chosen, mask=mask, cache=cache)
+        """Transform tokens `[B, T, D]` with the selected experts of both layers."""
+        attended = self.attention(self.attention_norm(x), attention, mask=mask, cache=cache)
         x = x + self.dropout(attended.output)
-        chosen = () if experts is None else (experts,)
-        fed = self.feed_forward(self.feed_forward_norm(x), *chosen)
+        fed = self.feed_forward(self.feed_forward_norm(x), experts)
         return BlockOutput(x + self.dropout(fed.output), fed.routing, attended.routing)
 
 
@@ -269,16 +259,6 @@ class Decoder(nn.Module):
             of_blocks("experts", plan.experts), of_blocks("attention", plan.attention)
         )
 
-    def _default_selections(self) -> BlockSelections:
-        def default(layer: nn.Module) -> Selection:
-            own = layer.default_selection if isinstance(layer, RoutedLayer) else None
-            return _ALL_EXPERTS if own is None else own
-
-        return BlockSelections(
-            tuple(default(block.feed_forward) for block in self._blocks),
-            tuple(default(block.attention) for block in self._blocks),
-        )
-
     def forward(
         self,
         tokens: Tensor,
@@ -303,7 +283,7 @@ class Decoder(nn.Module):
             ValueError: if the plan does not fit the model or the context is too long.
             TypeError: if the plan is no `SelectionPlan`.
         """
-        selections = self._default_selections() if plan is None else self.selections(plan)
+        selections = self.selections(_ALL_EXPERTS if plan is None else plan)
         scope = interception.scope() if interception.is_open else None
         x = self.dropout(self.embed(tokens, mask=mask, caches=caches))
         experts, attention = [], []
@@ -386,7 +366,9 @@ def _pinned(
     So a compiled block stays one graph, and one that is recomputed runs what it ran before.
     """
     return [
-        Pinned(scope.selection(layer, given)) if isinstance(layer, RoutedLayer) else given
+        Pinned(scope.selection(layer, layer.wanted(given)))
+        if isinstance(layer, RoutedLayer)
+        else given
         for layer, given in ((block.feed_forward, experts), (block.attention, attention))
     ]
 

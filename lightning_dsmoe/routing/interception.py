@@ -150,9 +150,7 @@ def _call_in_scope(
     kwargs: Mapping[str, Any],
 ) -> MixtureOutput:
     place = _here.get()
-    given = selection_in(args, kwargs)
-    if layer.default_selection is not None and type(given) is AllExperts:
-        given = layer.default_selection
+    given = layer.wanted(selection_in(args, kwargs))
     if _is_recomputing():
         selection = _scope_of_recomputing(place, layer).selection(layer, given)
         args, kwargs = with_selection(args, kwargs, selection)
@@ -166,6 +164,7 @@ def _call_in_scope(
 
 def _scope_of_recomputing(place: Scope, layer: Layer) -> Scope:
     """What is open for a backward pass, whose own threads on a GPU have opened nothing."""
+    # Python did not start those threads: so it knows them as dummies alone.
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return place
     scopes = [each for each in reversed(_everywhere) if layer in each.selections]
@@ -180,10 +179,10 @@ def selection_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Selection:
 
 def with_selection(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], selection: Selection
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A layer's arguments with another selection."""
     if _is_second(args):
-        return (args[0], selection, *args[2:]), kwargs
+        return (args[0], selection, *args[2:]), dict(kwargs)
     return args, {**kwargs, "selection": selection}
 
 

@@ -47,12 +47,15 @@ class RoutedLayer(nn.Module, ABC):
         if interception.is_open or interception.is_pinned(args):
             return interception.call(self, super().__call__, args, kwargs)
         if self.default_selection is not None:
-            given = interception.selection_in(args, kwargs)
-            chosen = self.default_selection if type(given) is AllExperts else given
-            args, named = interception.with_selection(args, kwargs, chosen)
-            kwargs = dict(named)
+            wanted = self.wanted(interception.selection_in(args, kwargs))
+            args, kwargs = interception.with_selection(args, kwargs, wanted)
         output: MixtureOutput = super().__call__(*args, **kwargs)
         return output
+
+    def wanted(self, given: Selection) -> Selection:
+        """The selection that a call with this one means: its default means that of the layer."""
+        is_default = self.default_selection is not None and type(given) is AllExperts
+        return cast(Selection, self.default_selection) if is_default else given
 
     def parameters_by_expert(self) -> list[Tensor]:
         """Parameters `[E, ...]` with a part for each expert, which runs only where that one does.

@@ -168,11 +168,13 @@ class RoutingRecord:
         A layer that was not called ran no expert for any token; if none was called, there is none.
         """
         ran = {name: self.active(name) for name in self.layers if name in self._calls}
-        for name in self.layers if ran else ():
-            if name not in ran:
-                some = next(iter(ran.values()))
-                ran[name] = some.new_zeros(*some.shape[:-1], self.layers[name].n_experts)
-        return {name: ran[name] for name in self.layers if name in ran}
+        if not ran:
+            return {}
+        some = next(iter(ran.values()))
+        return {
+            name: ran[name] if name in ran else some.new_zeros(*some.shape[:-1], layer.n_experts)
+            for name, layer in self.layers.items()
+        }
 
     def active(self, name: str) -> Tensor:
         """The experts of a layer that ran, bool, of the shape of its probabilities."""

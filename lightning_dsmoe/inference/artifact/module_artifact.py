@@ -1,13 +1,14 @@
 """The artifact of a model that is not this library's: the same files, for a model the user builds.
 
 No file says how to build the model. So the tensors are compared, by names and shapes, with a copy
-of the user's model on the meta device before anything is loaded.
+of the user's model on the meta device before anything is loaded, and the options of its routed
+layers with those of the model that was saved.
 """
 
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -35,11 +36,12 @@ from lightning_dsmoe.reading import ShortText
 from lightning_dsmoe.routing import SelectionPlan, routed_layers
 from lightning_dsmoe.serialization.checkpoint import check_state
 
-_TYPES = ("float64", "float32", "float16", "bfloat16")
+_MatrixType = Literal["float64", "float32", "float16", "bfloat16"]
+_TYPES = get_args(_MatrixType)
 _FIELDS = {
     **COMMON_FIELDS,
     "module": ShortText,  # for people: nothing looks for a class of this name
-    "matrix_type": Literal["float64", "float32", "float16", "bfloat16"] | None,
+    "matrix_type": _MatrixType | None,
     "remaining": dict,
     "layers": dict,
 }
