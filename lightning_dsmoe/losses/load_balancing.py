@@ -1,15 +1,12 @@
 """The load-balancing loss of sparsely trained mixtures.
 
-Shapes: R routers, N tokens, E experts, J = R E; leading dimensions (tokens) are free.
+Shapes: R routers, E experts; leading dimensions (tokens) are free.
 """
 
-import torch
-from einops import rearrange
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
-from lightning_dsmoe.precision import without_autocast
+from lightning_dsmoe.losses.router_sums import RouterSums, over_ranks, router_sums
 
 
 def load_balancing_loss(
@@ -69,13 +66,14 @@ def load_balancing_losses(
         >>> load_balancing_losses(probs, probs > 0).tolist()
         [1.0, 1.0, 1.0]
     """
-    n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_NJ, weight_N = flatten_tokens(rearrange(probs, "r ... e -> ... (r e)"), mask)
-    active_NJ = rearrange(active, "r ... e -> (...) (r e)").to(probs_NJ)
-    with without_autocast(probs.device.type):
-        totals = torch.cat([weight_N @ active_NJ, weight_N @ probs_NJ, weight_N.sum()[None]])
-        totals = sum_over_ranks(totals, group)
-        assigned_RE, prob_RE = rearrange(totals[:-1], "(two r e) -> two r e", two=2, r=n_routers)
-        share_RE = assigned_RE / assigned_RE.sum(-1, keepdim=True).clamp_min(1)
-        loss_R: Tensor = n_experts * (share_RE * prob_RE).sum(-1) / totals[-1].clamp_min(1)
-        return loss_R
+    (sums,) = over_ranks([router_sums(probs, mask, active=active)], group)
+    return load_balancing_of(sums)
+
+
+def load_balancing_of(sums: RouterSums) -> Tensor:
+    """The load-balancing losses `[R]` of some routers, from their sums over tokens."""
+    assert sums.active is not None
+    share_RE = sums.active / sums.active.sum(-1, keepdim=True).clamp_min(1)
+    prob_RE = sums.probs / sums.tokens.clamp_min(1)
+    loss_R: Tensor = prob_RE.shape[-1] * (share_RE * prob_RE).sum(-1)
+    return loss_R

@@ -1,37 +1,14 @@
 """The mutual-information loss, which keeps experts specialised and balanced, and its entropies.
 
-Shapes: R routers, N tokens, E experts, J = R E; leading dimensions of public arguments are free.
+Shapes: R routers, E experts; leading dimensions (tokens) are free.
 """
 
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor
 
-from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
-from lightning_dsmoe.precision import without_autocast
-
-
-def entropy(probs: Tensor) -> Tensor:
-    """Entropy over the last dimension, H(p) = -sum_i p_i ln p_i, in nats.
-
-    Values and gradients stay finite where a probability is zero.
-
-    Args:
-        probs: probabilities `[..., E]`.
-
-    Returns:
-        Entropies `[...]`.
-
-    Examples:
-        >>> import torch
-        >>> from lightning_dsmoe.losses import entropy
-        >>> round(entropy(torch.tensor([0.5, 0.5, 0.0])).item(), 3)  # ln 2
-        0.693
-    """
-    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
+from lightning_dsmoe.losses.router_sums import RouterSums, entropy, over_ranks, router_sums
 
 
 class RoutingEntropies(NamedTuple):
@@ -109,12 +86,11 @@ def routing_entropies(
         >>> conditional.item(), round(marginal.item(), 3)
         (0.0, 0.693)
     """
-    n_routers, n_experts = probs.shape[0], probs.shape[-1]
-    probs_NJ, weight_N = flatten_tokens(rearrange(probs, "r ... e -> ... (r e)"), mask)
-    entropy_NR = entropy(rearrange(probs_NJ, "n (r e) -> n r e", r=n_routers))
-    with without_autocast(probs.device.type):
-        totals = torch.cat([weight_N @ probs_NJ, weight_N @ entropy_NR, weight_N.sum()[None]])
-    totals = sum_over_ranks(totals, group)
-    means = totals[:-1] / totals[-1].clamp_min(1)
-    share_J, conditional_R = means.split([n_routers * n_experts, n_routers])
-    return RoutingEntropies(conditional_R, entropy(rearrange(share_J, "(r e) -> r e", r=n_routers)))
+    (sums,) = over_ranks([router_sums(probs, mask)], group)
+    return entropies_of(sums)
+
+
+def entropies_of(sums: RouterSums) -> RoutingEntropies:
+    """The two entropies of some routers, from their sums over tokens."""
+    count_R1 = sums.tokens.clamp_min(1)
+    return RoutingEntropies(sums.entropies / count_R1[:, 0], entropy(sums.probs / count_R1))

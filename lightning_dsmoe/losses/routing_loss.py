@@ -1,22 +1,20 @@
 """The losses of all routers of a model, weighted and added up.
 
-Shapes: R routers, N tokens, E experts, J = R E, W sums of a router; leading dimensions (tokens) are
-free.
+Shapes: R routers, E experts; leading dimensions (tokens) are free.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch import Tensor, nn
 
-from lightning_dsmoe.losses.mutual_information import entropy
-from lightning_dsmoe.losses.token_sums import flatten_tokens, sum_over_ranks
-from lightning_dsmoe.precision import at_least_float32, without_autocast
+from lightning_dsmoe.losses.load_balancing import load_balancing_of
+from lightning_dsmoe.losses.mutual_information import entropies_of
+from lightning_dsmoe.losses.router_sums import RouterSums, joined, over_ranks, router_sums
 from lightning_dsmoe.routing.plan import SelectionPlan
 from lightning_dsmoe.routing.routing import Kind, Routing, Routings
 from lightning_dsmoe.routing.running import RoutingRecord
@@ -36,11 +34,10 @@ class RoutingLosses(NamedTuple):
 
 
 class _Routed(NamedTuple):
-    """One router: what it said, if it was called, its experts that ran, and tokens that count."""
+    """One router: what it said, perhaps of no token, its experts that ran, tokens that count."""
 
     kind: Kind
-    n_experts: int
-    routing: Routing | None
+    routing: Routing
     active: Callable[[], Tensor]
     mask: Tensor | None
 
@@ -137,84 +134,53 @@ class RoutingLoss(nn.Module):
                 "RoutingLoss needs the record of record_routings, or the routings that a Decoder "
                 f"returns, got {type(record).__name__}"
             )
-        total = torch.zeros((), device=_device(routed))
-        terms: dict[str, Tensor] = {}
-        for kind, weight in (("experts", self.expert_mi), ("attention", self.attention_mi)):
-            some = [each for each in routed if each.kind == kind]
-            # With other ranks even if this one called none: they wait for its sums.
-            if some and (group is not None or any(each.routing for each in some)):
-                kind_total, kind_terms = self._of_kind(some, weight, group)
-                total = total + kind_total
-                terms |= {f"{kind}/{name}": value.detach() for name, value in kind_terms.items()}
-        return RoutingLosses(total, terms)
+        if group is None:  # or else other ranks may have called what this one did not
+            routed = [each for each in routed if each.routing.probs.numel()]
+        alike: dict[tuple[Kind, int], list[_Routed]] = {}
+        for each in routed:
+            alike.setdefault((each.kind, each.routing.probs.shape[-1]), []).append(each)
+        sums = over_ranks([self._sums(some) for some in alike.values()], group)
+        return self._of_sums([(kind, each) for (kind, _), each in zip(alike, sums, strict=True)])
 
-    def _of_kind(
-        self, routed: list[_Routed], mi_weight: float, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        # One reduction for all routers, in the order of the model: tokens of ranks may differ in
-        # shape, and a layer may be called on some of them only.
-        sums = torch.cat([each.flatten() for each in self._sums(routed)])
-        by_router = sum_over_ranks(sums, group).split([self._width(each) for each in routed])
-        total = torch.zeros((), device=sums.device)
-        conditional, marginal = [], []
-        for n_experts in dict.fromkeys(each.n_experts for each in routed):
-            rows = [
-                row
-                for row, each in zip(by_router, routed, strict=True)
-                if each.n_experts == n_experts
-            ]
-            sums_RW = torch.stack(rows)
-            means_RW = sums_RW / sums_RW[:, :1].clamp_min(1)
-            share_RE, conditional_R = means_RW[:, 1 : n_experts + 1], means_RW[:, n_experts + 1]
-            marginal_R = entropy(share_RE)
-            conditional.append(conditional_R)
-            marginal.append(marginal_R)
-            total = total - mi_weight * (marginal_R - conditional_R).sum()
-            if self.load_balancing:
-                assigned_RE = sums_RW[:, n_experts + 2 : 2 * n_experts + 2]
-                assigned_RE = assigned_RE / assigned_RE.sum(-1, keepdim=True).clamp_min(1)
-                balance_R = n_experts * (assigned_RE * share_RE).sum(-1)
-                total = total + self.load_balancing * balance_R.sum()
-            if self.router_z:
-                total = total + self.router_z * means_RW[:, -1].sum()
-        conditional_R, marginal_R = torch.cat(conditional), torch.cat(marginal)
-        return total, {
-            "mutual_information": (marginal_R - conditional_R).mean(),
-            "entropy": conditional_R.mean(),
-            "balance_entropy": marginal_R.mean(),
-        }
-
-    def _width(self, routed: _Routed) -> int:
-        """Sums of a router: tokens, probabilities, entropies, and what further losses need."""
-        return 2 + routed.n_experts * (2 if self.load_balancing else 1) + bool(self.router_z)
-
-    def _sums(self, routed: list[_Routed]) -> list[Tensor]:
-        """Sums over the tokens of each router that count, `[W]`."""
-        device = _device(routed)
-        sums = [torch.zeros(self._width(each), device=device) for each in routed]
-        for numbers in _alike(routed):
-            some = [routed[number] for number in numbers]
-            n_routers = len(some)
-            probs = torch.stack([_called(each).probs for each in some])
-            probs_NJ, weight_N = flatten_tokens(
-                rearrange(probs, "r ... e -> ... (r e)"), some[0].mask
-            )
-            entropy_NR = entropy(rearrange(probs_NJ, "n (r e) -> n r e", r=n_routers))
-            with without_autocast(probs.device.type):
-                sums_RE = rearrange(weight_N @ probs_NJ, "(r e) -> r e", r=n_routers)
-                entropy_R1 = (weight_N @ entropy_NR)[:, None]
-                parts = [weight_N.sum().expand(n_routers, 1), sums_RE, entropy_R1]
+    def _of_sums(self, sums: Sequence[tuple[Kind, RouterSums]]) -> RoutingLosses:
+        """The losses from the sums of groups of routers."""
+        total = torch.zeros((), device=sums[0][1].probs.device if sums else None)
+        terms = {}
+        for kind, mi_weight in (("experts", self.expert_mi), ("attention", self.attention_mi)):
+            of_kind = [each for name, each in sums if name == kind]
+            entropies = [entropies_of(each) for each in of_kind]
+            for each, (conditional_R, marginal_R) in zip(of_kind, entropies, strict=True):
+                total = total - mi_weight * (marginal_R - conditional_R).sum()
                 if self.load_balancing:
-                    active = torch.stack([each.active() for each in some])
-                    active_NJ = rearrange(active, "r ... e -> (...) (r e)").to(probs_NJ)
-                    parts.append(rearrange(weight_N @ active_NJ, "(r e) -> r e", r=n_routers))
-                if self.router_z:
-                    logits = torch.stack([_called(each).logits for each in some])
-                    z_NR = rearrange(at_least_float32(logits), "r ... e -> (...) r e").logsumexp(-1)
-                    parts.append((weight_N @ z_NR.square())[:, None])
-                for number, row in zip(numbers, torch.cat(parts, 1), strict=True):
-                    sums[number] = row
-        return sums
+                    total = total + self.load_balancing * load_balancing_of(each).sum()
+                if each.squared_z is not None:
+                    z_R = each.squared_z / each.tokens[:, 0].clamp_min(1)
+                    total = total + self.router_z * z_R.sum()
+            if entropies:
+                conditional_R, marginal_R = map(torch.cat, zip(*entropies, strict=True))
+                terms[f"{kind}/mutual_information"] = (marginal_R - conditional_R).mean()
+                terms[f"{kind}/entropy"] = conditional_R.mean()
+                terms[f"{kind}/balance_entropy"] = marginal_R.mean()
+        return RoutingLosses(total, {name: value.detach() for name, value in terms.items()})
+
+    def _sums(self, routed: Sequence[_Routed]) -> RouterSums:
+        """Sums of routers with as many experts, in their order."""
+        of_shape: dict[torch.Size, list[int]] = {}
+        for number, each in enumerate(routed):
+            of_shape.setdefault(each.routing.probs.shape, []).append(number)
+        rows: dict[int, RouterSums] = {}
+        for numbers in of_shape.values():
+            some = [routed[number] for number in numbers]
+            sums = router_sums(
+                torch.stack([each.routing.probs for each in some]),
+                some[0].mask,
+                active=torch.stack([e.active() for e in some]) if self.load_balancing else None,
+                logits=torch.stack([e.routing.logits for e in some]) if self.router_z else None,
+            )
+            if len(of_shape) == 1:
+                return sums
+            rows |= {n: sums.map(lambda part, r=r: part[r, None]) for r, n in enumerate(numbers)}  # type: ignore[misc]
+        return joined([rows[number] for number in range(len(routed))])
 
     def _check_gradients(self, record: RoutingRecord) -> None:
         if not (self.training and torch.is_grad_enabled()):
@@ -237,16 +203,17 @@ class RoutingLoss(nn.Module):
 
 def _of_record(record: RoutingRecord, mask: Tensor | None) -> list[_Routed]:
     mask, routings = record.mask if mask is None else mask, record.routings
-    return [
-        _Routed(
-            layer.kind,
-            layer.n_experts,
-            routings.get(name),
-            partial(record.active, name),
-            record.mask_of(name, mask) if name in routings else None,
-        )
-        for name, layer in record.layers.items()
-    ]
+    routed = []
+    for name, layer in record.layers.items():
+        if name in routings:
+            of_tokens = record.mask_of(name, mask)
+            active = partial(record.active, name)
+            routed.append(_Routed(layer.kind, routings[name], active, of_tokens))
+        else:
+            device = next(layer.parameters()).device
+            nothing = torch.zeros(0, layer.n_experts, device=device)
+            routed.append(_Routed(layer.kind, Routing(nothing, nothing), nothing.bool, None))
+    return routed
 
 
 def _of_decoder(routings: Routings, mask: Tensor | None, plan: SelectionPlan) -> list[_Routed]:
@@ -255,28 +222,9 @@ def _of_decoder(routings: Routings, mask: Tensor | None, plan: SelectionPlan) ->
     return [
         _Routed(
             layer.kind,
-            layer.n_experts,
             layer.routing,
             partial(selections[name].mask, layer.routing.probs),
             mask,
         )
         for name, layer in layers.items()
     ]
-
-
-def _alike(routed: list[_Routed]) -> list[list[int]]:
-    """Numbers of the routers that were called, in groups whose tensors have one shape."""
-    groups: dict[object, list[int]] = {}
-    for number, each in enumerate(routed):
-        if each.routing is not None:
-            groups.setdefault(each.routing.probs.shape, []).append(number)
-    return list(groups.values())
-
-
-def _called(routed: _Routed) -> Routing:
-    assert routed.routing is not None
-    return routed.routing
-
-
-def _device(routed: list[_Routed]) -> torch.device | None:
-    return next((each.routing.probs.device for each in routed if each.routing), None)
