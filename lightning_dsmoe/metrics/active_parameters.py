@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -85,9 +84,8 @@ def active_parameters(
 
     Args:
         counts: parameter counts of the model, from `count_parameters`.
-        active: the experts that run, for each routed layer bool `[..., E]`, by name. Of a layer
-            that is called k times for each token, all calls along the first dimension, as
-            `record_routings` keeps them: its parameters run where any call runs them.
+        active: the experts that run, for each routed layer bool `[..., E]`, by name, such as those
+            of `RoutingRecord.active_masks`.
         mask: tokens that count, bool `[...]`; None counts all.
 
     Returns:
@@ -211,14 +209,11 @@ def _update(counts: ParameterCounts, active: Masks, mask: Tensor | None) -> tupl
     if mask is None:
         if not active:
             raise ValueError("a model without routed layers needs a mask of the tokens that count")
-        fewest = min(active.values(), key=lambda running: running[..., 0].numel())
-        mask = fewest.new_ones(fewest.shape[:-1])
+        first = next(iter(active.values()))
+        mask = first.new_ones(first.shape[:-1])
     parameters = torch.full(mask.shape, counts.always, dtype=torch.int64, device=mask.device)
     for name, routed in counts.layers.items():
         running, shape = active[name], (*mask.shape, routed.n_experts)
-        # Not of flat tokens: there, further calls could not be told from further tokens.
-        if running.ndim > 2 and len(running) > len(mask) > 0 == len(running) % len(mask):
-            running = rearrange(running, "(calls b) ... -> calls b ...", b=len(mask)).any(0)
         if running.shape != shape:
             raise ValueError(f"{name}: a mask of shape {shape}, got {tuple(running.shape)}")
         parameters += running.sum(-1) * routed.per_expert

@@ -165,9 +165,14 @@ class RoutingRecord:
     def active_masks(self) -> dict[str, Tensor]:
         """The experts that ran, for each layer bool `[..., E]`, by name.
 
-        A layer that was not called ran no expert for any token; if none was called, there is none.
+        Of a layer that was called on the same tokens several times, those that ran in any call. A
+        layer that was not called ran no expert for any token; if none was called, there is none.
         """
-        ran = {name: self.active(name) for name in self.layers if name in self._calls}
+        ran = {}
+        for name in self._calls:
+            calls = self._active(name)
+            alike = len({each.shape for each in calls}) == 1
+            ran[name] = torch.stack(calls).any(0) if alike else _joined(calls)
         if not ran:
             return {}
         some = next(iter(ran.values()))
@@ -178,8 +183,11 @@ class RoutingRecord:
 
     def active(self, name: str) -> Tensor:
         """The experts of a layer that ran, bool, of the shape of its probabilities."""
+        return _joined(self._active(name))
+
+    def _active(self, name: str) -> list[Tensor]:
         remaining = self.layers[name].remaining
-        return _joined([running_mask(s, r, remaining) for r, s in self._calls[name]])
+        return [running_mask(s, r, remaining) for r, s in self._calls[name]]
 
     def mask_of(self, name: str, mask: Tensor | None) -> Tensor | None:
         """A mask of the tokens of one call, for all tokens of a layer.

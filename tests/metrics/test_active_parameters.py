@@ -113,21 +113,15 @@ def test_masks_must_fit() -> None:
         active_parameters(COUNTS, masks | {"heads": masks["mlp"]}, mask)
     with pytest.raises(ValueError, match=r"mlp: a mask of shape \(4, 4\), got \(5, 4\)"):
         active_parameters(COUNTS, masks, mask[:4])
-    # Ten flat tokens may be two calls or twice the tokens.
     with pytest.raises(ValueError, match=r"heads: a mask of shape \(5, 2\), got \(10, 2\)"):
         active_parameters(COUNTS, masks | {"heads": masks["heads"].repeat(2, 1)}, mask)
+    windows = random_masks(6, 3)  # twice as many sequences are no second call of a layer
+    with pytest.raises(ValueError, match=r"heads: a mask of shape \(3, 3, 2\), got \(6, 3, 2\)"):
+        active_parameters(COUNTS, windows | {"mlp": windows["mlp"][:3]})
     nothing = ParameterCounts(outside=0, always=5, layers={})
     with pytest.raises(ValueError, match="without routed layers needs a mask"):
         active_parameters(nothing, {})
     assert active_parameters(nothing, {}, mask) == (1, 1, 1)
-
-
-def test_of_several_calls_those_run_that_any_call_runs() -> None:
-    masks = random_masks(6, 3)
-    calls = masks["heads"].view(2, 3, 3, 2)
-    expected = active_parameters(COUNTS, {"mlp": masks["mlp"][:3], "heads": calls.any(0)})
-    for mask in (None, torch.ones(3, 3, dtype=torch.bool)):
-        assert active_parameters(COUNTS, masks | {"mlp": masks["mlp"][:3]}, mask) == expected
 
 
 def test_masks_under_a_plan(mixed_decoder: Decoder) -> None:

@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, D width, E experts.
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,19 @@ def test_a_layer_that_is_called_several_times_has_all_tokens(x: Tensor) -> None:
     with record_routings(model) as record:
         model(x), model(x[:, :2])
     assert record.routings["0.layer"].probs.shape == (B * T * 2 + B * 2 * 2, 4)
+
+
+def test_of_several_calls_those_ran_that_any_call_ran(x: Tensor) -> None:
+    layer = MixtureOfExperts(D, 4, 6, router=partial(LinearRouter, init_std=1.0))
+    model = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
+    for tokens in (x, x[0]):  # flat ones, too
+        with run_plan(model, SelectionPlan(TopK(1))), record_routings(model) as record:
+            model(tokens)
+        first = layer.router(tokens).probs
+        second = layer.router(layer.forward(tokens, TopK(1)).output).probs
+        expected = TopK(1).mask(first) | TopK(1).mask(second)
+        assert torch.equal(record.active_masks()["0.layer"], expected)
+        assert expected.sum() > expected[..., 0].numel()
 
 
 def test_masked_tokens_do_not_count(model: Model, x: Tensor) -> None:
