@@ -272,11 +272,25 @@ def test_layers_that_are_called_in_other_ways(make_trainer: MakeTrainer) -> None
         (logged,) = trainer.validate(model, loader(4), verbose=False)
         return {name: value for name, value in logged.items() if "share" in name}
 
-    counts = count_parameters(classifier())
-    one = counts.always + counts.layers[LAYERS[0]].per_expert
-    expected = {"val/sparse/top_1/active_share": pytest.approx(one / counts.hidden)}
-    assert shares(1, False) == expected
-    assert shares(2, False) == expected
+    def expected(calls: int) -> dict[str, object]:
+        """Of the first layer those experts that a token meets in any call; of the second none."""
+        torch.manual_seed(3)
+        encoder = Odd().encoder
+        x_BTD = encoder.embedding(torch.cat([tokens for tokens, _ in loader(4)]))
+        met = torch.zeros(*x_BTD.shape[:2], 4, dtype=torch.bool)
+        with torch.no_grad(), run_plan(encoder, TOP_1):
+            for _ in range(calls):
+                with record_routings(encoder) as record:
+                    x_BTD = encoder.blocks[0](x_BTD)
+                (routing,) = record.routings.values()
+                met |= F.one_hot(routing.probs.argmax(-1), 4).bool()
+        counts = count_parameters(Odd())
+        active = counts.always + met.sum(-1).float().mean() * counts.layers[LAYERS[0]].per_expert
+        return {"val/sparse/top_1/active_share": pytest.approx(active.item() / counts.hidden)}
+
+    assert shares(1, False) == expected(1)
+    assert shares(2, False) == expected(2)
+    assert expected(1) != expected(2)
     assert shares(1, True) == {}
 
 

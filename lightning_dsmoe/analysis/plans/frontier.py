@@ -117,7 +117,7 @@ def sweep_plans(model: nn.Module) -> dict[str, SelectionPlan]:
         add(f"threshold top-k {eps:g}", routing.ThresholdTopK(eps), routing.ThresholdTopK(eps))
     for p in P:
         add(f"top-p {p:g}", routing.TopP(p), routing.TopP(p))
-    for k in few:
+    for k in few if few_heads else ():  # or else the plans of above once more
         add(f"top {k}, all attention", routing.TopK(k), routing.AllExperts())
     for k in few_heads:
         add(f"all experts, top {k} attention", routing.AllExperts(), routing.TopK(k))
