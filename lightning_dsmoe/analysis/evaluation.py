@@ -177,7 +177,8 @@ def evaluate(on: Measured, plan: SelectionPlan) -> PlanResult:
         losses += reading.losses
         n_counted += reading.n_counted
         seconds += reading.seconds
-        if not (masks := reading.active()):
+        masks = reading.active()
+        if not masks and reading.mask is None:  # nothing says which tokens there were
             raise ValueError("no routed layer was called, so there is no active share")
         first = next(iter(masks.values())) if reading.mask is None else reading.mask
         active.to(first.device).update(masks, reading.mask)
