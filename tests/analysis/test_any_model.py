@@ -386,6 +386,8 @@ def test_other_mistakes(encoder: Encoder, batches: list[Batch], text: HeldOut) -
         routing_statistics(
             MeasuredBatches(encoder, batches, classify, mask=lambda batch: batch[1][:, :5])
         )
+    with pytest.raises(ValueError, match="no routed layer was called"):
+        evaluate_plan(encoder, PLAN, batches, loss=lambda _, batch: batch[0].mean((1, 2)))
     with pytest.raises(ValueError, match="no routed layer 'middle'"):
         evaluate_plan(encoder, SelectionPlan(layers={"middle": TopK(1)}), batches, loss=classify)
 
