@@ -5,7 +5,7 @@ Shapes: B sequences in a batch, T positions, D width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ class NormFactory(Protocol):
         """Make a normalisation over the last dimension, of that size."""
 
 
+Factory = TypeVar("Factory", AttentionFactory, FeedForwardFactory)
+
+
 class Block(nn.Module):
     """Attention, then a feed-forward layer, each on a normalised residual stream.
 
@@ -140,8 +143,10 @@ class Decoder(nn.Module):
         vocab_size: number of tokens V of the vocabulary.
         d_model: width D.
         n_layers: number of blocks.
-        attention: makes the attention of a block, called as `attention(d_model)`.
-        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`.
+        attention: makes the attention of a block, called as `attention(d_model)`; a list has one
+            for each block.
+        feed_forward: makes its feed-forward layer, called as `feed_forward(d_model)`; a list has
+            one for each block.
         norm: makes a normalisation, called as `norm(d_model)`.
         max_positions: size of a learned table of positions added to the embeddings, and thus the
             longest context; None for no such table, as with rotary positions.
@@ -151,7 +156,8 @@ class Decoder(nn.Module):
             effect with caches.
 
     Raises:
-        ValueError: if a size is below 1, dropout is not in [0, 1) or attention is not causal.
+        ValueError: if a size is below 1, dropout is not in [0, 1), attention is not causal, or a
+            list has not one factory for each block.
 
     Examples:
         >>> import torch
@@ -175,8 +181,8 @@ class Decoder(nn.Module):
         d_model: int,
         n_layers: int,
         *,
-        attention: AttentionFactory,
-        feed_forward: FeedForwardFactory,
+        attention: AttentionFactory | Sequence[AttentionFactory],
+        feed_forward: FeedForwardFactory | Sequence[FeedForwardFactory],
         norm: NormFactory = nn.RMSNorm,
         max_positions: int | None = None,
         tie_embeddings: bool = True,
@@ -201,10 +207,12 @@ class Decoder(nn.Module):
         self.positions = None if max_positions is None else TokenEmbedding(max_positions, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(
-                d_model, attention=attention, feed_forward=feed_forward, norm=norm, dropout=dropout
+            Block(d_model, attention=attend, feed_forward=feed, norm=norm, dropout=dropout)
+            for attend, feed in zip(
+                _of_each_layer("attention", attention, n_layers),
+                _of_each_layer("feed_forward", feed_forward, n_layers),
+                strict=True,
             )
-            for _ in range(n_layers)
         )
         if not all(getattr(block.attention, "causal", True) for block in self._blocks):
             raise ValueError("a decoder needs causal attention, got causal=False")
@@ -351,6 +359,17 @@ class Decoder(nn.Module):
         new_cache = partial(KVCache, device=weight.device, dtype=weight.dtype)
         layers = [block.attention for block in self._blocks]
         return [new_cache(batch_size, a.n_kv_heads, capacity, a.d_head) for a in layers]
+
+
+def _of_each_layer(name: str, given: Factory | Sequence[Factory], n_layers: int) -> list[Factory]:
+    """The factory of each layer, from one for all or a list."""
+    if not isinstance(given, Sequence):
+        return [given] * n_layers
+    if len(given) != n_layers:
+        raise ValueError(
+            f"{name} must be one for all layers or one for each, got {len(given)} for {n_layers}"
+        )
+    return list(given)
 
 
 def _layers_by_kind(block: Block) -> tuple[tuple[Kind, nn.Module], ...]:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.attention.attention import Attention, attention_scope
-from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.attention.head_groups import HeadGroups, QKNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.attention.rope_scaling import RopeScaling
 from lightning_dsmoe.placement import Device
 from lightning_dsmoe.routing import AllExperts, MixtureOutput, Selection
 from lightning_dsmoe.token_shapes import check_width
@@ -22,14 +23,19 @@ class GroupedQueryAttention(Attention):
         n_kv_heads: key and value heads; a divisor of `n_heads`.
         d_head: head width.
         rope_theta: base of the rotary frequencies; None for no rotary positions.
-        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        rope_scaling: changes those frequencies, as `Llama3RopeScaling` does; None for none.
+        rotary_fraction: share of each head's channels that rotate, the first ones.
+        qk_norm: whether queries and keys pass an RMSNorm over each head; "projection" is one over
+            all heads together, as in OLMoE.
+        norm_eps: epsilon of that norm; None for the smallest number of the type.
         bias: whether the projections have biases.
+        output_bias: whether the projection of the output has one; None for as the others.
         causal: whether tokens attend to earlier ones alone, as in a decoder; false for encoders.
         device: where the weights are made; None for PyTorch's default.
         dtype: type of the weights; None for PyTorch's default.
 
     Raises:
-        ValueError: if `n_kv_heads` does not divide `n_heads` or a size is out of range.
+        ValueError: if `n_kv_heads` does not divide `n_heads` or an option is out of range.
 
     Examples:
         >>> import torch
@@ -47,8 +53,12 @@ class GroupedQueryAttention(Attention):
         d_head: int,
         *,
         rope_theta: float | None = 10000.0,
-        qk_norm: bool = False,
+        rope_scaling: RopeScaling | None = None,
+        rotary_fraction: float = 1.0,
+        qk_norm: QKNorm = False,
+        norm_eps: float | None = None,
         bias: bool = False,
+        output_bias: bool | None = None,
         causal: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -63,8 +73,12 @@ class GroupedQueryAttention(Attention):
         self.n_kv_heads = n_kv_heads
         self.d_head = d_head
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.rotary_fraction = rotary_fraction
         self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
         self.bias = bias
+        self.output_bias = output_bias
         self.causal = causal
         n_groups = n_heads // n_kv_heads
         self.heads = HeadGroups(
@@ -73,8 +87,12 @@ class GroupedQueryAttention(Attention):
             n_kv_heads,
             d_head,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            rotary_fraction=rotary_fraction,
             qk_norm=qk_norm,
+            norm_eps=norm_eps,
             bias=bias,
+            output_bias=output_bias,
             device=device,
             dtype=dtype,
         )

@@ -5,6 +5,9 @@ E groups of query heads, H heads of one group = KV heads, R = H C rows of one gr
 G = H E heads and J = E R rows of all groups, M new tokens that use one group.
 """
 
+import math
+from typing import Any, Literal
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,10 +16,13 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.kv_cache import KVCache
-from lightning_dsmoe.attention.rotary import rotate, rotation
+from lightning_dsmoe.attention.rope_scaling import RopeScaling
+from lightning_dsmoe.attention.rotary import rotary_of, rotate, rotation
 from lightning_dsmoe.attention.sparse_attention import attend_of_tokens, attend_some
 from lightning_dsmoe.placement import Device, Placement
 from lightning_dsmoe.stacked import StackedWeight, dispatch, gated_projection, worth_sorting
+
+QKNorm = bool | Literal["projection"]
 
 _KERNELS_PER_GROUP = 30
 """About how many kernels one group starts in `sparse_forward`."""
@@ -35,13 +41,18 @@ class HeadGroups(nn.Module):
         n_heads: heads H of one group, each with key and value heads of its own.
         d_head: head width C.
         rope_theta: base of the rotary frequencies; None for no rotary positions.
-        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        rope_scaling: changes those frequencies; None for none.
+        rotary_fraction: share of each head's channels that rotate, the first ones.
+        qk_norm: whether queries and keys pass an RMSNorm over each head, or "projection" over all
+            heads of all groups together, which then all have to run.
+        norm_eps: epsilon of that norm; None for the smallest number of the type.
         bias: whether the projections have biases.
+        output_bias: whether that of the output has one; None for as the others.
         device: where the weights are made; None for PyTorch's default.
         dtype: type of the weights; None for PyTorch's default.
 
     Raises:
-        ValueError: if a size is below 1, or d_head is odd with rotary positions.
+        ValueError: if a size or an option is out of range, or an odd number of channels rotates.
     """
 
     def __init__(
@@ -52,8 +63,12 @@ class HeadGroups(nn.Module):
         d_head: int,
         *,
         rope_theta: float | None = 10000.0,
-        qk_norm: bool = False,
+        rope_scaling: RopeScaling | None = None,
+        rotary_fraction: float = 1.0,
+        qk_norm: QKNorm = False,
+        norm_eps: float | None = None,
         bias: bool = False,
+        output_bias: bool | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,25 +78,37 @@ class HeadGroups(nn.Module):
                 "attention needs a width, numbers of heads and a head width of at least 1, "
                 f"got d_model={d_model}, {n_groups} groups of {n_heads} heads, d_head={d_head}"
             )
-        if rope_theta is not None and (d_head % 2 or rope_theta <= 0):
-            raise ValueError(
-                "rotary positions need an even d_head and rope_theta > 0, "
-                f"got d_head={d_head}, rope_theta={rope_theta}"
-            )
+        if qk_norm not in (False, True, "projection"):
+            raise ValueError(f"qk_norm must be true, false or 'projection', got {qk_norm!r:.200}")
+        if norm_eps is not None and not 0 <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be 0 or more, got {norm_eps}")
         self.n_groups = n_groups
         self.n_heads = n_heads
         self.d_head = d_head
-        self.rope_theta = rope_theta
+        self.rotary = rotary_of(d_head, rope_theta, rope_scaling, rotary_fraction)
         rows = n_heads * d_head
         placed: Placement = {"device": device, "dtype": dtype}
         self.w_q = StackedWeight(n_groups, rows, d_model, fan_in=d_model, **placed)
         self.w_o = StackedWeight(n_groups, rows, d_model, fan_in=n_groups * rows, **placed)
         self.kv = nn.Linear(d_model, 2 * rows, bias=bias, **placed)
         self.b_q = nn.Parameter(torch.empty(n_groups, rows, **placed)) if bias else None
-        self.b_o = nn.Parameter(torch.empty(d_model, **placed)) if bias else None
-        self.q_norm = HeadNorm(d_head, **placed) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(d_head, **placed) if qk_norm else nn.Identity()
+        has_b_o = bias if output_bias is None else output_bias
+        self.b_o = nn.Parameter(torch.empty(d_model, **placed)) if has_b_o else None
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if qk_norm:
+            of_all = qk_norm == "projection"
+            of_queries = (n_groups, n_heads, d_head) if of_all else (d_head,)
+            of_keys = (n_heads, d_head) if of_all else (d_head,)
+            self.q_norm = HeadNorm(of_queries, eps=norm_eps, **placed)
+            self.k_norm = HeadNorm(of_keys, eps=norm_eps, **placed)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or pickle, also of version 0.1, which has `rope_theta`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "rotary" not in state:
+            self.rotary = rotary_of(self.d_head, state["rope_theta"])
 
     def reset_parameters(self) -> None:
         """Set the query and output biases to zero; the rest draws itself."""
@@ -93,10 +120,11 @@ class HeadGroups(nn.Module):
         self, x_BTD: Tensor, scope: Scope, cache: KVCache | None, mask_BT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens so far, `[B, H, S, C]`; new ones go into the cache."""
-        k_BHTC, v_BHTC = rearrange(
-            self.kv(x_BTD), "b t (two h c) -> two b h t c", two=2, h=self.n_heads
-        )
-        k_BHTC = self.place(self.k_norm(k_BHTC), scope.positions_BT[:, None])
+        kv_BT2HC = rearrange(self.kv(x_BTD), "b t (two h c) -> b t two h c", two=2, h=self.n_heads)
+        k_BTHC, v_BTHC = kv_BT2HC.unbind(2)
+        k_BHTC = rearrange(self.k_norm(k_BTHC), "b t h c -> b h t c")
+        v_BHTC = rearrange(v_BTHC, "b t h c -> b h t c")
+        k_BHTC = self.place(k_BHTC, scope.positions_BT[:, None])
         if cache is None:
             return k_BHTC, v_BHTC
         valid_BT = x_BTD.new_ones(x_BTD.shape[:2]) if mask_BT is None else mask_BT
@@ -122,8 +150,9 @@ class HeadGroups(nn.Module):
         """
         b_q = None if self.b_q is None else self.b_q.flatten()
         q_BTJ = F.linear(x_BTD, rearrange(self.w_q(), "e r d -> (e r) d"), b_q)
-        q_BGTC = rearrange(q_BTJ, "b t (e h c) -> b (h e) t c", e=self.n_groups, h=self.n_heads)
-        q_BGTC = self.place(self.q_norm(q_BGTC), scope.positions_BT[:, None])
+        q_BTEHC = rearrange(q_BTJ, "b t (e h c) -> b t e h c", e=self.n_groups, h=self.n_heads)
+        q_BGTC = rearrange(self.q_norm(q_BTEHC), "b t e h c -> b (h e) t c")
+        q_BGTC = self.place(q_BGTC, scope.positions_BT[:, None])
         heads_BGTC = F.scaled_dot_product_attention(
             q_BGTC,
             keys_BHSC,
@@ -187,13 +216,11 @@ class HeadGroups(nn.Module):
 
     def place(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Rotate queries or keys by their positions."""
-        if self.rope_theta is None:
-            return heads
-        return rotate(heads, rotation(positions, self.d_head, self.rope_theta))
+        return heads if self.rotary is None else rotate(heads, rotation(positions, *self.rotary))
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
         return (
             f"n_groups={self.n_groups}, n_heads={self.n_heads}, d_head={self.d_head}, "
-            f"rope_theta={self.rope_theta}"
+            f"rotary={self.rotary}"
         )

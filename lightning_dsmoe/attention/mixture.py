@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_dsmoe.attention.attention import Attention, attention_scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.attention.kv_cache import KVCache
+from lightning_dsmoe.attention.rope_scaling import RopeScaling
 from lightning_dsmoe.placement import Device, placement
 from lightning_dsmoe.routing import (
     AllExperts,
@@ -37,14 +38,18 @@ class MixtureOfAttentionHeads(RoutedLayer, Attention):
         gate_scale: "mean_one" takes c = n_experts, so that equal gates are plain grouped-query
             attention; "sum_to_one" takes c = 1, as in the paper.
         rope_theta: base of the rotary frequencies; None for no rotary positions.
+        rope_scaling: changes those frequencies, as `Llama3RopeScaling` does; None for none.
+        rotary_fraction: share of each head's channels that rotate, the first ones.
         qk_norm: whether queries and keys pass an RMSNorm over each head.
+        norm_eps: epsilon of that norm; None for the smallest number of the type.
         bias: whether the projections have biases; the output's is ungated.
+        output_bias: whether the projection of the output has one; None for as the others.
         causal: whether tokens attend to earlier ones alone, as in a decoder; false for encoders.
         device: where the weights are made; None for PyTorch's default.
         dtype: type of the weights; None for PyTorch's default.
 
     Raises:
-        ValueError: if a size or `gate_scale` is out of range.
+        ValueError: if a size or an option is out of range.
 
     Examples:
         >>> import torch
@@ -67,13 +72,22 @@ class MixtureOfAttentionHeads(RoutedLayer, Attention):
         router: RouterFactory = LinearRouter,
         gate_scale: GateScale = "mean_one",
         rope_theta: float | None = 10000.0,
+        rope_scaling: RopeScaling | None = None,
+        rotary_fraction: float = 1.0,
         qk_norm: bool = False,
+        norm_eps: float | None = None,
         bias: bool = False,
+        output_bias: bool | None = None,
         causal: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if qk_norm not in (False, True):
+            raise ValueError(
+                f"qk_norm of attention experts must be true or false, got {qk_norm!r:.200}: a norm "
+                "over all heads would depend on experts that do not run; use GroupedQueryAttention"
+            )
         self.d_model = d_model
         self.n_experts = n_experts
         self.n_heads = n_heads
@@ -81,8 +95,12 @@ class MixtureOfAttentionHeads(RoutedLayer, Attention):
         self.d_head = d_head
         self.gate_scale = gate_scale
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.rotary_fraction = rotary_fraction
         self.qk_norm = qk_norm
+        self.norm_eps = norm_eps
         self.bias = bias
+        self.output_bias = output_bias
         self.causal = causal
         self.gate_factor = gate_factor(gate_scale, n_experts)
         self.router = router(d_model, n_experts, **placement(device, dtype))
@@ -92,8 +110,12 @@ class MixtureOfAttentionHeads(RoutedLayer, Attention):
             n_heads,
             d_head,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            rotary_fraction=rotary_fraction,
             qk_norm=qk_norm,
+            norm_eps=norm_eps,
             bias=bias,
+            output_bias=output_bias,
             device=device,
             dtype=dtype,
         )

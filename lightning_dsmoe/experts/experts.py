@@ -20,9 +20,13 @@ ACTIVATIONS = (
     "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
     "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softshrink",
     "softsign", "tanh", "tanhshrink",
+    "gelu_tanh",
 )
 # fmt: on
-"""Names of element-wise functions of `torch.nn.functional`, none of them random."""
+"""Names of element-wise functions of `torch.nn.functional`, none of them random.
+
+The last is its `gelu` with `approximate="tanh"`: gelu_new and gelu_pytorch_tanh of transformers.
+"""
 
 _KERNELS_PER_EXPERT = 10
 """About how many kernels one expert starts in `sparse_forward`."""
@@ -106,6 +110,8 @@ class Experts(nn.Module, ABC):
 
     def activate(self, x: Tensor) -> Tensor:
         """The activation function by its name."""
+        if self.activation == "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
         activated: Tensor = getattr(F, self.activation)(x)
         return activated
 

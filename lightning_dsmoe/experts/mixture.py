@@ -3,8 +3,10 @@
 Shapes: B sequences in a batch, T positions, N = B T tokens, D width, E experts.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dsmoe.experts.experts import MLPExperts
 from lightning_dsmoe.experts.feed_forward import ExpertsFactory, FeedForward, FeedForwardLayer
@@ -32,14 +34,16 @@ class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
         d_expert: hidden units of one expert.
         router: class of the router, called as `router(d_model, n_experts)`.
         experts: class of the experts, called as `experts(d_model, n_experts, d_expert)`.
-        d_shared: hidden units of one more expert that always runs at gate 1; 0 for none.
+        d_shared: hidden units of one more expert that always runs, at gate 1; 0 for none.
+        shared_gate: whether that expert has a gate of its own, sigmoid(w x), as in Qwen2-MoE; its
+            output bias, like that of the others, has none.
         gate_scale: "mean_one" takes c = E, so that equal gates are the dense layer of the same
             width; "sum_to_one" takes c = 1, as in the paper.
         device: where the weights are made; None for PyTorch's default.
         dtype: type of the weights; None for PyTorch's default.
 
     Raises:
-        ValueError: if a size or `gate_scale` is out of range.
+        ValueError: if a size or `gate_scale` is out of range, or a shared gate has no expert.
 
     Examples:
         >>> import torch
@@ -62,6 +66,7 @@ class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
         router: RouterFactory = LinearRouter,
         experts: ExpertsFactory = MLPExperts,
         d_shared: int = 0,
+        shared_gate: bool = False,
         gate_scale: GateScale = "mean_one",
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -69,6 +74,8 @@ class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
         super().__init__()
         if d_shared < 0:
             raise ValueError(f"d_shared must be 0 or more, got {d_shared}")
+        if shared_gate and not d_shared:
+            raise ValueError("shared_gate needs a shared expert, got d_shared=0")
         self.d_model = d_model
         self.n_experts = n_experts
         self.d_expert = d_expert
@@ -81,6 +88,15 @@ class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
         self.shared = None
         if d_shared:
             self.shared = FeedForward(d_model, d_shared, experts=experts, **placed)
+        self.shared_gate = None
+        if shared_gate:
+            self.shared_gate = nn.Linear(d_model, 1, bias=False, device=device, dtype=dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or pickle, also of version 0.1, which has no `shared_gate`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "shared_gate" not in {*state, *state["_modules"]}:
+            self.shared_gate = None
 
     def forward(self, x: Tensor, selection: Selection = AllExperts()) -> MixtureOutput:
         """Transform tokens with the experts that a selection chooses.
@@ -104,8 +120,11 @@ class MixtureOfExperts(RoutedLayer, FeedForwardLayer):
             y_ND = self.experts(x_ND, gates_NE)
         else:
             y_ND = self.experts.sparse_forward(x_ND, gates_NE, active.reshape(gates_NE.shape))
+        if self.shared is not None and self.shared_gate is not None:
+            gates_N1 = self.shared_gate(x_ND).sigmoid()
+            y_ND = y_ND + self.shared.experts(x_ND, gates_N1)
         y = y_ND.view_as(x)
-        if self.shared is not None:
+        if self.shared is not None and self.shared_gate is None:
             y = y + self.shared(x).output
         return MixtureOutput(y, routing)
 

@@ -1,7 +1,8 @@
 """A decoder's architecture as plain data, and back.
 
-The description looks like a YAML configuration: a `class_path` and its `init_args` for every part.
-It is read from the modules themselves, each of which keeps its constructor's options as attributes.
+The description looks like a YAML configuration: a `class_path` and its `init_args` for every part,
+and a list of those, one for each layer, where layers differ. It is read from the modules
+themselves, each of which keeps its constructor's options as attributes.
 """
 
 import inspect
@@ -13,11 +14,13 @@ from typing import Annotated, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_dsmoe.attention import RopeScaling
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json
 from lightning_dsmoe.serialization.class_paths import (
     MAX_SIZE,
     PARTS,
+    PARTS_OF_LAYERS,
     check_sizes,
     known_class,
     named_object,
@@ -28,7 +31,8 @@ from lightning_dsmoe.serialization.pruning import Remaining, remaining_experts, 
 Description = dict[str, Any]
 
 _PART = {"class_path": str, "init_args": dict}
-_PARTS = ("attention", "feed_forward", "norm")
+_PARTS = (*PARTS_OF_LAYERS, "norm")
+_OF_LAYERS = Annotated[list[_PART], Bounds(1, MAX_LAYERS)]  # type: ignore[valid-type]
 _FIELDS = {
     "vocab_size": Annotated[int, Bounds(1, MAX_SIZE)],
     "d_model": Annotated[int, Bounds(1, MAX_SIZE)],
@@ -46,33 +50,34 @@ _PLAIN = bool | int | float | str | None
 
 
 def describe_decoder(decoder: Decoder) -> Description:
-    """Describe a decoder whose blocks have equal options; removed experts may differ.
+    """Describe a decoder as plain data.
 
     Args:
         decoder: the decoder.
 
     Returns:
-        Sizes, and `class_path` and `init_args` of every part; plain data, ready for JSON.
+        Sizes, and `class_path` and `init_args` of every part; plain data, ready for JSON. Attention
+        and feed-forward layers that differ by more than removed experts are described one by one.
 
     Raises:
-        ValueError: if blocks differ, or if a part does not keep its options as attributes, is of a
+        ValueError: if norms differ, or if a part does not keep its options as attributes, is of a
             class that cannot be imported by its path, or is larger than `build_decoder` accepts.
     """
-    parts = [
-        {
-            "attention": _describe(block.attention, "attention"),
-            "feed_forward": _describe(block.feed_forward, "feed_forward"),
-            "norm": _describe(block.attention_norm, "norm"),
-        }
-        for block in cast(Iterable[Block], decoder.blocks)
-    ]
-    if any(part != parts[0] for part in parts):
-        raise ValueError("the blocks of this decoder differ, which a description cannot hold")
+    blocks = list(cast(Iterable[Block], decoder.blocks))
+    norms = [decoder.norm, *(n for b in blocks for n in (b.attention_norm, b.feed_forward_norm))]
+    described: Description = {"norm": _describe(decoder.norm, "norm")}
+    if any(_describe(norm, "norm") != described["norm"] for norm in norms):
+        raise ValueError("the norms of this decoder differ, which a description cannot hold")
+    for name in PARTS_OF_LAYERS:
+        of_layers = [_describe(getattr(block, name), name) for block in blocks]
+        described[name] = (
+            of_layers if any(each != of_layers[0] for each in of_layers) else of_layers[0]
+        )
     remaining = remaining_experts(decoder)
     options = {name: getattr(decoder, name) for name in _FIELDS if name not in _PARTS}
     check_sizes(options)
     pruned = {} if remaining is None else {_REMAINING: remaining.to_dict()}
-    return {**options, **parts[0], **pruned}
+    return {**options, **{name: described[name] for name in _PARTS}, **pruned}
 
 
 def build_decoder(description: Description) -> Decoder:
@@ -102,12 +107,17 @@ def build_decoder(description: Description) -> Decoder:
         >>> build_decoder(description).embedding.weight.device
         device(type='meta')
     """
-    is_pruned = isinstance(description, dict) and _REMAINING in description
+    given = description if isinstance(description, dict) else {}
+    is_pruned = _REMAINING in given
     fields = {**_FIELDS, _REMAINING: Remaining} if is_pruned else _FIELDS
-    check_json("architecture", description, fields)
+    lists = [name for name in PARTS_OF_LAYERS if isinstance(given.get(name), list)]
+    check_json("architecture", description, {**fields, **dict.fromkeys(lists, _OF_LAYERS)})
     try:
         options = {name: description[name] for name in _FIELDS}
-        options |= {part: _factory(description[part], part) for part in _PARTS}
+        options |= {part: _factory(description[part], part) for part in _PARTS if part not in lists}
+        options |= {
+            part: [_factory(of_layer, part) for of_layer in description[part]] for part in lists
+        }
         with torch.device("meta"):
             decoder = Decoder(**options).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
@@ -142,12 +152,25 @@ def _differences(before: object, now: object, name: str = "") -> list[str]:
                 before.get(key), now.get(key), f"{name}.{key}".strip(".")
             )
         ]
+    if isinstance(before, list) != isinstance(now, list) and {*PARTS_OF_LAYERS} & {name}:
+        return _differences(_one_by_one(before, now), _one_by_one(now, before), name)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            difference
+            for at, pair in enumerate(zip(before, now, strict=True))
+            for difference in _differences(*pair, f"{name}.{at}")
+        ]
     if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
         return []
     return [] if before == now else [f"{name.replace('.init_args', '')} was {before}, is {now}"]
 
 
-def _describe(module: nn.Module, part: str) -> Description:
+def _one_by_one(part: object, like: object) -> object:
+    """One description for all layers as a list of as many as another has."""
+    return [part] * len(like) if isinstance(like, list) else part
+
+
+def _describe(module: object, part: str) -> Description:
     """Class and options of a part, without the sizes that its owner gives it."""
     cls = type(module)
     if part not in _N_SIZES:
@@ -170,16 +193,17 @@ def _describe(module: nn.Module, part: str) -> Description:
 
 
 def _value(value: object, parameter: inspect.Parameter) -> object:
-    if isinstance(parameter.default, bool) and (value is None or isinstance(value, Tensor)):
-        return value is not None
-    if isinstance(value, nn.Module):
+    is_switch = isinstance(parameter.default, bool)
+    if is_switch and (value is None or isinstance(value, Tensor | nn.Module)):
+        return value is not None  # what the option asks for, or its absence
+    if isinstance(value, nn.Module | RopeScaling):
         return _describe(value, parameter.name)
     if isinstance(value, _PLAIN):
         return value
     raise ValueError(f"option {parameter.name!r} is {value!r:.200}, which is not plain data")
 
 
-def _factory(description: object, part: str) -> Callable[..., nn.Module]:
+def _factory(description: object, part: str) -> Callable[..., Any]:
     class_path, options = (check_json(part, description, _PART)[field] for field in _PART)
     cls = known_class(class_path, part)
     if not_plain := sorted(_NOT_KEPT & set(options)):
@@ -189,10 +213,21 @@ def _factory(description: object, part: str) -> Callable[..., nn.Module]:
 
 
 def _option(name: str, value: object) -> object:
-    if name in _N_SIZES:
-        return _factory(value, name)
+    if name in _N_SIZES and (value is not None or _N_SIZES[name]):
+        make = _factory(value, name)
+        return make if _N_SIZES[name] else make()
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"option {name!r} must be finite, got {value}")
     if isinstance(value, _PLAIN):
         return value
     raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")
+
+
+def describe_part(module: nn.Module, part: str) -> Description:
+    """Class and options of a layer, without its width, as `describe_decoder` has them."""
+    return _describe(module, part)
+
+
+def part_factory(description: object, part: str) -> Callable[..., Any]:
+    """The factory of a described layer, of classes that are known; called with its width."""
+    return _factory(description, part)

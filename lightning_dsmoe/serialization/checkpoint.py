@@ -65,8 +65,9 @@ def load_decoder(path: str | Path) -> LoadedDecoder:
     checkpoint = read_checkpoint(path)
     if checkpoint.get("architecture") is None:
         raise ValueError(
-            f"{path} does not hold its architecture, because a part of it does not keep its "
-            "options; read it with DSMoELanguageModel.load_from_checkpoint"
+            f"{path} does not hold its architecture, because it is of another model than a Decoder "
+            "or a part of it does not keep its options; read it with load_from_checkpoint of the "
+            "class that wrote it"
         )
     decoder = build_decoder(checkpoint["architecture"])
     state = {

@@ -6,14 +6,14 @@ module built from a file that asks for 10^9 experts would fill the memory before
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import nn, optim
 
 import lightning_dsmoe.schedules  # noqa: F401 - files may name it
-from lightning_dsmoe.attention import Attention
+from lightning_dsmoe.attention import Attention, RopeScaling
 from lightning_dsmoe.experts import Experts, FeedForwardLayer
 from lightning_dsmoe.moved import current_name
 from lightning_dsmoe.reading import MAX_LAYERS
@@ -24,7 +24,8 @@ class Part(NamedTuple):
     """What may stand under a name in a configuration.
 
     `n_sizes` counts the leading arguments that the part's owner passes to its factory, such as
-    `d_model`, which a file does not repeat. It is None for what is not a part of a decoder.
+    `d_model`, which a file does not repeat. It is 0 for a part that is no factory, but made before
+    its owner, and None for what is not a part of a decoder.
     """
 
     base: type
@@ -37,11 +38,14 @@ PARTS = {
     "norm": Part(nn.Module, 1),
     "router": Part(Router, 2),
     "experts": Part(Experts, 3),
+    "rope_scaling": Part(RopeScaling, 0),
     "expert_selection": Part(Selection),
     "attention_selection": Part(Selection),
     "optimizer": Part(optim.Optimizer),
     "lr_scheduler": Part(optim.lr_scheduler.LRScheduler),
 }
+PARTS_OF_LAYERS = ("attention", "feed_forward")
+"""Those of which there may be a list, one for each layer."""
 MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
 _LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
@@ -139,12 +143,25 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if isinstance(value, Mapping):
             _check_part(name, value)
+        elif name in PARTS_OF_LAYERS and isinstance(value, list | tuple):
+            _check_parts(name, value)
         elif value is not None and name in PARTS:
             raise ValueError(f"{name} needs a class_path and init_args, got {value!r:.200}")
         elif isinstance(value, str) and not value.isidentifier():
             raise ValueError(f"{name} must be a plain word, got {value!r:.200}")
         elif isinstance(value, list | tuple) and not all(isinstance(v, _NUMBER) for v in value):
             raise ValueError(f"{name} may hold numbers only, got {value!r:.200}")
+
+
+def _check_parts(part: str, descriptions: Sequence[object]) -> None:
+    if len(descriptions) > MAX_LAYERS:
+        raise ValueError(f"{part} of {len(descriptions)} layers, up to {MAX_LAYERS} are allowed")
+    for description in descriptions:
+        if not isinstance(description, Mapping):
+            raise ValueError(
+                f"{part} needs a class_path and init_args for each layer, got {description!r:.200}"
+            )
+        _check_part(part, description)
 
 
 def _check_part(part: str, description: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ def add_content(checkpoint: dict[str, Any], model: nn.Module, data: Any) -> None
 
     Args:
         checkpoint: what Lightning saves.
-        model: has the `decoder`.
+        model: the model; of one without a `decoder` there is no architecture to add.
         data: the data module in use, or None.
 
     Raises:
@@ -142,7 +142,9 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _architecture(model: Any) -> Mapping[str, Any] | None:
-    """Description of the decoder, None with a warning if it has none."""
+    """Description of the decoder; None without one, or with a warning if it has no description."""
+    if not hasattr(model, "decoder"):
+        return None
     try:
         return describe_decoder(model.decoder)
     except ValueError as error:

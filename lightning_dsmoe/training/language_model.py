@@ -5,7 +5,7 @@ Shapes: B sequences, T positions, V vocabulary.
 
 import math
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -25,6 +25,8 @@ from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
 from lightning_dsmoe.training.optimizer_settings import ResumableSettings
 from lightning_dsmoe.training.random_state import ResumableRandomState
+
+Factory = TypeVar("Factory", decoder.AttentionFactory, decoder.FeedForwardFactory)
 
 
 @renamed_attributes(
@@ -54,8 +56,10 @@ class DSMoELanguageModel(LightningModule):
         vocab_size: vocabulary size V; the command line takes it from the data.
         d_model: model width D.
         n_layers: number of blocks L.
-        attention: factory of the attention layer of a block, called as `attention(d_model)`.
-        feed_forward: factory of its feed-forward layer, called as `feed_forward(d_model)`.
+        attention: factory of the attention layer of a block, called as `attention(d_model)`; a list
+            has one for each block.
+        feed_forward: factory of its feed-forward layer, called as `feed_forward(d_model)`; a list
+            has one for each block.
         norm: factory of a normalization layer, called as `norm(d_model)`.
         max_positions: number of learned position embeddings; None for none, as with rotary ones.
         tie_embeddings: whether the output head shares the weights of the embeddings.
@@ -107,8 +111,8 @@ class DSMoELanguageModel(LightningModule):
         d_model: int,
         n_layers: int,
         *,
-        attention: decoder.AttentionFactory,
-        feed_forward: decoder.FeedForwardFactory,
+        attention: list[decoder.AttentionFactory] | decoder.AttentionFactory,
+        feed_forward: list[decoder.FeedForwardFactory] | decoder.FeedForwardFactory,
         norm: decoder.NormFactory = nn.RMSNorm,
         max_positions: int | None = None,
         tie_embeddings: bool = True,
@@ -129,6 +133,7 @@ class DSMoELanguageModel(LightningModule):
         self.save_hyperparameters()
         checkpoints.drop_objects(self.hparams)
         self.vocab_size, self.d_model, self.n_layers = vocab_size, d_model, n_layers
+        attention, feed_forward = _one_for_all(attention), _one_for_all(feed_forward)
         self.attention, self.feed_forward, self.norm = attention, feed_forward, norm
         self.max_positions, self.tie_embeddings = max_positions, tie_embeddings
         self.dropout, self.checkpoint_activations = dropout, checkpoint_activations
@@ -373,3 +378,8 @@ class DSMoELanguageModel(LightningModule):
             return False
         every = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.global_step + 1) % every == 0
+
+
+def _one_for_all(given: list[Factory] | Factory) -> list[Factory] | Factory:
+    """A list of one as its factory: the command line makes one where it changes a single option."""
+    return given[0] if isinstance(given, list) and len(given) == 1 else given

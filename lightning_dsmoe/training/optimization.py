@@ -8,7 +8,11 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_NOT_HIDDEN = {"embedding", "positions", "head", "router"}
+_NOT_HIDDEN = {"embedding", "positions", "head", "router", "shared_gate"}
+_NOT_HIDDEN |= {"embed_tokens", "embed_in", "word_embeddings", "wte", "wpe", "lm_head", "embed_out"}
+"""Modules by name, first the library's own, then those of transformers."""
+_NORMS = {"q_norm", "k_norm"}
+"""Of which those over all heads have weights of two or three dimensions."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -51,8 +55,9 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     # A bias is known by its name, as those of all experts of a layer make a matrix.
-    leaf = name.rpartition(".")[2]
-    return parameter.ndim >= 2 and leaf != "bias" and not leaf.startswith("b_")
+    *path, leaf = name.split(".")
+    is_vector = leaf == "bias" or leaf.startswith("b_") or not _NORMS.isdisjoint(path)
+    return parameter.ndim >= 2 and not is_vector
 
 
 def make_optimizer(factory: OptimizerCallable, module: nn.Module) -> Optimizer:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.experts import FeedForward
+from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
 from lightning_dsmoe.routing import Selection, SelectionPlan, Threshold, TopK
 
 
@@ -70,6 +70,36 @@ def test_layers_without_a_router_have_no_routing() -> None:
     assert decoder.plan_sizes == ([None, None], [None, None])
     plan = SelectionPlan(experts=TopK(3), attention=TopK(3))
     assert torch.equal(decoder(tokens, plan).logits, decoder(tokens).logits)
+
+
+def test_each_layer_has_the_factory_of_its_place() -> None:
+    attention = [
+        partial(GroupedQueryAttention, n_heads=4, n_kv_heads=n, d_head=4, rope_theta=theta)
+        for n, theta in ((1, 100.0), (2, None), (4, 100.0))
+    ]
+    mixture = partial(MixtureOfExperts, n_experts=5, d_expert=6)
+    dense = partial(FeedForward, d_hidden=10)
+    decoder = Decoder(11, 8, 3, attention=attention, feed_forward=(dense, mixture, mixture))
+    assert [block.attention.n_kv_heads for block in decoder.blocks] == [1, 2, 4]
+    assert [block.attention.rope_theta for block in decoder.blocks] == [100.0, None, 100.0]
+    assert decoder.plan_sizes == ([None, 5, 5], [None, None, None])
+    tokens = torch.randint(11, (2, 7))
+    expected = decoder(tokens).logits
+    caches = decoder.new_caches(2, 7)
+    assert [cache.keys.shape[1] for cache in caches] == [1, 2, 4]
+    pieces = [decoder(part, caches=caches).logits for part in tokens.split(3, 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["attention", "feed_forward"])
+def test_a_list_of_another_length_is_refused(kind: str) -> None:
+    parts = {
+        "attention": partial(GroupedQueryAttention, n_heads=2, n_kv_heads=1, d_head=4),
+        "feed_forward": partial(FeedForward, d_hidden=6),
+    }
+    message = f"^{kind} must be one for all layers or one for each, got 2 for 3$"
+    with pytest.raises(ValueError, match=message):
+        Decoder(11, 8, 3, **{**parts, kind: [parts[kind]] * 2})
 
 
 @pytest.mark.parametrize("plan", [None, SelectionPlan(experts=TopK(1))], ids=str)

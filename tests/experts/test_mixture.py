@@ -223,6 +223,7 @@ def test_no_tokens_and_ten_thousand_experts() -> None:
     [
         ({"gate_scale": "half"}, "gate_scale must be one of .*, got 'half'"),
         ({"d_shared": -1}, "d_shared must be 0 or more, got -1"),
+        ({"shared_gate": True}, "shared_gate needs a shared expert, got d_shared=0"),
         ({"n_experts": 0}, "n_experts >= 1, got 8 and 0"),
     ],
 )

@@ -1,5 +1,8 @@
 """Names of version 0.1 still work, with a warning."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,3 +64,15 @@ def test_a_model_that_was_pickled_whole(one_decoder: Decoder, tokens: Tensor) ->
     loaded.__setstate__(state)
     expected = model.generate(tokens[:, :4], 9, temperature=0)
     assert torch.equal(loaded.generate(tokens[:, :4], 9, temperature=0), expected)
+
+
+def test_layers_that_were_pickled_before_they_had_some_options(
+    one_decoder: Decoder, tokens: Tensor
+) -> None:
+    older = copy.deepcopy(one_decoder)
+    for block in older.blocks:
+        vars(block.attention.heads)["rope_theta"] = block.attention.rope_theta
+        del vars(block.attention.heads)["rotary"]
+        del vars(block.feed_forward)["shared_gate"]
+    loaded = pickle.loads(pickle.dumps(older))
+    assert torch.equal(loaded(tokens).logits, one_decoder(tokens).logits)

@@ -306,7 +306,7 @@ def test_the_card_tells_people_what_they_have(
     assert "experts: 4 in 2 layers; running: top 2 in 1 layer, threshold 0.9 in 1 layer" in card
     assert "experts: 3 in 2 layers; running: top 1 renormalized in 1 layer, threshold 0.8" in card
     assert "- loss: 1.25\n- predicted tokens: 96\n" in card
-    eight_bits = "- in 8 bits: attention.heads.w_o, attention.heads.w_q, feed_forward.experts.w_in"
+    eight_bits = "- in 8 bits: the attention experts and the feed-forward experts of every layer"
     assert (eight_bits in card) == (quantization == "int8")
     assert ("- in 8 bits: nothing" in card) == (quantization is None)
     model.save(tmp_path / "model")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.attention import GroupedQueryAttention
+from lightning_dsmoe.attention import GroupedQueryAttention, Llama3RopeScaling, YarnRopeScaling
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MLPExperts
 from lightning_dsmoe.routing import CosineRouter, LinearRouter, MLPRouter, Router
@@ -33,6 +33,9 @@ class Forgetful(Frozen):
     def __init__(self, d_model: int, n_experts: int, *, sharpness: float = 1.0) -> None:
         super().__init__(d_model, n_experts, temperature=1 / sharpness)
 
+
+HEADS = partial(GroupedQueryAttention, n_heads=4, n_kv_heads=2, d_head=4)
+GELU = "gelu_tanh"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it comes": {},
@@ -61,6 +64,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MLP router": {"feed_forward": partial(FEED_FORWARD, router=partial(MLPRouter, d_hidden=5))},
     "cosine router": {
         "attention": partial(ATTENTION, router=partial(CosineRouter, d_hidden=3, init_scale=8.0))
+    },
+    "a norm of the projection, and a part that rotates": {
+        "attention": partial(
+            HEADS, qk_norm="projection", norm_eps=1e-3, bias=True, output_bias=False
+        )
+    },
+    "scaled positions": {
+        "attention": partial(
+            ATTENTION, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64), rotary_fraction=0.5
+        )
+    },
+    "a gate of the shared expert": {
+        "feed_forward": partial(
+            FEED_FORWARD, d_shared=3, shared_gate=True, experts=partial(MLPExperts, activation=GELU)
+        )
+    },
+    "layers that differ": {
+        "attention": [ATTENTION, partial(HEADS, rope_scaling=YarnRopeScaling(2.0, 64))],
+        "feed_forward": [partial(FeedForward, d_hidden=7), FEED_FORWARD],
     },
     "a router from elsewhere": {
         "feed_forward": partial(FEED_FORWARD, router=partial(Frozen, temperature=0.3))
@@ -99,8 +121,12 @@ def test_what_a_description_says() -> None:
                 "router": router,
                 "gate_scale": "mean_one",
                 "rope_theta": 10000.0,
+                "rope_scaling": None,
+                "rotary_fraction": 1.0,
                 "qk_norm": False,
+                "norm_eps": None,
                 "bias": False,
+                "output_bias": None,
                 "causal": True,
             },
         },
@@ -115,6 +141,7 @@ def test_what_a_description_says() -> None:
                     "init_args": {"activation": "silu", "bias": False},
                 },
                 "d_shared": 0,
+                "shared_gate": False,
                 "gate_scale": "mean_one",
             },
         },
@@ -154,16 +181,99 @@ def test_building_takes_no_memory_and_draws_nothing(decoder: Decoder) -> None:
     assert sum(parameter.numel() for parameter in rebuilt.parameters()) > 2**52
 
 
-def test_blocks_must_be_alike(decoder: Decoder) -> None:
-    for layer, change in (
-        ("feed_forward", {"gate_scale": "sum_to_one"}),
-        ("attention_norm", {"eps": 0.5}),
-    ):
-        other = copy.deepcopy(decoder)
-        for name, value in change.items():
-            setattr(getattr(other.blocks[1], layer), name, value)
-        with pytest.raises(ValueError, match="the blocks of this decoder differ"):
-            describe_decoder(other)
+@pytest.mark.parametrize("name", ["blocks.1.attention_norm", "blocks.0.feed_forward_norm", "norm"])
+def test_norms_must_be_alike(decoder: Decoder, name: str) -> None:
+    decoder.get_submodule(name).eps = 0.5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="the norms of this decoder differ"):
+        describe_decoder(decoder)
+
+
+def layers_that_differ() -> dict[str, Any]:
+    return describe_decoder(rotary_glu(**VARIANTS["layers that differ"]))
+
+
+def test_layers_that_differ_are_described_one_by_one() -> None:
+    description = layers_that_differ()
+    first, second = description["feed_forward"]
+    assert first["class_path"] == "lightning_dsmoe.FeedForward"
+    assert second == describe_decoder(rotary_glu(feed_forward=FEED_FORWARD))["feed_forward"]
+    scaling = description["attention"][1]["init_args"]["rope_scaling"]
+    assert scaling["class_path"] == "lightning_dsmoe.YarnRopeScaling"
+    assert scaling["init_args"]["factor"] == 2.0
+    alike = describe_decoder(rotary_glu(attention=[ATTENTION, ATTENTION]))
+    assert alike == describe_decoder(rotary_glu())
+    one_by_one = {**alike, "attention": [alike["attention"]] * 2}
+    assert describe_decoder(build_decoder(one_by_one)) == alike
+    assert differences(one_by_one, alike) == []
+
+
+def test_descriptions_without_later_options_mean_their_defaults() -> None:
+    now = describe_decoder(rotary_glu())
+    older = copy.deepcopy(now)
+    for name in ("rope_scaling", "rotary_fraction", "norm_eps", "output_bias"):
+        del older["attention"]["init_args"][name]
+    del older["feed_forward"]["init_args"]["shared_gate"]
+    assert describe_decoder(build_decoder(older)) == now
+    assert differences(older, now) == []
+
+
+def test_differences_of_layers_that_differ() -> None:
+    before = layers_that_differ()
+    now = changed(before, "feed_forward.1.init_args.n_experts", 3)
+    now = changed(now, "attention.1.init_args.rope_scaling.init_args.factor", 4.0)
+    assert differences(before, now) == [
+        "attention.1.rope_scaling.factor was 2.0, is 4.0",
+        "feed_forward.1.n_experts was 4, is 3",
+    ]
+    of_all = {**before, "feed_forward": before["feed_forward"][1]}
+    found = differences(of_all, before)
+    assert "feed_forward.0.d_hidden was None, is 7" in found
+    assert not any(each.startswith("feed_forward.1") for each in found)
+    assert "feed_forward.0.d_hidden was 7, is None" in differences(before, of_all)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("attention", [], r"attention must be a list of length 1 to 1024, got \[\]$"),
+        ("feed_forward", [None, None], r"feed_forward\[0\] must be an object, got None$"),
+        ("norm", [], r"norm must be an object, got \[\]$"),
+        ("n_layers", 3, "attention must be one for all layers or one for each, got 2 for 3$"),
+        ("feed_forward.1.class_path", "os.system", "'os.system' is not a known FeedForwardLayer"),
+        ("feed_forward.1.init_args.n_experts", 10**9, "n_experts=1000000000 is out of range"),
+        ("feed_forward.1.init_args.shared_gate", True, "shared_gate needs a shared expert"),
+        ("attention.1.init_args.rotary_fraction", 7.0, "rotary_fraction must be above 0 and at"),
+        ("attention.1.init_args.qk_norm", "all", "qk_norm must be true, false or 'projection'"),
+        ("attention.0.init_args.qk_norm", "projection", "true or false, got 'projection'"),
+        ("attention.1.init_args.norm_eps", float("nan"), "'norm_eps' must be finite, got nan"),
+        ("attention.1.init_args.rope_scaling", "yarn", "rope_scaling must be an object, got 'y"),
+        (
+            "attention.1.init_args.rope_scaling.class_path",
+            "lightning_dsmoe.attention.RopeScaling",
+            "not an architecture: RopeScaling",
+        ),
+        (
+            "attention.1.init_args.rope_scaling.class_path",
+            "lightning_dsmoe.TopK",
+            "is not a known RopeScaling",
+        ),
+        (
+            "attention.1.init_args.rope_scaling.init_args.original_max_positions",
+            2**30,
+            "original_max_positions=1073741824 is out of range",
+        ),
+        (
+            "attention.1.init_args.rope_scaling.init_args.factor",
+            float("inf"),
+            "'factor' must be finite, got inf",
+        ),
+        ("attention.1.init_args.rope_scaling.init_args.factor", "2", "not an architecture"),
+    ],
+)
+def test_other_descriptions_of_layers_are_refused(path: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_decoder(changed(layers_that_differ(), path, value))
+    assert "\n" not in str(caught.value)
 
 
 class NormOfAFunction(nn.Module):
@@ -205,7 +315,7 @@ def changed(description: dict[str, Any], path: str, value: object) -> dict[str, 
     *parents, last = path.split(".")
     inner = description
     for name in parents:
-        inner = inner[name]
+        inner = inner[int(name) if isinstance(inner, list) else name]
     inner[last] = value
     return description
 

@@ -10,7 +10,12 @@ import pytest
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_dsmoe.attention import Attention, GroupedQueryAttention, MixtureOfAttentionHeads
+from lightning_dsmoe.attention import (
+    Attention,
+    GroupedQueryAttention,
+    Llama3RopeScaling,
+    MixtureOfAttentionHeads,
+)
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts
 from lightning_dsmoe.routing import LinearRouter, Router, TopK
 from lightning_dsmoe.schedules import LinearWarmupCosine
@@ -37,6 +42,7 @@ PATHS = [
     (MixtureOfExperts, "feed_forward", "lightning_dsmoe.MixtureOfExperts"),
     (GroupedQueryAttention, "attention", "lightning_dsmoe.GroupedQueryAttention"),
     (MixtureOfAttentionHeads, "attention", "lightning_dsmoe.MixtureOfAttentionHeads"),
+    (Llama3RopeScaling, "rope_scaling", "lightning_dsmoe.Llama3RopeScaling"),
     (TopK, "expert_selection", "lightning_dsmoe.TopK"),
     (nn.RMSNorm, "norm", "torch.nn.RMSNorm"),
     (nn.LayerNorm, "norm", "torch.nn.LayerNorm"),
@@ -206,6 +212,37 @@ def test_other_hyperparameters_are_refused(change: dict[str, Any], message: str)
         check_hyperparameters({**HYPERPARAMETERS, **change}, Router)
 
 
+SCALING = {"class_path": "lightning_dsmoe.LinearRopeScaling", "init_args": {"factor": 2.0}}
+HEADS = {
+    "class_path": "lightning_dsmoe.GroupedQueryAttention",
+    "init_args": {"n_heads": 4, "qk_norm": "projection", "rope_scaling": SCALING},
+}
+
+
+def test_a_part_of_each_layer() -> None:
+    plain = {**HEADS, "init_args": {**HEADS["init_args"], "rope_scaling": None}}
+    options = {"feed_forward": [FEED_FORWARD, FEED_FORWARD], "attention": [HEADS, plain]}
+    check_hyperparameters({**HYPERPARAMETERS, **options}, Router)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feed_forward": [FEED_FORWARD, HEADS]}, "is not a known FeedForwardLayer"),
+        ({"feed_forward": [FEED_FORWARD, 8]}, "feed_forward needs a class_path .* layer, got 8"),
+        ({"feed_forward": [router(class_path="os.system")["feed_forward"]]}, "os.system"),
+        ({"feed_forward": [FEED_FORWARD] * 1025}, "of 1025 layers, up to 1024 are allowed"),
+        ({"norm": [FEED_FORWARD]}, "norm needs a class_path and init_args, got"),
+        ({"rope_scaling": "linear"}, "rope_scaling needs a class_path and init_args, got 'linear'"),
+        ({"rope_scaling": FEED_FORWARD}, "is not a known RopeScaling"),
+        ({"rope_scaling": {**SCALING, "init_args": {"factor": 10**9}}}, "factor=1000000000 is out"),
+    ],
+)
+def test_other_parts_of_layers_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_hyperparameters({**HYPERPARAMETERS, **options}, Router)
+
+
 def test_every_part_has_a_base_that_files_may_name_subclasses_of() -> None:
     assert known_class("lightning_dsmoe.attention.Attention", "attention") is Attention
     with pytest.raises(ValueError, match="is not a known Attention"):
@@ -213,6 +250,8 @@ def test_every_part_has_a_base_that_files_may_name_subclasses_of() -> None:
 
 
 def test_a_message_names_each_base_once_in_one_order() -> None:
-    bases = "Attention or FeedForwardLayer or Module or Router or Experts or Selection or Optimizer"
-    with pytest.raises(ValueError, match=rf"is not a known {bases} or LRScheduler$"):
+    bases = (
+        "Attention or FeedForwardLayer or Module or Router or Experts or RopeScaling or Selection"
+    )
+    with pytest.raises(ValueError, match=rf"is not a known {bases} or Optimizer or LRScheduler$"):
         known_class("os.system", "dropout")

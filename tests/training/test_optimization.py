@@ -11,8 +11,10 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.routing import CosineRouter, MLPRouter
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
+from lightning_dsmoe.training.optimization import is_hidden_matrix, parameter_groups
 
 MakeModel = Callable[..., DSMoELanguageModel]
 
@@ -35,6 +37,20 @@ def test_matrices_decay_but_biases_and_norms_do_not(make_model: MakeModel, norm:
     assert decayed_kinds >= {"embedding.weight", "router.weight", "w_in.weight", "w_q.weight"}
     assert not any(word in name for name in names[0] for word in ("norm", "bias", "b_in", "b_q"))
     assert all("norm" in n or "bias" in n or ".b_" in n for n in names[1])
+
+
+def test_vectors_of_more_dimensions_do_not_decay() -> None:
+    """Norms over all heads, which no optimizer may take for stacks of matrices either."""
+    layer = GroupedQueryAttention(8, n_heads=4, n_kv_heads=2, d_head=4, qk_norm="projection")
+    _, rest = parameter_groups(layer)
+    assert {name for name, _ in rest["params"]} == {"heads.q_norm.weight", "heads.k_norm.weight"}
+    assert not is_hidden_matrix("heads.q_norm.weight", layer.heads.q_norm.weight)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "transformer.wte", "a.router"])
+def test_embeddings_heads_and_routers_are_no_hidden_matrices(name: str) -> None:
+    assert not is_hidden_matrix(f"{name}.weight", torch.ones(2, 3))
+    assert is_hidden_matrix("model.layers.0.self_attn.q_proj.weight", torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("router", [MLPRouter, CosineRouter])

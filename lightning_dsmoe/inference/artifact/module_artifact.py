@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lightning_dsmoe.attention import RopeScaling
 from lightning_dsmoe.files import read_json
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.inference.artifact.directory import (
@@ -45,8 +46,16 @@ _FIELDS = {
     "remaining": dict,
     "layers": dict,
 }
-_OPTIONS = ("gate_scale", "causal", "rope_theta", "qk_norm", "activation")
-"""Of a routed layer or its experts: without weights, and yet they change what it computes."""
+_OPTIONS = {
+    **dict.fromkeys(("gate_scale", "causal", "rope_theta", "qk_norm", "activation")),
+    "rope_scaling": None,
+    "rotary_fraction": 1.0,
+    "norm_eps": None,
+}
+"""Of a routed layer or its experts: without weights, and yet they change what it computes.
+
+Each has the value that it had before it became an option, which artifacts of that time lack.
+"""
 
 
 class ModuleArtifact(NamedTuple):
@@ -175,6 +184,8 @@ def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
         options = {
             n: getattr(each, n) for each in (layer, experts) for n in _OPTIONS if hasattr(each, n)
         }
+        if isinstance(scaling := options.get("rope_scaling"), RopeScaling):
+            options["rope_scaling"] = repr(scaling)
         found[name] = {
             **{part: type(module).__name__ for part, module in parts.items() if module is not None},
             **{
@@ -188,11 +199,11 @@ def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _changes(before: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[str]:
     return [
-        f"{option} of {name} was {before[name].get(option)!r:.80}, is {value!r:.80}"
+        f"{option} of {name} was {was!r:.80}, is {value!r:.80}"
         for name, options in now.items()
         if isinstance(before.get(name), dict)  # or else the names of tensors differ, too
         for option, value in options.items()
-        if before[name].get(option) != value
+        if (was := before[name].get(option, _OPTIONS.get(option))) != value
     ]
 
 

@@ -1,9 +1,9 @@
-"""The KV caches of all layers in two tensors `[L, S, B, H, C]`.
+"""The KV caches of all layers, two tensors `[S, B, H, C]` for each.
 
 Positions come before sequences, unlike in a layer's own `KVCache`, so that the part in use is one
 piece of memory per layer and a new token of every sequence is one contiguous write.
 
-Shapes: L layers, S positions (capacity, or the part in use), B sequences in a batch, H KV heads,
+Shapes: S positions (capacity, or the part in use), B sequences in a batch, H KV heads,
 C head width.
 """
 
@@ -39,26 +39,24 @@ class Slots(NamedTuple):
 
 
 class DecoderCache:
-    """Preallocated KV caches of a decoder, all of whose layers have the same KV heads.
+    """Preallocated KV caches of a decoder, whose layers may differ in their KV heads.
 
     Args:
         decoder: the decoder.
         batch_size: sequences B.
         capacity: positions per sequence.
-
-    Raises:
-        ValueError: if the layers' KV heads differ.
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
-        blocks = list(cast(Iterable[Block], decoder.blocks))
-        shapes = {(block.attention.n_kv_heads, block.attention.d_head) for block in blocks}
-        if len(shapes) > 1:
-            raise ValueError(f"the layers of this decoder differ in their KV heads: {shapes}")
+        layers = [block.attention for block in cast(Iterable[Block], decoder.blocks)]
         weight = decoder.embedding.weight
-        shape = (len(blocks), capacity, batch_size, *shapes.pop())
-        self._keys = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self._values = torch.zeros_like(self._keys)
+        self._keys, self._values = (
+            [
+                weight.new_zeros(capacity, batch_size, layer.n_kv_heads, layer.d_head)
+                for layer in layers
+            ]
+            for _ in range(2)
+        )
         self._seen = torch.zeros(capacity, batch_size, device=weight.device, dtype=torch.bool)
         self._at = torch.zeros(1, device=weight.device, dtype=torch.int64)
         self._slots = Slots([], [], self._seen[:0], self._at)
@@ -70,12 +68,12 @@ class DecoderCache:
     @property
     def capacity(self) -> int:
         """Positions per sequence."""
-        return self._keys.shape[1]
+        return len(self._seen)
 
     @property
     def batch_size(self) -> int:
         """Sequences B."""
-        return self._keys.shape[2]
+        return self._seen.shape[1]
 
     @property
     def length(self) -> int:
@@ -97,6 +95,6 @@ class DecoderCache:
             layer.length = at + 1
         used = min(self.capacity, (at // _POSITIONS_PER_GROWTH + 1) * _POSITIONS_PER_GROWTH)
         if len(self._slots.seen_SB) != used:
-            keys, values = list(self._keys[:, :used]), list(self._values[:, :used])
+            keys, values = ([each[:used] for each in all] for all in (self._keys, self._values))
             self._slots = Slots(keys, values, self._seen[:used], self._at)
         return self._slots

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_dsmoe.attention import LinearRopeScaling, MixtureOfAttentionHeads
 from lightning_dsmoe.experts import MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference import SparseModule, compile_sparse, load_sparse
 from lightning_dsmoe.inference.artifact.certificate import save_certificate
@@ -88,7 +89,7 @@ def test_a_certificate_can_be_replaced(sparse: SparseModule, path: Path) -> None
 
 def test_the_card(sparse: SparseModule) -> None:
     card = sparse.card({"loss": 1.5})
-    assert card.startswith("# A sparse Network\n\n- 6 routed layers, ")
+    assert "---\n\n# A sparse Network\n\n- 6 routed layers, " in card
     assert "- running: experts: top 2; attention: top 2\n" in card
     assert ("- in 8 bits: nothing" in card) == (sparse.quantization is None)
     assert 'load_sparse(".", model=Network(...))' in card
@@ -228,5 +229,35 @@ def test_options_without_weights_must_be_the_same(
 
     compile_sparse(made(), SelectionPlan(TopK(1))).save(tmp_path / "model")
     assert load_sparse(tmp_path / "model", model=made()).plan == SelectionPlan(TopK(1))
+    with pytest.raises(ValueError, match=f"is of another model: {message}"):
+        load_sparse(tmp_path / "model", model=made(**options))
+
+
+SCALED = LinearRopeScaling(2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_scaling": SCALED}, r"rope_scaling of 0 was None, is 'LinearRopeScaling\(factor=2"),
+        ({"rotary_fraction": 0.5}, r"rotary_fraction of 0 was 1\.0, is 0\.5"),
+        ({"norm_eps": 0.1}, r"norm_eps of 0 was None, is 0\.1"),
+    ],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_options_of_attention_must_be_the_same(
+    older: bool, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    def made(**options: Any) -> nn.Module:
+        return nn.Sequential(MixtureOfAttentionHeads(8, 3, 1, 4, qk_norm=True, **options))
+
+    compile_sparse(made(), SelectionPlan()).save(tmp_path / "model")
+    if older:  # before there were these options
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        for name in ("rope_scaling", "rotary_fraction", "norm_eps"):
+            del config["layers"]["0"][name]
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        sign(tmp_path / "model")
+    load_sparse(tmp_path / "model", model=made())
     with pytest.raises(ValueError, match=f"is of another model: {message}"):
         load_sparse(tmp_path / "model", model=made(**options))

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
+from lightning_dsmoe.attention import (
+    GroupedQueryAttention,
+    Llama3RopeScaling,
+    MixtureOfAttentionHeads,
+    YarnRopeScaling,
+)
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
@@ -77,6 +82,41 @@ def without_routers() -> Decoder:
     return uneven(Decoder(V, 30, 2, attention=attention, feed_forward=feed_forward))
 
 
+def unlike_layers() -> Decoder:
+    """Layers with other KV heads, positions, norms and biases, and a gate of the shared expert."""
+    projection = partial(
+        GroupedQueryAttention,
+        n_heads=6,
+        n_kv_heads=3,
+        d_head=10,
+        rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, original_max_positions=16),
+        rotary_fraction=0.45,
+        qk_norm="projection",
+        norm_eps=0.1,
+        bias=True,
+        output_bias=False,
+    )
+    of_heads = partial(
+        ATTENTION,
+        rope_theta=500.0,
+        rope_scaling=YarnRopeScaling(4.0, original_max_positions=16),
+        qk_norm=True,
+        norm_eps=0.1,
+        output_bias=True,
+    )
+    gelu = partial(MLPExperts, activation="gelu_tanh", bias=True)
+    gated = partial(FEED_FORWARD, d_shared=12, shared_gate=True, experts=gelu)
+    return uneven(
+        Decoder(
+            V,
+            40,
+            2,
+            attention=[projection, of_heads],
+            feed_forward=[gated, partial(FeedForward, d_hidden=21, experts=GLUExperts)],
+        )
+    )
+
+
 def uneven(decoder: Decoder) -> Decoder:
     """Draw what starts at zero or one, and what is too small to be seen, anew."""
     generator = torch.Generator().manual_seed(4)
@@ -119,9 +159,10 @@ class Steps:
     @torch.no_grad()
     def __call__(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
         slots = cache.next_slots()
-        x_BD, *rotary = self.embed(tokens_B, slots.seen_SB)
-        for block, keys, values in zip(self.blocks, slots.keys, slots.values, strict=True):
-            x_BD = block(x_BD, keys, values, slots.seen_SB, slots.at_1, *rotary)
+        x_BD, *angles = self.embed(tokens_B, slots.seen_SB)
+        parts = zip(self.blocks, slots.keys, slots.values, self.embed.angles_of, strict=True)
+        for block, keys, values, own in parts:
+            x_BD = block(x_BD, keys, values, slots.seen_SB, slots.at_1, *angles[own])
         return self.predict(x_BD)
 
 
@@ -154,10 +195,11 @@ def in_steps(
     return torch.stack([step(tokens_B, cache) for tokens_B in tokens[:, prompt:].T], 1)
 
 
-DECODERS = [rotary_mlp, learned_positions_glu, without_routers]
+ALIKE = [rotary_mlp, learned_positions_glu, without_routers]
+DECODERS = [*ALIKE, unlike_layers]
 
 
-@pytest.fixture(params=DECODERS)
+@pytest.fixture(params=ALIKE)
 def make_decoder(request: pytest.FixtureRequest) -> MakeDecoder:
     return request.param
 

@@ -95,11 +95,14 @@ def test_it_has_the_type_of_the_model(dtype: torch.dtype, one_decoder: Decoder) 
 
 
 @pytest.mark.parametrize("sizes", [(6, 3, 8), (2, 2, 4)], ids=["heads", "width"])
-def test_layers_with_other_heads_are_refused(
+def test_layers_with_other_heads_have_caches_of_their_size(
     sizes: tuple[int, int, int], one_decoder: Decoder
 ) -> None:
     one_decoder.blocks[1].attention = GroupedQueryAttention(48, *sizes)
-    with pytest.raises(ValueError, match="layers of this decoder differ in their KV heads"):
-        DecoderCache(one_decoder, 1, 4)
-    one_decoder.blocks[1].attention = GroupedQueryAttention(48, 4, 2, 8)
-    DecoderCache(one_decoder, 1, 4)
+    cache = DecoderCache(one_decoder, 3, 70)
+    slots = cache.next_slots()
+    _, *heads = sizes
+    for all_layers in (slots.keys, slots.values):
+        assert [each.shape[2:] for each in all_layers] == [(2, 8), tuple(heads)]
+    assert [kv.keys.shape for kv in cache.layers] == [(3, 2, 70, 8), (3, heads[0], 70, heads[1])]
+    assert (cache.capacity, cache.batch_size) == (70, 3)

@@ -84,7 +84,8 @@ def add_feed_forward(
     else:
         masked_layers.add_masked_experts(residual_ND, layer.experts, x_ND, gates)
     if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
-        masked_layers.add_masked_experts(residual_ND, layer.shared.experts, x_ND, None)
+        gate_N1 = None if layer.shared_gate is None else layer.shared_gate(x_ND).sigmoid()
+        masked_layers.add_masked_experts(residual_ND, layer.shared.experts, x_ND, gate_N1)
     return routing
 
 

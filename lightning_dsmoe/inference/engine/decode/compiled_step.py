@@ -19,6 +19,7 @@ from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode import aot_cache
 from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
+from lightning_dsmoe.inference.engine.decode.same_graph import kinds_of
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -60,7 +61,7 @@ class CompiledStep:
     process starts in seconds.
 
     Args:
-        decoder: the packed decoder, whose blocks are alike but for removed experts.
+        decoder: the packed decoder.
         plan: the experts that run in each layer.
         n_sequences: number of sequences B.
 
@@ -73,28 +74,29 @@ class CompiledStep:
         blocks = list(cast(Iterable[Block], decoder.blocks))
         with compiling():
             steps = [BlockStep(b, *some) for b, some in zip(blocks, selections, strict=True)]
-            layouts = [
-                tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors_of(step))
-                for step in steps
-            ]
             # Blocks of a kind have the same graph, of which one is traced: tracing takes seconds.
-            kinds = list(zip(selections, layouts, strict=True))
-            step_of_kind = dict(zip(kinds, steps, strict=True))
+            kinds = kinds_of(steps)
             embed, predict = EmbedStep(decoder), PredictStep(decoder)
             slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
             tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
-            x_BD, *rotary = embed(tokens_B, slots.seen_SB)
-            inputs = (x_BD, slots.keys[0], slots.values[0], slots.seen_SB, slots.at_1, *rotary)
+            x_BD, *angles = embed(tokens_B, slots.seen_SB)
+
+            def block_part(at: int) -> Part:
+                place = (slots.seen_SB, slots.at_1, *angles[embed.angles_of[at]])
+                inputs = (x_BD, slots.keys[at], slots.values[at], *place)
+                return Part(steps[at], inputs, frozenset({1, 2, 3}))
+
             parts: dict[object, Part] = {
                 "embed": Part(embed, (tokens_B, slots.seen_SB), frozenset({1})),
-                **{k: Part(step, inputs, frozenset({1, 2, 3})) for k, step in step_of_kind.items()},
+                **{kind: block_part(kind) for kind in kinds},
                 "predict": Part(predict, (x_BD,), frozenset()),
             }
             sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
             kernels = kernels_of(parts, f"decoding of {sequences}", tokens_B.device)
         self._embed, self._embed_weights = kernels["embed"], tensors_of(embed)
         self._blocks = [
-            (kernels[kind], tensors_of(step)) for kind, step in zip(kinds, steps, strict=True)
+            (kernels[kind], tensors_of(step), own)
+            for kind, step, own in zip(kinds, steps, embed.angles_of, strict=True)
         ]
         self._predict, self._predict_weights = kernels["predict"], tensors_of(predict)
 
@@ -103,12 +105,12 @@ class CompiledStep:
         """Append one token to each sequence of a cache; returns logits `[B, V]`."""
         slots = cache.next_slots()
         tokens_B = tokens_B.long().contiguous()  # a kernel reads memory without checks
-        x_BD, *rotary = self._embed([tokens_B, slots.seen_SB, *self._embed_weights])
-        place = (slots.seen_SB, slots.at_1, *rotary)
-        for (run, weights), keys, values in zip(
+        x_BD, *angles = self._embed([tokens_B, slots.seen_SB, *self._embed_weights])
+        place = (slots.seen_SB, slots.at_1)
+        for (run, weights, own), keys, values in zip(
             self._blocks, slots.keys, slots.values, strict=True
         ):
-            (x_BD,) = run([x_BD, keys, values, *place, *weights])
+            (x_BD,) = run([x_BD, keys, values, *place, *angles[own], *weights])
         (logits_BV,) = self._predict([x_BD, *self._predict_weights])
         return logits_BV
 

@@ -54,9 +54,11 @@ class WholeStep(nn.Module):
             at_1: int64, where the new tokens go.
         """
         seen_SB.index_fill_(0, at_1, True)
-        x_BD, *rotary = self.embed(tokens_B, seen_SB)
-        for block, keys_SBHC, values_SBHC in zip(self.blocks, keys, values, strict=True):
-            x_BD = block(x_BD, keys_SBHC, values_SBHC, seen_SB, at_1, *rotary)
+        x_BD, *angles = self.embed(tokens_B, seen_SB)
+        for block, keys_SBHC, values_SBHC, own in zip(
+            self.blocks, keys, values, self.embed.angles_of, strict=True
+        ):
+            x_BD = block(x_BD, keys_SBHC, values_SBHC, seen_SB, at_1, *angles[own])
         logits_BV: Tensor = self.predict(x_BD)
         return logits_BV
 

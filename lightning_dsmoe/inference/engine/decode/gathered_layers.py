@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionHeads
 from lightning_dsmoe.attention.head_groups import HeadGroups
+from lightning_dsmoe.attention.head_norm import HeadNorm
 from lightning_dsmoe.attention.rotary import Rotation, rotate
 from lightning_dsmoe.experts import Experts, FeedForward, MixtureOfExperts
 from lightning_dsmoe.inference.engine.decode.expert_choice import ChosenExperts, choose_experts
@@ -62,6 +63,9 @@ def gather_feed_forward(
     y_BD = gather_experts(layer.experts, x_BD, chosen)
     if isinstance(layer, MixtureOfExperts) and layer.shared is not None:
         _, all_shared = choose(layer.shared, AllExperts(), x_BD)
+        if layer.shared_gate is not None:
+            gates_B1 = with_matvec_linears(layer.shared_gate, x_BD).sigmoid()
+            all_shared = ChosenExperts(None, materialize(gates_B1.T))
         y_BD = y_BD + gather_experts(layer.shared.experts, x_BD, all_shared)
     return MixtureOutput(y_BD, routing)
 
@@ -93,7 +97,7 @@ def gather_heads(
         heads: the layer's heads.
         x_BD: new tokens.
         chosen: the groups that run.
-        rotary: rotation of queries and keys, `[B, 1, C]`; None for none.
+        rotary: rotation of queries and keys, `[B, 1, R]` of R channels; None for none.
         slots: what the tokens attend to, to which their own keys and values are written.
     """
     kv_B2HC = with_matvec_linears(heads.kv, x_BD).unflatten(-1, (2, heads.n_heads, heads.d_head))
@@ -101,7 +105,7 @@ def gather_heads(
     q_KBR = _packed(heads.w_q).project(x_BD, chosen.experts_K)
     if heads.b_q is not None:
         q_KBR = q_KBR + take_experts(heads.b_q, chosen.experts_K)[:, None]
-    q_KBHC = heads.q_norm(q_KBR.unflatten(-1, (heads.n_heads, heads.d_head)))
+    q_KBHC = _normalized(heads, q_KBR.unflatten(-1, (heads.n_heads, heads.d_head)))
     if rotary is not None:
         keys_BHC, q_KBHC = rotate(keys_BHC, rotary), rotate(q_KBHC, rotary)
     slots.keys_SBHC.index_copy_(0, slots.at_1, keys_BHC[None].to(slots.keys_SBHC.dtype))
@@ -110,6 +114,15 @@ def gather_heads(
     gated_KBR = (heads_KBHC * chosen.gates_KB[..., None, None]).flatten(-2)
     y_BD = _packed(heads.w_o).project_and_sum(gated_KBR, chosen.experts_K)
     return y_BD if heads.b_o is None else y_BD + heads.b_o
+
+
+def _normalized(heads: HeadGroups, q_KBHC: Tensor) -> Tensor:
+    """Queries after their norm: over each head, or over all heads of all groups of a token."""
+    if isinstance(heads.q_norm, HeadNorm) and len(heads.q_norm.normalized_shape) > 1:
+        normed_BKHC: Tensor = heads.q_norm(materialize(q_KBHC.transpose(0, 1)))
+        return normed_BKHC.transpose(0, 1)
+    normed_KBHC: Tensor = heads.q_norm(q_KBHC)
+    return normed_KBHC
 
 
 def _attend(q_KBHC: Tensor, slots: LayerSlots) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B sequences, one new token of each; D model width, H KV heads, S positio
 the cache in use), C head width, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import cast
 
 from torch import Tensor, nn
@@ -29,28 +30,34 @@ _FEED_FORWARD = (FeedForward, MixtureOfExperts)
 
 
 class EmbedStep(nn.Module):
-    """Embeds tokens and turns their positions into angles, once for all blocks.
+    """Embeds tokens and turns their positions into angles, once for all blocks that share them.
 
     Args:
         decoder: the decoder.
+
+    Attributes:
+        angles_of: for each block the part of the angles that is its own.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.embedding = decoder.embedding
         self.positions = decoder.positions
-        layer = cast(GroupedQueryAttention, cast(Block, decoder.blocks[0]).attention)
-        self.d_head, self.rope_theta = layer.d_head, layer.rope_theta
+        layers = [block.attention for block in cast(Iterable[Block], decoder.blocks)]
+        # None also for layers of other classes, which have no decode step.
+        rotary_of_blocks = [getattr(getattr(a, "heads", None), "rotary", None) for a in layers]
+        self.rotaries = [each for each in dict.fromkeys(rotary_of_blocks) if each is not None]
+        places = {each: slice(2 * at, 2 * at + 2) for at, each in enumerate(self.rotaries)}
+        self.angles_of = [places.get(each, slice(0)) for each in rotary_of_blocks]
 
     def forward(self, tokens_B: Tensor, seen_SB: Tensor) -> tuple[Tensor, ...]:
-        """The tokens `[B, D]`, and with rotary positions a `Rotation` of `[B, 1, C]`."""
+        """The tokens `[B, D]`, and the `Rotation` of `[B, 1, R]` of each kind of heads."""
         positions_B = materialize(seen_SB.sum(0) - 1)
         x_BD = self.embedding(tokens_B)
         if self.positions is not None:
             x_BD = x_BD + self.positions(positions_B)
-        if self.rope_theta is None:
-            return (x_BD,)
-        return (x_BD, *rotation(positions_B[:, None], self.d_head, self.rope_theta))
+        rotations = [rotation(positions_B[:, None], *rotary) for rotary in self.rotaries]
+        return (x_BD, *(angles for each in rotations for angles in each))
 
 
 class BlockStep(nn.Module):

@@ -19,6 +19,7 @@ from lightning_dsmoe.inference.engine.decode.compiled_step import (
     kernels_of,
 )
 from lightning_dsmoe.inference.engine.decode.gathered_layers import gather_feed_forward
+from lightning_dsmoe.inference.engine.decode.same_graph import Layout, differ_in_weights_alone
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.matvec import materialize
 from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
@@ -27,7 +28,6 @@ from lightning_dsmoe.routing import MixtureOutput, Routing, Selection
 MAX_TOKENS = 16
 """A kernel is unrolled over its tokens, of which more together leave fewer experts idle."""
 _COMPILING = threading.Lock()  # PyTorch exports one program at a time
-_LEFT_OUT = ("_parameters", "_buffers", "_modules")
 
 
 def gather_tokens(layer: MixtureOfExperts, selection: Selection, x_ND: Tensor) -> MixtureOutput:
@@ -65,19 +65,6 @@ class ExpertsStep(nn.Module):
         """Tokens `[N, D]`, logits and probabilities `[N, E]`."""
         y_ND, routing = gather_tokens(self.layer, self.selection, x_ND)
         return y_ND, *cast(Routing, routing)
-
-
-class Layout(NamedTuple):
-    """What a kernel, which checks nothing, takes for granted of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Layout":
-        """The layout of a tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.stride())
 
 
 class _Compiled(NamedTuple):
@@ -168,45 +155,6 @@ class FewTokens:
             self._warned = True
         self._kernels.append((step, layouts, kernel))
         return kernel
-
-
-def differ_in_weights_alone(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules have the same graph, as far as can be told from their attributes.
-
-    What cannot be compared counts as different, which costs time but is never wrong.
-    """
-    modules, others = list(one.named_modules()), list(other.named_modules())
-    return len(modules) == len(others) and all(
-        name == of_other
-        and type(module) is type(match)
-        and _tensor_names(module) == _tensor_names(match)
-        and _same_options(module, match)
-        for (name, module), (of_other, match) in zip(modules, others, strict=True)
-    )
-
-
-def _tensor_names(module: nn.Module) -> list[tuple[str, bool]]:
-    """Names of a module's own parameters and buffers, and whether each is there."""
-    own = {**module._parameters, **module._buffers}
-    return [(name, tensor is not None) for name, tensor in own.items()]
-
-
-def _same_options(one: nn.Module, other: nn.Module) -> bool:
-    options, others = (
-        {k: v for k, v in vars(module).items() if k not in _LEFT_OUT} for module in (one, other)
-    )
-    return options.keys() == others.keys() and all(
-        _same(value, others[name]) for name, value in options.items()
-    )
-
-
-def _same(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    try:
-        return type(one) is type(other) and bool(one == other)
-    except Exception:  # arrays and the like, whose comparison has no single answer
-        return False
 
 
 def _places(module: nn.Module) -> list[tuple[dict[str, Tensor], str]]:

@@ -119,10 +119,10 @@ def placed(heads: HeadGroups, norm: nn.Module, channels_C: Tensor, position: int
     if isinstance(norm, nn.RMSNorm):
         mean = channels_C.square().mean() + torch.finfo(torch.float32).eps
         channels_C = channels_C / mean.sqrt() * norm.weight.double()
-    if heads.rope_theta is None:
+    if heads.rotary is None:
         return channels_C
     half = heads.d_head // 2
-    angles = position * heads.rope_theta ** (-torch.arange(half).double() / half)
+    angles = position * heads.rotary.theta ** (-torch.arange(half).double() / half)
     turned = torch.complex(*channels_C.split(half)) * torch.polar(torch.ones(half).double(), angles)
     return torch.cat([turned.real, turned.imag])
 

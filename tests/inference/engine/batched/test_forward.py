@@ -36,10 +36,11 @@ from ..conftest import (
     packed,
     rotary_mlp,
     uniform,
+    unlike_layers,
     without_routers,
 )
 
-DECODERS = [rotary_mlp, learned_positions_glu, without_routers]
+DECODERS = [rotary_mlp, learned_positions_glu, without_routers, unlike_layers]
 GROUPED = [False, True]
 
 

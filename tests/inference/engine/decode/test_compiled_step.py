@@ -46,6 +46,7 @@ from ..conftest import (
     rotary_mlp,
     token_by_token,
     uniform,
+    unlike_layers,
 )
 
 pytestmark = pytest.mark.slow
@@ -79,6 +80,8 @@ VARIANTS = {
     "top k": Variant(rotary_mlp, TOP_K, [0]),
     "threshold, padded, pruned": Variant(pruned_mlp, THRESHOLDS, [0, 5, 8]),
     "8 bits": Variant(learned_positions_glu, uniform(TopK(2)), [0], int8=True),
+    "layers that differ": Variant(unlike_layers, uniform(TopK(2)), [0]),
+    "layers that differ, padded, 8 bits": Variant(unlike_layers, THRESHOLDS, [0, 5, 8], int8=True),
     "half": Variant(rotary_mlp, EVERYONE, [0], dtype=torch.bfloat16, near=3e-2),
 }
 

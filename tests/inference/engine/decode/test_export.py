@@ -15,7 +15,7 @@ from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile
 from lightning_dsmoe.inference.engine.decode.export import WholeStep
 from lightning_dsmoe.routing import routed_layers
 
-from ..conftest import assert_near, packed, rotary_mlp, token_by_token
+from ..conftest import assert_near, packed, rotary_mlp, token_by_token, unlike_layers
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +47,19 @@ def test_the_whole_step_is_the_decoder(decoder: Decoder, tokens: Tensor) -> None
     plan = PLAN if routed_layers(decoder) else SelectionPlan()
     step = WholeStep(twin, plan)
     slots = cache.next_slots()
+    seen_SB = torch.zeros_like(slots.seen_SB)
+    found = [
+        step(tokens_B, slots.keys, slots.values, seen_SB, torch.tensor([at]))
+        for at, tokens_B in enumerate(tokens.T)
+    ]
+    assert_near(torch.stack(found, 1), token_by_token(decoder, plan, tokens, 0))
+
+
+@torch.no_grad()
+def test_the_whole_step_of_layers_that_differ(tokens: Tensor) -> None:
+    decoder, plan = unlike_layers(), SelectionPlan(TopK(2), TopK(1))
+    twin = packed(decoder)
+    step, slots = WholeStep(twin, plan), DecoderCache(twin, *tokens.shape).next_slots()
     seen_SB = torch.zeros_like(slots.seen_SB)
     found = [
         step(tokens_B, slots.keys, slots.values, seen_SB, torch.tensor([at]))

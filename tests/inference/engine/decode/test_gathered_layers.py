@@ -106,7 +106,7 @@ def test_heads(options: dict[str, object], chosen: list[int] | None, n_tokens: i
     seen_SB = torch.rand(11, n_tokens) < 0.5
     at, positions = 4, torch.arange(n_tokens) + 3
     seen_SB[at] = True
-    by = None if heads.rope_theta is None else rotation(positions[:, None], 6, heads.rope_theta)
+    by = None if heads.rotary is None else rotation(positions[:, None], *heads.rotary)
 
     def placed(channels: Tensor, t: int) -> Tensor:
         return channels if by is None else rotate(channels, rotation(positions[t], 6, 10000.0))
