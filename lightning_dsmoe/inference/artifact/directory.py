@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import check_json_size, hidden_beside, read_json
+from lightning_dsmoe.files import check_json_size, hidden_beside, read_json, replace_folder
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.inference.artifact import hashes
 from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, CONFIG, PLAN, SUMS, WEIGHTS
@@ -261,7 +261,7 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
         _write_json(folder / CERTIFICATE, {**certificate, "sha256": certified})
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / SUMS).write_text("".join(hashes.sum_lines(folder)), encoding="utf-8")
-    _move(folder, path)
+    replace_folder(folder, path)
 
 
 def _link(source: str, target: str) -> None:
@@ -269,26 +269,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _move(folder: Path, path: Path) -> None:
-    """Rename a finished folder to its place; an earlier one is deleted when that has succeeded.
-
-    A directory that is not empty cannot be replaced in one step, so the earlier one is renamed
-    first. A process killed between the two leaves it whole as `.NAME.….old`.
-    """
-    if not path.exists():
-        folder.rename(path)
-        return
-    earlier = folder.with_name(f"{folder.name}.old")
-    try:
-        path.rename(earlier)
-        folder.rename(path)
-    except BaseException:  # Ctrl-C too
-        if earlier.exists() and not path.exists():
-            earlier.rename(path)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def read_config(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""One file for each family of models: what its configuration means, and where its tensors go."""
