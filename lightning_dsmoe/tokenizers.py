@@ -51,6 +51,11 @@ class Tokenizer(ABC):
             ValueError: If one of them is negative.
         """
 
+    @property
+    def beginning(self) -> list[int]:
+        """Special tokens that belong before a text, which `encode` does not add; often none."""
+        return []
+
     def piece(self, token: int) -> str:
         """Return what a token adds to a text, with its leading space if it has one."""
         alone, twice = self.decode([token]), self.decode([token, token])
@@ -219,8 +224,32 @@ class HuggingFaceTokenizer(Tokenizer):
         numbers = [token for token in _numbers(tokens) if token < self._vocab_size]
         return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
 
+    @property
+    def beginning(self) -> list[int]:
+        marked, plain = (
+            list(self._tokenizer.encode("a", add_special_tokens=special).ids)
+            for special in (True, False)
+        )
+        return tokens_before(marked, plain)
+
     def to_dict(self) -> dict[str, str]:
         return {"kind": "huggingface", "json": self._tokenizer.to_str()}
+
+
+def tokens_before(marked: Sequence[int], plain: Sequence[int]) -> list[int]:
+    """What precedes a text's tokens once special ones are added.
+
+    Args:
+        marked: the tokens of any text with special ones around them.
+        plain: the tokens of the text alone.
+
+    Examples:
+        >>> tokens_before([1, 7, 8, 2], [7, 8])
+        [1]
+    """
+    n = len(plain)
+    starts = (i for i in range(len(marked)) if n and list(marked[i : i + n]) == list(plain))
+    return list(marked[: next(starts, 0)])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -18,3 +18,10 @@ from lightning_dsmoe.analysis.plans.frontier import knee as knee
 from lightning_dsmoe.analysis.plans.frontier import sweep as sweep
 from lightning_dsmoe.analysis.plans.frontier import sweep_plans as sweep_plans
 from lightning_dsmoe.analysis.plans.search import PlanSearch as PlanSearch
+from lightning_dsmoe.analysis.text_models import DecoderText as DecoderText
+from lightning_dsmoe.analysis.text_models import Scorer as Scorer
+from lightning_dsmoe.analysis.text_models import TextLoss as TextLoss
+from lightning_dsmoe.analysis.text_models import TextModel as TextModel
+from lightning_dsmoe.analysis.text_models import TransformersText as TransformersText
+from lightning_dsmoe.analysis.text_models import harness_model as harness_model
+from lightning_dsmoe.analysis.text_models import text_loss as text_loss

@@ -41,7 +41,7 @@ def open_trained(ckpt_path: str, *, device: str | None = None, **options: Any) -
     Raises:
         ValueError: if the checkpoint or the text is invalid, or there is no such device.
     """
-    place = _device(device)
+    place = usable_device(device)
     loaded = load_decoder(ckpt_path)
     text = text_for(loaded, **options)
     counts = count_parameters(loaded.decoder)
@@ -145,7 +145,12 @@ def first_given(*values: Given | None) -> Given:
     return next(value for value in values if value is not None)
 
 
-def _device(name: str | None) -> torch.device:
+def usable_device(name: str | None) -> torch.device:
+    """The device of a name, by default a CUDA GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

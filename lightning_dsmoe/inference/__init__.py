@@ -10,6 +10,7 @@ from lightning_dsmoe.inference.compilation import load_sparse as load_sparse
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference.generation import generate as generate
 from lightning_dsmoe.inference.generation import left_pad as left_pad
+from lightning_dsmoe.inference.hub import upload_artifact as upload_artifact
 from lightning_dsmoe.inference.sparse_model import SparseModel as SparseModel
 from lightning_dsmoe.inference.sparse_module import SparseModule as SparseModule
 from lightning_dsmoe.routing import SelectionPlan as SelectionPlan

@@ -20,6 +20,7 @@ from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
 from lightning_dsmoe.inference.generation import Tokens, generate
+from lightning_dsmoe.inference.hub import OnHub
 from lightning_dsmoe.inference.prompts import check_names
 from lightning_dsmoe.inference.text import TextGeneration, example_prompt
 from lightning_dsmoe.moved import renamed_attributes, renamed_options
@@ -45,7 +46,7 @@ class WeightReport(NamedTuple):
 
 
 @renamed_attributes(calibrate="tune", context="context_length")
-class SparseModel(nn.Module):
+class SparseModel(OnHub, nn.Module):
     """A decoder for inference under a selection plan; built by `compile_sparse` or `load_sparse`.
 
     Move it and load weights into it as a whole: compiled steps do not see changes made to its
@@ -107,7 +108,7 @@ class SparseModel(nn.Module):
         True
         >>> model.report()
         WeightReport(n_bytes=36160, quantized={})
-        >>> model.card({}).splitlines()[2]
+        >>> model.card({}).splitlines()[11]
         '- 2 layers of width 16, vocabulary of 256, 0.0345 MiB of weights'
     """
 

@@ -11,11 +11,12 @@ from lightning_dsmoe.inference.artifact.module_card import module_card
 from lightning_dsmoe.inference.engine.layers.packed_layers import packed_layers
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
+from lightning_dsmoe.inference.hub import OnHub
 from lightning_dsmoe.inference.sparse_model import WeightReport
 from lightning_dsmoe.routing import SelectionPlan
 
 
-class SparseModule(nn.Module):
+class SparseModule(OnHub, nn.Module):
     """A model of any class whose routed layers run a plan; built by `compile_sparse`.
 
     It is called as the model is, and gives what that gives, without gradients. What else the model

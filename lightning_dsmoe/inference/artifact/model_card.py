@@ -17,9 +17,15 @@ _MEASURED = "## Measured"
 _KINDS = {"experts": "feed-forward experts", "attention": "attention experts"}
 _OMITTED = {"format_version", "sha256"}
 _NATS = "nats per token"
+_SHARE = "active_share_mean"
+_WEIGHTS = {
+    "attention.heads": "the attention experts",
+    "feed_forward.experts": "the feed-forward experts",
+}
 _GAP = ("sparse_loss", "relative_gap", "relative_gap_95")
 _LABELS = {
     "tokens": ("predicted tokens", ""),
+    "windows": ("windows of the text", ""),
     "dense": ("dense model of the comparison", ""),
     "dense_loss": ("loss of all experts", _NATS),
     "sparse_loss": ("loss", _NATS),
@@ -40,6 +46,9 @@ _LABELS = {
     "bound_mean": ("its bound, mean", "%"),
     "bound_max": ("its bound, max", "%"),
     "data": ("text", ""),
+    "batch_tokens": ("tokens in a batch", ""),
+    "fingerprint": ("SHA-256 of its tokens", ""),
+    "versions": ("version", ""),
     "val_fraction": ("validation split", "%"),
     "test_fraction": ("test split", "%"),
     "context": ("context length", ""),
@@ -47,6 +56,18 @@ _LABELS = {
     "checkpoint_sha256": ("SHA-256 of the checkpoint", ""),
 }
 """Label and unit of the fields of a certificate; other fields keep their names."""
+
+FRONT_MATTER = """\
+---
+library_name: lightning_dsmoe
+{pipeline}tags:
+- mixture-of-experts
+- ds-moe
+- sparse-inference
+---
+
+"""
+"""What the Hub reads of a card; the pipeline is a line, or nothing for models of any kind."""
 
 _USE = """\
 ## Use
@@ -97,7 +118,7 @@ def model_card(
         *measured_lines(certificate, frontier),
         _use(prompt),
     ]
-    return "\n".join(lines)
+    return FRONT_MATTER.format(pipeline="pipeline_tag: text-generation\n") + "\n".join(lines)
 
 
 def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = False) -> str:
@@ -119,6 +140,8 @@ def measured_lines(certificate: dict[str, Any], frontier: bool) -> list[str]:
     """The section "Measured" of a card."""
     facts = {name: value for name, value in certificate.items() if name not in _OMITTED}
     lines = _headline(facts)
+    if _SHARE in facts:  # what that loss costs
+        facts = {_SHARE: facts[_SHARE], **facts}
     lines += [f"- {name}: {value}" for name, value in _flat(facts)]
     if "samples" in certificate:  # of any model: only its user knows the unit of its loss
         lines = [line.replace(f" {_NATS}", "") for line in lines]
@@ -198,8 +221,9 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
 def quantized_words(n_bytes: dict[str, int]) -> str:
     """What of a decoder is in 8 bits, and how large it is."""
     in_layers = [name for name in n_bytes if name.startswith("blocks.")]
-    kinds = sorted({name.split(".", 2)[2] for name in in_layers})
-    parts = [f"{', '.join(kinds)} of every layer"] if kinds else []
+    names = (name.split(".", 2)[2].rpartition(".")[0] for name in in_layers)
+    kinds = sorted({_WEIGHTS.get(name, name) for name in names})
+    parts = [f"{' and '.join(kinds)} of every layer"] if kinds else []
     if len(n_bytes) > len(in_layers):
         parts.append("the head")
     if not parts:

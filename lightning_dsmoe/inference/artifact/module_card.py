@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dsmoe.inference.artifact.model_card import measured_lines
+from lightning_dsmoe.inference.artifact.model_card import FRONT_MATTER, measured_lines
 from lightning_dsmoe.routing import SelectionPlan, routed_layers
 from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.units import digits
@@ -58,4 +58,4 @@ def module_card(
         *measured_lines(certificate, frontier),
         _USE.format(name=name),
     ]
-    return "\n".join(lines)
+    return FRONT_MATTER.format(pipeline="") + "\n".join(lines)

@@ -139,7 +139,7 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
     assert {k: v for k, v in load_certificate(path).items() if k != "sha256"} == CERTIFICATE
     load_sparse(path)
     card = (path / "README.md").read_text()
-    assert card.startswith("# My sparse")
+    assert "---\n\n# My sparse" in card
     assert card.endswith("\n## Thanks\n")
     assert "loss: 1.25" not in card
     lines = card.splitlines()
@@ -170,7 +170,7 @@ def test_cards_without_the_section_or_none(path: Path, model: SparseModel) -> No
     assert "- old" not in card
     (path / "README.md").unlink()
     save_certificate(path, model, CERTIFICATE)
-    assert (path / "README.md").read_text().startswith("# A sparse DS-MoE language model\n")
+    assert (path / "README.md").read_text().count("---\n\n# A sparse DS-MoE language model\n") == 1
 
 
 def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "hashes.sum_lines", "_move"])
+@pytest.mark.parametrize("fails", ["_write_json", "hashes.sum_lines", "replace_folder"])
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,8 +48,8 @@ def test_units_and_digits(model: SparseModel) -> None:
     )
     measured = card.partition("## Measured\n\n")[2].partition("\n\n")[0]
     assert measured.splitlines() == [
-        "- loss of all experts: 1.412 nats per token",
         "- active share of the hidden parameters, mean over tokens: 27.3 %",
+        "- loss of all experts: 1.412 nats per token",
         "- KL divergence from all experts, mean over tokens: 0.000123 nats",
         "- mine too: 12,346",
         "- is new: True",

@@ -1,0 +1,69 @@
+"""The loss of a text model on one text, in bits per byte.
+
+Shapes: none; sums over the windows of a text.
+"""
+
+import math
+from typing import NamedTuple
+
+from lightning_dsmoe.analysis.text_models.scorer import Scorer
+from lightning_dsmoe.analysis.text_models.windows import rolling_windows
+
+
+class TextLoss(NamedTuple):
+    """The loss on a text.
+
+    Args:
+        nats: sum of -ln p over its tokens.
+        n_tokens: its tokens.
+        n_bytes: its bytes in UTF-8.
+        stderr: standard error of `nats`, from how much its windows differ; None of one window.
+
+    Examples:
+        >>> loss = TextLoss(nats=70.0, n_tokens=50, n_bytes=100, stderr=None)
+        >>> f"{loss.nats_per_token:.2f} nats per token, {loss.bits_per_byte:.2f} bits per byte"
+        '1.40 nats per token, 1.01 bits per byte'
+    """
+
+    nats: float
+    n_tokens: int
+    n_bytes: int
+    stderr: float | None
+
+    @property
+    def nats_per_token(self) -> float:
+        """Cross entropy; it compares models of one tokenizer."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss whatever the tokenizer."""
+        return self.nats / self.n_bytes / math.log(2)
+
+
+def text_loss(scorer: Scorer, text: str) -> TextLoss:
+    """The loss of a model under a plan on a text, each token of which counts once.
+
+    Args:
+        scorer: the model and the plan.
+        text: the text.
+
+    Raises:
+        ValueError: if the text is empty.
+        FloatingPointError: if the loss is not a finite number.
+    """
+    model = scorer.model
+    tokens = model.encode(text)
+    if not tokens:
+        raise ValueError("there is no token in the text to measure a loss on")
+    windows = list(rolling_windows(tokens, model.prefix_token, model.context_length))
+    losses = [-score.logprob for score in scorer.scores(windows)]
+    nats = math.fsum(losses)
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the loss is {nats}")
+    # Of a ratio of sums, since the last window is shorter.
+    mean = nats / len(tokens)
+    squares = [(x - mean * len(w.targets)) ** 2 for x, w in zip(losses, windows, strict=True)]
+    n = len(windows)
+    stderr = math.sqrt(math.fsum(squares) * n / (n - 1)) if n > 1 else None
+    return TextLoss(nats, len(tokens), len(text.encode()), stderr)

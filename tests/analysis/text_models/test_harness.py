@@ -1,0 +1,140 @@
+"""Tasks of lm-evaluation-harness, with its own adapter for transformers as the judge."""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dsmoe import SelectionPlan, TopK, run_plan
+from lightning_dsmoe.analysis.text_models import DecoderText, Scorer, harness_model
+from tests.text_models import CONTEXT, llama
+
+pytest.importorskip("lm_eval", reason="needs the eval extra")
+pytestmark = pytest.mark.slow  # its imports take ten seconds
+
+PLAN = SelectionPlan(experts=TopK(2))
+NAMES = ["choices", "rolling", "continued"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the harness and its packages
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture
+def tasks_dir(tmp_path: Path) -> Path:
+    return write_tasks(tmp_path / "tasks")
+
+
+def write_tasks(folder: Path) -> Path:
+    """Three small tasks, one of each kind of request, on a file of JSON lines."""
+    folder.mkdir()
+    rows = [
+        {
+            "q": f"{i} and {j}?",
+            "choices": [str(i + j), str(i * j + 11), "many"],
+            "text": f"{i}+{j}" * 9,
+        }
+        for i in range(4)
+        for j in range(3)
+    ]
+    (folder / "sums.json").write_text("\n".join(map(json.dumps, rows)))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "sums.json")}},
+        "test_split": "test",
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "choices": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": 0,
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "continued": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"until": ["a", "\n"], "max_gen_toks": 6},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }
+    for name, options in kinds.items():
+        # JSON is YAML.
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **options}))
+    return folder
+
+
+def answers(model: Any, folder: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """What a model answers to each document of each task, and the results."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = lm_eval.simple_evaluate(model, tasks=NAMES, task_manager=manager, bootstrap_iters=10)
+    samples = {name: [each["resps"] for each in found["samples"][name]] for name in NAMES}
+    return samples, found["results"]
+
+
+@pytest.mark.parametrize("beginning", [False, True])
+def test_the_harness_gives_the_same_with_its_own_adapter(beginning: bool, tasks_dir: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    model = llama(beginning=beginning)
+    ours, results = answers(harness_model(Scorer(model, PLAN)), tasks_dir)
+    with run_plan(model.model, PLAN):
+        judge = HFLM(pretrained=model.model, tokenizer=model.tokenizer, max_length=CONTEXT)
+        theirs, expected = answers(judge, tasks_dir)
+    assert ours["continued"] == theirs["continued"]
+    for mine, judged in zip(ours["choices"], theirs["choices"], strict=True):
+        for [(logprob, is_greedy)], [(logprob_of_judge, is_greedy_too)] in zip(
+            mine, judged, strict=True
+        ):
+            assert logprob == pytest.approx(logprob_of_judge, rel=1e-5)
+            assert is_greedy == is_greedy_too
+    assert results["choices"] == expected["choices"]
+    if not beginning:  # which the judge scores as if it were text
+        assert results["rolling"]["bits_per_byte,none"] == pytest.approx(
+            expected["rolling"]["bits_per_byte,none"], rel=1e-5
+        )
+
+
+def test_a_decoder_answers_as_its_logits_say(decoder_text: DecoderText, tasks_dir: Path) -> None:
+    scorer = Scorer(decoder_text, PLAN, batch_size=4)
+    found, results = answers(harness_model(scorer), tasks_dir)
+    right = 0
+    for number, [[first], [second], [third]] in enumerate(found["choices"]):
+        i, j = divmod(number, 3)
+        pairs = {"sum": (first, str(i + j)), "1": (second, str(i * j + 11)), "2": (third, "many")}
+        for (logprob, _), choice in pairs.values():
+            tokens = decoder_text.encode(f"{i} and {j}? {choice}")
+            [score] = Scorer(decoder_text, PLAN).scores([window(tokens, len(choice) + 1)])
+            assert logprob == pytest.approx(score.logprob, rel=1e-5)
+        right += first[0] >= max(second[0], third[0])
+    assert results["choices"]["acc,none"] == pytest.approx(right / 12)
+    assert 0.3 < float(scorer.active_share.mean) < 1
+    assert math.isfinite(results["rolling"]["bits_per_byte,none"])
+
+
+def window(tokens: list[int], n_targets: int) -> Any:
+    from lightning_dsmoe.analysis.text_models import Window
+
+    return Window(tokens[:-1], tokens[-n_targets:])
