@@ -11,12 +11,17 @@ if Path(__path__[0], "callbacks").is_file():
 
 from lightning_dsmoe import moved
 from lightning_dsmoe.attention import GroupedQueryAttention as GroupedQueryAttention
+from lightning_dsmoe.attention import LinearRopeScaling as LinearRopeScaling
+from lightning_dsmoe.attention import Llama3RopeScaling as Llama3RopeScaling
 from lightning_dsmoe.attention import MixtureOfAttentionHeads as MixtureOfAttentionHeads
+from lightning_dsmoe.attention import YarnRopeScaling as YarnRopeScaling
 from lightning_dsmoe.decoder import Decoder as Decoder
 from lightning_dsmoe.experts import FeedForward as FeedForward
 from lightning_dsmoe.experts import GLUExperts as GLUExperts
 from lightning_dsmoe.experts import MixtureOfExperts as MixtureOfExperts
 from lightning_dsmoe.experts import MLPExperts as MLPExperts
+from lightning_dsmoe.hugging_face import export_hf as export_hf
+from lightning_dsmoe.hugging_face import import_hf as import_hf
 from lightning_dsmoe.inference import SparseModel as SparseModel
 from lightning_dsmoe.inference import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference import compile_sparse as compile_sparse
@@ -37,17 +42,25 @@ from lightning_dsmoe.routing import TopP as TopP
 from lightning_dsmoe.routing import record_routings as record_routings
 from lightning_dsmoe.routing import routed_layers as routed_layers
 from lightning_dsmoe.routing import run_plan as run_plan
+from lightning_dsmoe.upcycling import upcycle as upcycle
 
 if TYPE_CHECKING:
     from lightning_dsmoe.data import TextDataModule as TextDataModule
     from lightning_dsmoe.training.language_model import DSMoELanguageModel as DSMoELanguageModel
+    from lightning_dsmoe.training.upcycled_language_model import (
+        UpcycledLanguageModel as UpcycledLanguageModel,
+    )
 
 __version__ = "0.1.0"
 
 moved.find_moved_modules()
 
 # Imported when first used, so that the blocks can be had without loading Lightning.
-_WITH_LIGHTNING = {"DSMoELanguageModel": "training.language_model", "TextDataModule": "data"}
+_WITH_LIGHTNING = {
+    "DSMoELanguageModel": "training.language_model",
+    "TextDataModule": "data",
+    "UpcycledLanguageModel": "training.upcycled_language_model",
+}
 # Names that `from lightning_dsmoe import *` gives, without modules and helpers.
 _IMPORTED = [k for k, v in globals().items() if getattr(v, "__module__", "").startswith(__name__)]
 __all__ = ["__version__", *_IMPORTED, *_WITH_LIGHTNING]

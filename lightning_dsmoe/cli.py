@@ -1,15 +1,16 @@
 """The command line: LightningCLI for training, and the tools for trained models."""
 
 import argparse
+import keyword
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 import torch
@@ -28,18 +29,55 @@ import lightning_dsmoe.callbacks
 import lightning_dsmoe.data
 import lightning_dsmoe.experts
 import lightning_dsmoe.routing
-import lightning_dsmoe.schedules  # noqa: F401
-from lightning_dsmoe.commands import calibrate, certify, configs, generate, prune, report, sweep
+import lightning_dsmoe.schedules
+import lightning_dsmoe.training.language_model
+import lightning_dsmoe.training.upcycled_language_model  # noqa: F401
 from lightning_dsmoe.commands.console import console_output
 from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, mistake_of, one_line
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.training.console import with_console_callbacks
-from lightning_dsmoe.training.language_model import DSMoELanguageModel
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
 from lightning_dsmoe.training.run_folder import run_folder
 
-_TOOLS = (generate, sweep, calibrate, prune, certify, report, configs)
-TOOLS: dict[str, Callable[..., None]] = {tool.__name__: tool for tool in _TOOLS}
+
+class _Tools(Mapping[str, Callable[..., None]]):
+    """The function of each tool by its name, imported when it is looked up."""
+
+    names = (
+        "upcycle",
+        "import",
+        "export",
+        "evaluate",
+        "generate",
+        "sweep",
+        "calibrate",
+        "prune",
+        "certify",
+        "report",
+        "configs",
+    )
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        if name not in self.names:
+            raise KeyError(name)
+        name = _named(name)
+        module = import_module(f"lightning_dsmoe.commands.{name}")
+        tool: Callable[..., None] = getattr(module, name)
+        return tool
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _named(name: str) -> str:
+    """A name as Python has it: `from` and `import` are keywords there."""
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+TOOLS = _Tools()
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # read by the processes that a distributed strategy starts
 _COMMON_OPTIONS = """\
 options of every command:
@@ -54,6 +92,20 @@ _PROCESSES_PER_CORE = 4
 
 class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the text below the options."""
+
+
+class ToolParser(OneLineErrors):
+    """Parser of a tool, whose option `--from` sets the argument `from_`."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        plain = [word.rstrip("_") if word.startswith("--") else word for word in args]
+        for word, as_given in zip(plain, args, strict=True):
+            if word != as_given:
+                kwargs.setdefault("dest", as_given.lstrip("-"))
+        return super().add_argument(*plain, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(re.sub(r"\bfrom_(?=[,:]|$)", "from", message), ex)
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -86,6 +138,8 @@ class DSMoECLI(LightningCLI):
     """LightningCLI that links the vocabulary size and vets checkpoints before anything is built."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Whose options a `model` without a class_path has.
+        parser.set_defaults({"model": {"class_path": "lightning_dsmoe.DSMoELanguageModel"}})
         parser.link_arguments(
             "data", "model.init_args.vocab_size", compute_fn=_vocab_size, apply_on="instantiate"
         )
@@ -152,7 +206,7 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
         args: arguments instead of those of the process, for instance `["fit", "-c", "my.yaml"]`.
     """
     return DSMoECLI(
-        DSMoELanguageModel,
+        LightningModule,
         LightningDataModule,
         parser_class=TrainingParser,
         subclass_mode_model=True,
@@ -208,7 +262,7 @@ def _run(words: list[str], modules: list[str]) -> None:
             prog=f"lightning-dsmoe {tool}",
             epilog=_COMMON_OPTIONS,
             formatter_class=_Help,
-            parser_class=OneLineErrors,
+            parser_class=ToolParser,
         )
     else:
         os.environ[_IMPORTS] = ",".join(modules)  # for the processes that a strategy starts

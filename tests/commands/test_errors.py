@@ -240,7 +240,7 @@ def test_generate(words: list[str], named: list[str], cli: Any, trained: Any) ->
 
 
 def test_unknown_command(cli: Any) -> None:
-    check(cli("fitt"), ["'fitt'", "fit, validate, test, predict, generate, sweep, calibrate"])
+    check(cli("fitt"), ["'fitt'", "fit, validate, test, predict, upcycle, import, export"])
     check(cli("configs", "--name=absent.yaml"), ["absent.yaml", "quickstart.yaml"])
 
 

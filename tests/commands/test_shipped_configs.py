@@ -48,6 +48,7 @@ def test_no_configuration_is_forgotten(config: Any) -> None:
     root = Path(config("quickstart.yaml")).parent
     shipped = {str(path.relative_to(root)) for path in root.rglob("*.yaml")}
     fragments = {*FRAGMENTS, *CLOSED_LOOP}
+    shipped.remove("upcycle.yaml")  # needs the directory of a model, and has a test of its own
     assert shipped == {name for recipe in RECIPES for name in recipe} | {*fragments, *PAPER}
 
 
