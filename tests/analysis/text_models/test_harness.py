@@ -11,7 +11,9 @@ import pytest
 
 from lightning_dsmoe import SelectionPlan, TopK, run_plan
 from lightning_dsmoe.analysis.text_models import DecoderText, Scorer, harness_model
-from tests.text_models import CONTEXT, llama
+from lightning_dsmoe.analysis.text_models.tasks import Tasks
+from lightning_dsmoe.commands import evaluate
+from tests.text_models import CONTEXT, llama, small_decoder
 
 pytest.importorskip("lm_eval", reason="needs the eval extra")
 pytestmark = pytest.mark.slow  # its imports take ten seconds
@@ -138,3 +140,44 @@ def window(tokens: list[int], n_targets: int) -> Any:
     from lightning_dsmoe.analysis.text_models import Window
 
     return Window(tokens[:-1], tokens[-n_targets:])
+
+
+def test_the_command_measures_tasks_under_plans(
+    tasks_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_decoder().model
+    model.plan = PLAN
+    model.save(tmp_path / "model")
+    output = tmp_path / "results.json"
+    evaluate(
+        artifact=str(tmp_path / "model"),
+        tasks="choices,rolling",
+        tasks_dir=str(tasks_dir),
+        limit=5,
+        output=str(output),
+        device="cpu",
+    )
+    shown = capsys.readouterr().out
+    found = json.loads(output.read_text())["plans"]
+    assert list(found) == ["all experts", "its plan"]
+    for column, plan in zip(found.values(), (SelectionPlan(), PLAN), strict=True):
+        scorer = Scorer(DecoderText(model), plan)
+        (expected,) = Tasks(str(tasks_dir)).run("choices", scorer, limit=5)
+        task = column["tasks"]["choices"]
+        result = task["results"]["choices"]
+        assert result["samples"] == expected.n_samples == 5
+        accuracy = expected.metrics["acc"]
+        assert result["metrics"]["acc"]["value"] == pytest.approx(accuracy.value)
+        assert result["metrics"]["acc"]["stderr"] == pytest.approx(accuracy.stderr)
+        assert task["active_share"]["mean"] == pytest.approx(scorer.active_share.mean)
+    assert "choices" in shown
+    assert "bits_per_byte" in shown
+
+
+def test_unknown_tasks(tasks_dir: Path) -> None:
+    tasks = Tasks(str(tasks_dir))
+    tasks.check(NAMES)
+    with pytest.raises(ValueError, match=r"has no task sum_of, chioces; `lm_eval ls tasks`"):
+        tasks.check(["sum_of", *NAMES, "chioces"])
+    with pytest.raises(ValueError, match="tasks_dir must be a folder of task files, got "):
+        Tasks(str(tasks_dir / "none"))
