@@ -286,8 +286,8 @@ class SparseModel(OnHub, nn.Module):
             max_new_tokens: most tokens to add.
             plan: the experts that run in this call; None takes the model's plan.
             options: those of `lightning_dsmoe.inference.generate`, such as `temperature` (1 unless
-                given) and `top_p`. With texts, `stop` is one text or several, and padding and its
-                mask are added here.
+                given) and `top_p`. With texts, `stop` is one text or several, and padding, its mask
+                and the special tokens with which the tokenizer begins a text are added here.
 
         Returns:
             Prompts and continuations, in the form of the prompts. A continuation ends with the stop

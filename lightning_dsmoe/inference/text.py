@@ -21,12 +21,14 @@ _LONGEST_CHARACTER = 4
 class TextGeneration:
     """Continues prompts of any lengths, each up to and with the first stop text in what is new.
 
-    Options are checked now, and tokens are computed as `texts` or `pieces` need them.
+    The special tokens with which the tokenizer begins a text precede a prompt that has none; they
+    are no part of the texts. Options are checked now, and tokens are computed as `texts` or
+    `pieces` need them.
 
     Args:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: texts of a token or more.
+        prompts: texts of a token or more, special ones included.
         max_new_tokens: most tokens to add.
         stop: a text that ends a continuation, or several.
         options: those of `lightning_dsmoe.inference.generate`, but for the mask.
@@ -94,12 +96,14 @@ class _TextStream:
         if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop must be one text or several for prompts of text, got {stop!r}")
         self._stop = tuple(stops)
-        self.tokens = [int(token) for token in tokenizer.encode(prompt)]
+        tokens, marks = list(map(int, tokenizer.encode(prompt))), tokenizer.beginning
+        marked = tokens[: len(marks)] == marks  # by the prompt itself
+        self.tokens = tokens if marked else [*marks, *tokens]
         if not self.tokens:
             raise ValueError(f"a prompt must have a token or more, got {prompt!r}")
-        self.text = tokenizer.decode(self.tokens)
+        self.text = tokenizer.decode(tokens)
         self._prompt_length = len(self.text)
-        self._overlap, self._decoded = 0, len(self.tokens)
+        self._overlap, self._decoded = len(self.tokens) - len(tokens), len(self.tokens)
         self.ended = False
 
     def add(self, token: int) -> str:

@@ -80,6 +80,54 @@ def test_texts_continue_as_their_tokens_do(model: SparseModel) -> None:
     assert len(seeded[0]) == 21
 
 
+def test_the_beginning_of_a_text_precedes_a_prompt_and_is_not_shown() -> None:
+    processors = pytest.importorskip("tokenizers").processors
+    plain = HuggingFaceTokenizer(json.dumps(letter_tokens()))
+    plain._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 28)]
+    )
+    marked = HuggingFaceTokenizer(plain.to_dict()["json"])
+    assert (marked.beginning, len(marked.encode("ab"))) == ([28], 2)
+    model = compile_sparse(
+        rotary_glu(), SelectionPlan(), switch_points=UNCOMPILED, tokenizer=marked
+    )
+    prompts = ["ab", "in the end", "<s>ab"]
+    found = model.generate(prompts, 9, temperature=0)
+    for prompt, continued in zip(prompts, found, strict=True):
+        tokens = [28, *marked.encode(prompt.removeprefix("<s>")).tolist()]
+        whole = model.generate(tokens, 9, temperature=0).tolist()
+        assert continued == prompt + marked.decode(whole[len(tokens) :])
+        assert "".join(model.stream(prompt, 9, temperature=0)) == continued[len(prompt) :]
+    assert found[2] == f"<s>{found[0]}"  # once, also where the prompt has it
+    without = model.generate(marked.encode("ab"), 9, temperature=0).tolist()
+    assert found[0] != marked.decode(without)
+    alone = model.generate([28], 9, temperature=0).tolist()
+    assert model.generate("", 9, temperature=0) == marked.decode(alone[1:])
+
+
+def letter_tokens() -> dict[str, Any]:
+    """A tokenizer JSON with a token for each letter, joined without blanks, and `<s>`."""
+    letters = string.ascii_lowercase + " ."
+    special = {"id": 28, "content": "<s>", "special": True, "normalized": False}
+    special |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [special],
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "."},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {c: i for i, c in enumerate(letters)} | {"<s>": 28},
+            "unk_token": "a",
+        },
+    }
+
+
 def test_200_tokens_unless_told(model: SparseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
