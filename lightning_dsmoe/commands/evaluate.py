@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from lightning_dsmoe.analysis.text_models import Scorer, text_loss
 from lightning_dsmoe.analysis.text_models.tasks import Tasks
@@ -35,6 +36,7 @@ def evaluate(
     output: str | None = None,
     batch_size: int | None = None,
     prefix_token: int | None = None,
+    context: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -57,6 +59,8 @@ def evaluate(
         batch_size: sequences in a batch; by default what fits into memory.
         prefix_token: the token before a text or an empty context; by default the tokenizer's
             beginning of a text, else its end, else a line break.
+        context: most tokens that the model reads at once; by default its context length, of a text
+            no more than 2,048.
         device: where to run, such as cpu or cuda:1; by default a CUDA GPU if there is one.
         trust_remote_code: run Python files in the directory of a model of transformers; only for
             authors that you trust.
@@ -82,6 +86,7 @@ def evaluate(
         artifact=artifact,
         directory=from_,
         prefix_token=prefix_token,
+        context=context,
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -95,7 +100,7 @@ def evaluate(
             n_read = count(1)  # batches
 
             def show(n_sequences: int) -> None:
-                status.update(f"{what}, {column.name}: batch {next(n_read):,}")
+                status.update(escape(f"{what}, {column.name}: batch {next(n_read):,}"))
 
             return Scorer(opened.model, column.plan, batch_size=batch_size, on_progress=show)
 
@@ -107,7 +112,7 @@ def evaluate(
                     column.tasks[name] = OnTask(results, reads.active_share)
             if content is not None:
                 reads = scorer(column, Path(str(text)).name)
-                column.text = OnText(text_loss(reads, content), reads.active_share)
+                column.text = OnText(text_loss(reads, content, context=context), reads.active_share)
     Console().print(evaluation_table(columns, None if text is None else Path(text).name))
     for column in columns:
         if opened.layers:
@@ -119,6 +124,7 @@ def evaluate(
             "num_fewshot": num_fewshot,
             "limit": limit,
             "prefix_token": opened.model.prefix_token,
+            "context": context,
         }
         write_text(Path(output), json.dumps(as_json(columns, source), indent=2) + "\n")
         print(f"The results are in {Path(output)}")

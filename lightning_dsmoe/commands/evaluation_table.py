@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_dsmoe.analysis.text_models import TextLoss
@@ -55,7 +56,8 @@ def evaluation_table(columns: list[Column], text: str | None) -> Table:
         columns: what was measured.
         text: name of the text, if there is one.
     """
-    table = Table("", *(column.name for column in columns))
+    # What is in brackets in a name would be markup.
+    table = Table("", *(escape(column.name) for column in columns))
     table.caption = "± standard error; active: share of the hidden parameters, mean over tokens"
     for asked in columns[0].tasks:
         found = [column.tasks[asked] for column in columns]
@@ -63,17 +65,19 @@ def evaluation_table(columns: list[Column], text: str | None) -> Table:
             n = "" if result.n_samples is None else f" ({result.n_samples:,})"
             for metric in result.metrics:
                 values = (each.results[at].metrics[metric] for each in found)
-                table.add_row(f"{result.name}{n}, {metric}", *map(_measured, values))
-        table.add_row(f"{asked}, active", *(_share(each.share) for each in found))
+                table.add_row(escape(f"{result.name}{n}, {metric}"), *map(_measured, values))
+        table.add_row(escape(f"{asked}, active"), *(_share(each.share) for each in found))
         table.add_section()
     on_text = [column.text for column in columns if column.text is not None]
     if on_text:
         losses = [each.loss for each in on_text]
         changes = [percent(loss.nats / losses[0].nats - 1, sign="+") for loss in losses[1:]]
-        table.add_row(f"{text}, bits per byte", *map(_bits, losses))
-        table.add_row(f"{text}, nats per token", *(f"{each.nats_per_token:.3f}" for each in losses))
-        table.add_row(f"{text}, loss vs {columns[0].name}", "", *changes)
-        table.add_row(f"{text}, active", *(_share(each.share) for each in on_text))
+        nats = (f"{each.nats_per_token:.3f}" for each in losses)
+        table.add_row(escape(f"{text}, bits per byte"), *map(_bits, losses))
+        table.add_row(escape(f"{text}, nats per token"), *nats)
+        if changes:
+            table.add_row(escape(f"{text}, loss vs {columns[0].name}"), "", *changes)
+        table.add_row(escape(f"{text}, active"), *(_share(each.share) for each in on_text))
     return table
 
 
@@ -118,14 +122,18 @@ def _column(column: Column) -> dict[str, Any]:
 
 def _measured(metric: Metric) -> str:
     value = "not finite" if metric.value is None else digits(metric.value)
-    return value if metric.stderr is None else f"{value} ± {float(f'{metric.stderr:.2g}'):g}"
+    return value if metric.stderr is None else f"{value} ± {_error(metric.stderr)}"
 
 
 def _bits(loss: TextLoss) -> str:
     text = f"{loss.bits_per_byte:.3f}"
     if loss.stderr is None:
         return text
-    return f"{text} ± {digits(loss.stderr / loss.nats * loss.bits_per_byte)}"
+    return f"{text} ± {_error(loss.stderr / loss.nats * loss.bits_per_byte)}"
+
+
+def _error(stderr: float) -> str:
+    return digits(float(f"{stderr:.2g}"))
 
 
 def _share(share: ActiveShare | None) -> str:

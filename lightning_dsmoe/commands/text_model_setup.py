@@ -36,6 +36,7 @@ def open_text_model(
     artifact: str | None = None,
     directory: str | None = None,
     prefix_token: int | None = None,
+    context: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Opened:
@@ -46,11 +47,13 @@ def open_text_model(
         artifact: directory of a sparse model.
         directory: directory of a model of transformers, upcycled, exported or any other.
         prefix_token: the token before a text.
+        context: most tokens to read at once; None takes the model's context length.
         device: where to run.
         trust_remote_code: let transformers run Python files in the directory.
 
     Raises:
-        ValueError: if not exactly one is given, it is invalid, or the token is none of the model.
+        ValueError: if not exactly one is given, it is invalid, or the token or the context is none
+            of the model.
         ImportError: if the directory needs transformers, which is not installed.
     """
     if sum(each is not None for each in (ckpt_path, artifact, directory)) != 1:
@@ -78,6 +81,12 @@ def open_text_model(
         raise ValueError(
             f"prefix_token must be from 0 to {text_model.vocab_size - 1}, got {prefix_token}"
         )
+    if context is not None:
+        if not 1 <= context <= text_model.context_length:
+            raise ValueError(
+                f"context must be from 1 to {text_model.context_length}, got {context}"
+            )
+        text_model.context_length = context
     return Opened(text_model, plans, layers)
 
 
@@ -99,7 +108,14 @@ def _of_transformers(directory: str, trust_remote_code: bool) -> tuple[Any, Any]
             model = load_upcycled(directory, trust_remote_code=trust_remote_code)
         else:
             # Only safetensors: a pickle can hold code.
-            model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, use_safetensors=True, output_loading_info=True, **options
+            )
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):  # they would be random numbers
+                raise ValueError(f"{len(missing)} weights are in no file, such as {missing[0]}")
         return model, AutoTokenizer.from_pretrained(directory, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # of any kind, for files that are no model
         raise ValueError(f"transformers cannot load {directory}: {error}") from None

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_dsmoe import SelectionPlan, TopK
 from lightning_dsmoe.analysis.text_models import (
@@ -77,6 +79,7 @@ def test_a_directory_of_transformers(
     loss = text_loss(Scorer(plain), TEXT)
     assert f"{loss.bits_per_byte:.3f}" in shown
     assert "unknown" in shown  # how much of it runs
+    assert "loss vs" not in shown  # of itself
 
 
 def test_an_upcycled_directory(text: str, plan: str, tmp_path: Path) -> None:
@@ -108,6 +111,77 @@ def test_no_pickle_is_read(text: str, tmp_path: Path) -> None:
         evaluate(from_=str(tmp_path), text=text)
 
 
+def without_a_tensor(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def with_another_shape(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def half_a_file(path: Path) -> None:
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def no_heads(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+
+
+def no_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_a_tensor, r"1 weights are in no file, such as model\.layers\.1\.mlp\.up_proj"),
+        (with_another_shape, "cannot load"),
+        (half_a_file, "cannot load"),
+        (no_heads, "cannot load"),
+        (no_tokenizer, "cannot load"),
+    ],
+)
+def test_spoilt_directories(
+    spoil: Callable[[Path], None], message: str, text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "llama"
+    llama(routed=False).model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=message):
+        evaluate(from_=str(path), text=text, device="cpu")
+
+
+def test_brackets_in_names_are_no_markup(
+    artifact: str, plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "t[bold].txt"
+    text.write_text(TEXT)
+    odd = Path(plan).rename(tmp_path / "p[x][red].json")
+    evaluate(artifact=artifact, text=str(text), plans=str(odd), device="cpu")
+    shown = capsys.readouterr().out
+    assert "p[x][red]" in shown
+    assert "t[bold].txt, active" in shown
+
+
+def test_what_is_compared(
+    artifact: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = text_loss(Scorer(DecoderText(SparseModel.load(artifact))), TEXT, context=8)
+    output = tmp_path / "results.json"
+    evaluate(artifact=artifact, text=text, context=8, output=str(output), device="cpu")
+    found = json.loads(output.read_text())
+    assert found["context"] == 8
+    assert found["plans"]["all experts"]["text"]["nats"] == pytest.approx(loss.nats)
+    assert "loss vs all experts" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -117,6 +191,8 @@ def test_no_pickle_is_read(text: str, tmp_path: Path) -> None:
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"prefix_token": 256}, "prefix_token must be from 0 to 255, got 256"),
+        ({"context": 0}, "context must be from 1 to 24, got 0"),
+        ({"context": 25}, "context must be from 1 to 24, got 25"),
         ({"device": "tpu"}, "device must be cpu or a CUDA GPU"),
         ({"output": "/"}, "output must be a file, / is a folder"),
         ({"artifact": None, "from_": "/none"}, "/none is no directory of a model"),

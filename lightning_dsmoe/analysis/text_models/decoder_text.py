@@ -15,6 +15,7 @@ from lightning_dsmoe.analysis.text_models.text_model import (
     TextModel,
 )
 from lightning_dsmoe.inference import SparseModel
+from lightning_dsmoe.inference.generation import left_pad, new_tokens
 from lightning_dsmoe.metrics import active_masks, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
@@ -74,17 +75,23 @@ class DecoderText(TextModel):
     def generate(
         self, prompts: Sequence[Sequence[int]], plan: SelectionPlan, how: Continuing
     ) -> list[str]:
-        texts = [self.decode(tokens) for tokens in prompts]
-        starts = [len(self.decode(self.encode(text))) for text in texts]
-        continued = self.model.generate(
-            texts,
+        # As tokens: a prompt whose beginning was left out need not be whole characters.
+        tokens_BT, mask_BT = left_pad([list(tokens) for tokens in prompts])
+        continued: list[list[int]] = [[] for _ in prompts]
+        for new_B in new_tokens(
+            self.model.engine,
+            tokens_BT.to(self.device),
             how.max_new_tokens,
-            plan,
-            temperature=how.temperature,
-            stop=how.stop or None,
+            plan=plan,
+            mask=None if bool(mask_BT.all()) else mask_BT.to(self.device),
             context_length=self.context_length,
-        )
-        return [how.cut(text[n:]) for n, text in zip(starts, continued, strict=True)]
+            temperature=how.temperature,
+        ):
+            for tokens, token in zip(continued, new_B.tolist(), strict=True):
+                tokens.append(token)
+            if how.stop and all(how.ended(self.decode(tokens)) for tokens in continued):
+                break
+        return [how.cut(self.decode(tokens)) for tokens in continued]
 
 
 def _line_break(tokenizer: Tokenizer) -> int:

@@ -80,11 +80,16 @@ class Scorer:
     def continuations(self, prompts: Sequence[Sequence[int]], how: Continuing) -> list[str]:
         """Continue prompts, whose beginnings are left out if the context does not hold them all.
 
+        A prompt keeps at least half of the context, however long the continuation may be: there are
+        fewer new tokens then.
+
         Args:
             prompts: tokens of each prompt; an empty one becomes the prefix token.
             how: how to continue.
         """
-        room = max(1, self.model.context_length - how.max_new_tokens)
+        context_length = self.model.context_length
+        room = max(1, context_length // 2, context_length - how.max_new_tokens)
+        how = how._replace(max_new_tokens=min(how.max_new_tokens, max(1, context_length - room)))
         kept = [list(prompt[-room:]) or [self.model.prefix_token] for prompt in prompts]
 
         def continued(batch: Sequence[list[int]]) -> list[str]:

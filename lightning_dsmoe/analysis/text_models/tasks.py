@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,8 +117,8 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
 
 
 def _finite(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if is_number else None  # type: ignore[arg-type]
+    # Real: NumPy's numbers, too.
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from lightning_dsmoe.analysis.text_models.scorer import Scorer
 from lightning_dsmoe.analysis.text_models.windows import rolling_windows
 
+MOST_AT_ONCE = 2048
+"""Most tokens of a text that are read at once, unless a context is given."""
+
 
 class TextLoss(NamedTuple):
     """The loss on a text.
@@ -41,22 +44,27 @@ class TextLoss(NamedTuple):
         return self.nats / self.n_bytes / math.log(2)
 
 
-def text_loss(scorer: Scorer, text: str) -> TextLoss:
+def text_loss(scorer: Scorer, text: str, *, context: int | None = None) -> TextLoss:
     """The loss of a model under a plan on a text, each token of which counts once.
 
     Args:
         scorer: the model and the plan.
         text: the text.
+        context: most tokens of it that the model reads at once; None takes its context length, but
+            no more than 2,048: the logits of long contexts do not fit into memory.
 
     Raises:
-        ValueError: if the text is empty.
+        ValueError: if the text is empty, or the context is less than 1 or more than the model's.
         FloatingPointError: if the loss is not a finite number.
     """
     model = scorer.model
+    length = min(model.context_length, MOST_AT_ONCE) if context is None else context
+    if not 1 <= length <= model.context_length:
+        raise ValueError(f"context must be from 1 to {model.context_length}, got {length}")
     tokens = model.encode(text)
     if not tokens:
         raise ValueError("there is no token in the text to measure a loss on")
-    windows = list(rolling_windows(tokens, model.prefix_token, model.context_length))
+    windows = list(rolling_windows(tokens, model.prefix_token, length))
     losses = [-score.logprob for score in scorer.scores(windows)]
     nats = math.fsum(losses)
     if not math.isfinite(nats):

@@ -43,6 +43,10 @@ class Continuing(NamedTuple):
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
 
+    def ended(self, text: str) -> bool:
+        """Whether a stop text is in a continuation."""
+        return any(stop in text for stop in self.stop)
+
     def cut(self, text: str) -> str:
         r"""A continuation up to the first stop text in it.
 

@@ -32,7 +32,7 @@ class TransformersText(TextModel):
         prefix_token: the token before a text; None takes the beginning of a text, or else its end.
 
     Raises:
-        ValueError: if the tokenizer has more tokens than the model.
+        ValueError: if the tokenizer has more tokens than the model, or the model no positions.
     """
 
     def __init__(
@@ -50,10 +50,15 @@ class TransformersText(TextModel):
         # Experts of transformers' own classes are out of sight: what runs of them is not known.
         self.counts = count_parameters(model) if self.routed else None
         self.context_length = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        if self.context_length < 1:
+            raise ValueError(f"max_position_embeddings is {self.context_length}, not 1 or more")
         marked, plain = tokenizer.encode("a"), self.encode("a")
         self.beginning = tokens_before(marked, plain)
         known = (prefix_token, tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
         self.prefix_token = next(token for token in known if token is not None)
+        # After the end of a sequence in a batch; a special token, so that it is no text.
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, self.prefix_token)
+        self._padding: int = next(token for token in ends if token is not None)
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +86,12 @@ class TransformersText(TextModel):
     def generate(
         self, prompts: Sequence[Sequence[int]], plan: SelectionPlan, how: Continuing
     ) -> list[str]:
-        tokens_BT, mask_BT = left_pad([list(tokens) for tokens in prompts], pad=self.prefix_token)
+        tokens_BT, mask_BT = left_pad([list(tokens) for tokens in prompts], pad=self._padding)
         n_prompt = tokens_BT.shape[1]
 
         def stopped(tokens_BT: Tensor, scores: Any, **options: Any) -> Tensor:
-            texts = [self.decode(tokens) for tokens in tokens_BT[:, n_prompt:].tolist()]
-            ended = [any(stop in text for stop in how.stop) for text in texts]
+            new = tokens_BT[:, n_prompt:].tolist()
+            ended = [how.ended(self.decode(tokens)) for tokens in new]
             return torch.tensor(ended, device=tokens_BT.device)
 
         sampling: dict[str, Any] = {
@@ -103,7 +108,7 @@ class TransformersText(TextModel):
                 attention_mask=mask_BT.to(self.device).long(),
                 max_new_tokens=how.max_new_tokens,
                 stopping_criteria=[stopped],
-                pad_token_id=self.prefix_token,
+                pad_token_id=self._padding,
                 **sampling,
             )
         return [how.cut(self.decode(tokens)) for tokens in tokens_BT[:, n_prompt:].tolist()]

@@ -18,7 +18,7 @@ from lightning_dsmoe.analysis.text_models import (
 )
 from lightning_dsmoe.analysis.text_models.windows import rolling_windows
 from lightning_dsmoe.metrics import active_parameters
-from tests.text_models import llama
+from tests.text_models import CONTEXT, llama
 
 PLAN = SelectionPlan(experts=TopK(2), layers={})
 TEXTS = ["to be", "or not to be, that is", "?", "the question is", "whether"]
@@ -130,6 +130,57 @@ def test_long_and_empty_prompts(model: TextModel) -> None:
     assert empty == prefixed
 
 
+def test_a_prompt_keeps_half_of_the_context(model: TextModel) -> None:
+    prompt = model.encode("to be or not to be, that is the question")
+    [long] = Scorer(model).continuations([prompt], Continuing(100))
+    [half] = Scorer(model).continuations([prompt[-CONTEXT // 2 :]], Continuing(CONTEXT // 2))
+    assert long == half
+
+
+def test_prompts_that_begin_within_a_character(decoder_text: DecoderText) -> None:
+    tokens = decoder_text.encode("€" * 9)[1:]
+    for n in (CONTEXT - 4, CONTEXT - 5):
+        [text] = Scorer(decoder_text).continuations([tokens[-n:]], Continuing(4))
+        expected = decoder_text.model.generate(tokens[-n:], 4, temperature=0).tolist()
+        assert text == decoder_text.decode(expected[n:])
+
+
+def test_padding_after_the_end_is_no_text() -> None:
+    model = llama()
+    model = TransformersText(model.model, model.tokenizer, prefix_token=ord("a"))
+    prompts = [model.encode(text) for text in ("to be", "or not", "question")]
+    [first, *_] = (Scorer(model).continuations([prompt], Continuing(8)) for prompt in prompts)
+    # What is most probable after the first prompt now ends a text.
+    [end] = logits_of(model, prompts[0], SelectionPlan())[-1:].argmax(-1).tolist()
+    model.model.generation_config.eos_token_id = end
+    found = Scorer(model).continuations(prompts, Continuing(8))
+    assert first[0].startswith(found[0])
+    assert "a" not in found[0][1:]
+
+
+def test_a_context_of_ones_own(model: TextModel) -> None:
+    text = "To be, or not to be: that is the question, whether"
+    scorer = Scorer(model, PLAN)
+    nats = 0.0
+    tokens = model.encode(text)
+    for window in rolling_windows(tokens, model.prefix_token, 7):
+        assert len(window.inputs) <= 7
+        rows = logits_of(model, window.inputs, PLAN).double().log_softmax(-1)
+        rows = rows[-len(window.targets) :]
+        nats -= sum(float(row[t]) for row, t in zip(rows, window.targets, strict=True))
+    assert text_loss(scorer, text, context=7).nats == pytest.approx(nats, rel=1e-5)
+    for context in (0, CONTEXT + 1):
+        with pytest.raises(ValueError, match=f"context must be from 1 to 24, got {context}"):
+            text_loss(scorer, text, context=context)
+
+
+def test_long_contexts_are_read_in_parts(decoder_text: DecoderText) -> None:
+    decoder_text.context_length = 2**17  # rotary positions have no limit
+    loss = text_loss(Scorer(decoder_text), "to be " * 400)
+    assert loss == text_loss(Scorer(decoder_text), "to be " * 400, context=2048)
+    assert loss.stderr is not None  # of windows
+
+
 def test_bits_per_byte(model: TextModel) -> None:
     text = "To be, or not to be — that is the question: whether 'tis nobler" * 2
     scorer = Scorer(model, PLAN, batch_size=2)
@@ -183,5 +234,8 @@ def test_invalid_options(decoder_text: DecoderText, llama_text: TransformersText
         Scorer(decoder_text, batch_size=0)
     tokenizer: Any = llama_text.tokenizer
     tokenizer.add_tokens(["one", "more"])
+    llama_text.model.config.max_position_embeddings = -5
+    with pytest.raises(ValueError, match="max_position_embeddings is -5, not 1 or more"):
+        TransformersText(llama_text.model, llama().tokenizer)
     with pytest.raises(ValueError, match="the tokenizer has 260 tokens, the model only 258"):
         TransformersText(llama_text.model, tokenizer)
