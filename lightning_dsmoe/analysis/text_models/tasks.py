@@ -63,7 +63,7 @@ class Tasks:
 
     def check(self, names: Sequence[str]) -> None:
         """Raise a ValueError that lists the names of no task."""
-        if unknown := [name for name in names if not self._manager.match_tasks([name])]:
+        if unknown := [name for name in names if name not in self._manager.all_tasks]:
             raise ValueError(
                 f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists "
                 "them"

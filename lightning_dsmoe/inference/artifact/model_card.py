@@ -22,6 +22,17 @@ _WEIGHTS = {
     "attention.heads": "the attention experts",
     "feed_forward.experts": "the feed-forward experts",
 }
+_PROVENANCE = (
+    "windows",
+    "dense",
+    "all_experts_error",
+    "data",
+    "checkpoint_sha256",
+    "versions",
+    "date",
+)
+"""Where the figures come from: folded, for those who check them."""
+_LEAST = 1e-6
 _GAP = ("sparse_loss", "relative_gap", "relative_gap_95")
 _LABELS = {
     "tokens": ("predicted tokens", ""),
@@ -139,6 +150,7 @@ def with_measured(card: str, certificate: dict[str, Any], *, frontier: bool = Fa
 def measured_lines(certificate: dict[str, Any], frontier: bool) -> list[str]:
     """The section "Measured" of a card."""
     facts = {name: value for name, value in certificate.items() if name not in _OMITTED}
+    origin = {name: facts.pop(name) for name in _PROVENANCE if name in facts}
     lines = _headline(facts)
     if _SHARE in facts:  # what that loss costs
         facts = {_SHARE: facts[_SHARE], **facts}
@@ -147,7 +159,20 @@ def measured_lines(certificate: dict[str, Any], frontier: bool) -> list[str]:
         lines = [line.replace(f" {_NATS}", "") for line in lines]
     picture = [f"![Loss against active share of other plans]({FRONTIER})", ""] if frontier else []
     tables = [line for kind in _KINDS for line in _table(kind, certificate)]
-    return [_MEASURED, "", *(lines or ["Nothing yet."]), "", *picture, *tables]
+    origins = [f"- {name}: {value}" for name, value in _flat(origin)]
+    return [
+        *(_MEASURED, "", *(lines or ["Nothing yet."]), "", *picture),
+        *_folded("Layers", "What the plan changes in each of them", tables),
+        *_folded("Provenance", "Text, versions and hashes", [*origins, ""] if origins else []),
+    ]
+
+
+def _folded(heading: str, summary: str, lines: list[str]) -> list[str]:
+    """Lines under a heading, which readers unfold; no heading without lines."""
+    if not lines:
+        return []
+    opening = f"<details><summary>{summary}</summary>"
+    return [f"### {heading}", "", opening, "", *lines, "</details>", ""]
 
 
 def _headline(facts: dict[str, Any]) -> list[str]:
@@ -164,7 +189,8 @@ def _headline(facts: dict[str, Any]) -> list[str]:
         same_side = bounds[0] * bounds[1] > 0
         ends = f"{percent(low).removesuffix(' %')} to {percent(high)}"
         ends = ends if same_side else " to ".join(map(compared, bounds))
-        text += f" (95 % interval {ends})"
+        if percent(low) != percent(high):
+            text += f" (95 % interval {ends})"
     return [text]
 
 
@@ -198,7 +224,8 @@ def _format(value: Any, unit: str = "") -> str:
         return str(value)
     if unit == "%":
         return percent(value)
-    text = f"{value:.3f}" if unit == _NATS else digits(value)
+    is_tiny = 0 < abs(value) < _LEAST
+    text = f"{value:.3f}" if unit == _NATS else f"<{_LEAST:f}" if is_tiny else digits(value)
     return f"{text} {unit}".rstrip()
 
 
@@ -208,9 +235,11 @@ def _table(kind: str, certificate: dict[str, Any]) -> list[str]:
     if not isinstance(layers, list) or not any(layers):
         return []
     rows = {layer: errors for layer, errors in enumerate(layers) if errors}
+    if not any(value != 0 for errors in rows.values() for value in errors.values()):
+        return []
     labels = {name: _label(name) for name in next(iter(rows.values()))}
     heads = (f"{label}, {unit}" if unit else label for label, unit in labels.values())
-    lines = [f"What the plan changes in the {_KINDS[kind]} of each layer:", ""]
+    lines = [f"{_KINDS[kind]}:".capitalize(), ""]
     lines += [f"| layer | {' | '.join(heads)} |", f"|{' ---: |' * (len(labels) + 1)}"]
     for layer, errors in rows.items():
         cells = (_format(errors[n], unit).removesuffix(" %") for n, (_, unit) in labels.items())

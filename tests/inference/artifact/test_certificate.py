@@ -144,13 +144,12 @@ def test_a_new_certificate_changes_nothing_else(path: Path, model: SparseModel) 
     assert "loss: 1.25" not in card
     lines = card.splitlines()
     assert lines.count("## Measured") == lines.count("## Use") == 1
-    assert (
-        "tokens: 0.0123 nats\n- 95 % interval of that: -10 % to 10 %\n- text, split: val\n" in card
-    )
+    assert "tokens: 0.0123 nats\n- 95 % interval of that: -10 % to 10 %\n" in card
+    assert "\n- text, split: val\n\n</details>\n" in card
     assert "| layer | dropped gate mass, mean, % | its bound, max, % |" in lines
     assert "| 0 | 12.5 | 50 |" in lines
     assert "routing_agreement" not in card
-    assert "attention experts of each layer" not in card
+    assert "Attention experts:" not in card
     save_certificate(path, model, CERTIFICATE)
     assert (path / "README.md").read_text() == card
 

@@ -53,9 +53,32 @@ def test_units_and_digits(model: SparseModel) -> None:
         "- KL divergence from all experts, mean over tokens: 0.000123 nats",
         "- mine too: 12,346",
         "- is new: True",
-        "- text, validation split: 5 %",
-        "- text, context length: 1,024",
     ]
+    _, _, provenance = card.partition("### Provenance\n\n<details>")
+    assert "\n\n- text, validation split: 5 %\n- text, context length: 1,024\n\n</" in provenance
+
+
+def test_no_more_digits_than_people_read(model: SparseModel) -> None:
+    measured = {"sparse_loss": 4.4551768, "relative_gap": 5.3e-10, "kl": 3.99e-15, "mine": 0.0}
+    nothing = {"error_mean": 0.0, "error_max": 0.0}
+    card = model.card(measured | {"relative_gap_95": [2e-11, 1e-9], "experts": [nothing] * 2})
+    assert "\n- loss 4.455 nats per token, <0.001 % above all experts\n" in card
+    assert "over tokens: <0.000001 nats\n- mine: 0\n" in card
+    assert "###" not in card  # no layer changes, and nothing is known of the text
+    changed = model.card({"experts": [nothing, nothing | {"error_mean": 0.25}]})
+    assert "### Layers" in changed
+    assert "| 1 | 25 | 0 |" in changed
+
+
+def test_folded_sections_are_replaced_with_the_rest(model: SparseModel, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model.save(path, certificate={"date": "then", "experts": [{"error_mean": 0.5}]})
+    assert "then" in (path / "README.md").read_text()
+    save_certificate(path, model, {"date": "now"})
+    card = (path / "README.md").read_text()
+    assert "then" not in card
+    assert (card.count("### Provenance"), card.count("### Layers")) == (1, 0)
+    assert card.count("## Use") == 1
 
 
 def test_the_frontier_is_shown_where_it_is(model: SparseModel, tmp_path: Path) -> None:
