@@ -212,8 +212,8 @@ def _write_tokenizer(folder: Path, source: ExportSource) -> list[str]:
     if not adds_special_tokens(tokenizer):
         return []
     return [
-        "The tokenizer adds special tokens to a text. lightning_dsmoe does not, in training and "
-        "generation; `add_special_tokens=False` gives the same tokens."
+        "The tokenizer adds special tokens to a text. In generation so does lightning_dsmoe, in "
+        "training not: a model trained there may do better with `add_special_tokens=False`."
     ]
 
 
