@@ -138,7 +138,7 @@ def test_blocks_of_other_types_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     router = decoder.blocks[1].feed_forward.router
     router.weight = nn.Parameter(router.weight.bfloat16(), requires_grad=False)
     monkeypatch.setattr(compiled, "kernels_of", lambda parts, *_: dict.fromkeys(parts, len(parts)))
-    [(first, _), (second, _)] = CompiledStep(decoder, uniform(TopK(1)), 1)._blocks
+    [(first, *_), (second, *_)] = CompiledStep(decoder, uniform(TopK(1)), 1)._blocks
     assert first == second == 4  # the embedding, two kinds of blocks, and the head
 
 
