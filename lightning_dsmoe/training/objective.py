@@ -19,6 +19,22 @@ from lightning_dsmoe.losses.token_sums import sum_over_ranks
 from lightning_dsmoe.routing import Routing, SelectionPlan
 
 
+def mean_cross_entropy(
+    logits_BTV: Tensor, labels_BT: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Mean of -ln p(label) over the tokens that count, in nats; 0 if none counts.
+
+    Args:
+        logits_BTV: logits of the next tokens.
+        labels_BT: the next tokens; -100 does not count.
+        group: process group over whose tokens the mean is, as in `mutual_information_loss`.
+    """
+    nll = summed_cross_entropy(logits_BTV, labels_BT)
+    totals = torch.stack([nll, (labels_BT != IGNORED).sum().to(nll)])
+    total, count = sum_over_ranks(totals, group).unbind()
+    return total / count.clamp_min(1)
+
+
 class Step(NamedTuple):
     """A batch that ran under a plan.
 
@@ -54,12 +70,8 @@ class Step(NamedTuple):
             group: process group over whose tokens the mean is, as in `mutual_information_loss`.
         """
         output, labels_BT = model(batch["input_ids"], plan), batch["labels"]
-        mask_BT = labels_BT != IGNORED
-        nll = summed_cross_entropy(output.logits, labels_BT)
-        totals = torch.stack([nll, mask_BT.sum().to(nll)])
-        total, count = sum_over_ranks(totals, group).unbind()
-        loss = total / count.clamp_min(1)
-        return cls(loss, output.logits, output.routings, mask_BT, plan)
+        loss = mean_cross_entropy(output.logits, labels_BT, group)
+        return cls(loss, output.logits, output.routings, labels_BT != IGNORED, plan)
 
     def results(self) -> dict[str, Any]:
         """What callbacks read from a step."""

@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dsmoe.data.loader import Batch
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.losses import RoutingLoss
-from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
-from lightning_dsmoe.losses.token_sums import sum_over_ranks
 from lightning_dsmoe.routing import record_routings
-from lightning_dsmoe.serialization.checkpoint import check_format, check_state, read_checkpoint
+from lightning_dsmoe.serialization.checkpoint import check_state, read_checkpoint
 from lightning_dsmoe.tokenizers import load_tokenizer
-from lightning_dsmoe.training import checkpoints, gradients, optimization, strategies
+from lightning_dsmoe.training import checkpoints, strategies
 from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
-from lightning_dsmoe.training.optimizer_settings import ResumableSettings
-from lightning_dsmoe.training.random_state import ResumableRandomState
+from lightning_dsmoe.training.objective import mean_cross_entropy
+from lightning_dsmoe.training.resumable_module import ResumableModule
 from lightning_dsmoe.upcycling import save_upcycled, upcycle
 from lightning_dsmoe.upcycling.directory import check_free, is_upcycled
 from lightning_dsmoe.upcycling.source import load_source
@@ -40,7 +35,7 @@ _FROM_CHECKPOINTS = (
 """Arguments that a checkpoint may give; whether code is run is not for a file to say."""
 
 
-class UpcycledLanguageModel(LightningModule):
+class UpcycledLanguageModel(ResumableModule):
     """A causal model of transformers whose feed-forward layers are mixtures, trained densely.
 
     L = L_LM + sum over routers of (alpha L_MI + beta L_balance + gamma L_z)
@@ -93,7 +88,7 @@ class UpcycledLanguageModel(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         self.save_hyperparameters()
         checkpoints.drop_objects(self.hparams)
         self.routing_loss = RoutingLoss(
@@ -107,11 +102,6 @@ class UpcycledLanguageModel(LightningModule):
         if output is not None:
             check_free(Path(output))
         self.directory, self.output = directory, output
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self._settings = ResumableSettings()
-        self._random_state = ResumableRandomState()
-        self.val_loss = EvaluationLoss()
-        self.test_loss = EvaluationLoss()
         # AdamW would round most of its steps away in the bfloat16 of most files.
         self.model = load_source(directory, trust_remote_code=trust_remote_code).float()
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
@@ -150,7 +140,6 @@ class UpcycledLanguageModel(LightningModule):
             ValueError: if the file is not a checkpoint of this class or is of another model.
         """
         checkpoint = read_checkpoint(checkpoint_path, weights_only=weights_only is not False)
-        check_format(checkpoint)
         given = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
         options = {name: given[name] for name in _FROM_CHECKPOINTS if name in given} | kwargs
         if not isinstance(options.get("directory"), str | Path):
@@ -162,9 +151,7 @@ class UpcycledLanguageModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Prepare a run, and refuse text of another tokenizer than the model's."""
-        self._settings.forget()
-        self._random_state.forget()
-        checkpoints.use_safe_checkpoint_io(self._trainer)
+        super().setup(stage)
         path = Path(self.directory, "tokenizer.json")
         given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         if given is None or not path.is_file():
@@ -193,9 +180,7 @@ class UpcycledLanguageModel(LightningModule):
         group = strategies.data_parallel_group(None)
         mask_BT = batch["labels"] != IGNORED
         with record_routings(self.model, mask=mask_BT) as record:
-            nll = summed_cross_entropy(self(batch["input_ids"]), batch["labels"])
-        total, count = sum_over_ranks(torch.stack([nll, mask_BT.sum().to(nll)]), group).unbind()
-        loss = total / count.clamp_min(1)
+            loss = mean_cross_entropy(self(batch["input_ids"]), batch["labels"], group)
         routing_loss, terms = self.routing_loss.losses(record, group=group)
         if not torch.isfinite(loss + routing_loss):
             raise FloatingPointError(
@@ -203,7 +188,8 @@ class UpcycledLanguageModel(LightningModule):
                 "taken"
             )
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        if self._logs_are_due():
+            self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return loss + routing_loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -213,76 +199,6 @@ class UpcycledLanguageModel(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss of a test batch."""
         return self._evaluate(batch, self.test_loss)
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin the mean over the split."""
-        self.val_loss.begin()
-
-    def on_test_epoch_start(self) -> None:
-        """Begin the mean over the split."""
-        self.test_loss.begin()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss over the split, and step the schedules that watch a metric."""
-        self._log_epoch(self.val_loss, "val")
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            optimization.step_plateaus(self.trainer)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the loss over the split."""
-        self._log_epoch(self.test_loss, "test")
-
-    def configure_optimizers(self) -> Any:
-        """Optimizer, without weight decay of norms and biases, and the schedule."""
-        optimizer = optimization.make_optimizer(self.optimizer, self)
-        schedule = self._settings.make_schedule(optimizer, self.lr_scheduler)
-        if schedule is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": optimization.schedule_options(schedule)}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Check that gradients are finite, then clip them; fp16 is left to Lightning."""
-        limit = gradient_clip_val, gradient_clip_algorithm
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            super().configure_gradient_clipping(optimizer, *limit)
-        else:
-            gradients.check_and_clip(self, optimizer, *limit)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what it takes to read the model's tokens and to resume exactly."""
-        checkpoints.add_content(checkpoint, self, getattr(self._trainer, "datamodule", None))
-        checkpoint["random_state"] = self._random_state.of_all_ranks(self._trainer)
-        checkpoint["optimizer_settings"] = self._settings.current
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check a checkpoint, and note what `fit` is to resume with."""
-        checkpoints.check_content(checkpoint, self, self._trainer)
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            self._random_state.load(checkpoint, self._trainer)
-            self._settings.load(checkpoint)
-
-    def on_fit_start(self) -> None:
-        """Refuse an optimizer that cannot continue from the state which is restored next."""
-        self._settings.check()
-
-    def on_train_start(self) -> None:
-        """Let optimizer and schedule settings of this run hold over those that were restored."""
-        optimization.check_validated(self.trainer)
-        self._settings.apply(self.trainer, self.lr_scheduler)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Continue the random numbers of a resumed run, once its loaders are running."""
-        self._random_state.begin_batch()
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a schedule, unless it waits for a validation."""
-        if metric is not None or not isinstance(scheduler, ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
 
     def on_fit_end(self) -> None:
         """Write the trained model, if it has a place."""
@@ -298,13 +214,6 @@ class UpcycledLanguageModel(LightningModule):
         save_upcycled(self.model, directory, tokenizer_from=self.directory)
 
     def _evaluate(self, batch: Batch, metric: EvaluationLoss) -> Tensor:
-        count = (batch["labels"] != IGNORED).sum()
-        nll = summed_cross_entropy(self(batch["input_ids"]), batch["labels"])
-        loss = nll / count.clamp_min(1)
-        metric.update(loss, count)
+        loss = mean_cross_entropy(self(batch["input_ids"]), batch["labels"])
+        metric.update(loss, (batch["labels"] != IGNORED).sum())
         return loss
-
-    def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        for name, value in metric.summary(split, data).items():
-            self.log(f"{split}/{name}", value, prog_bar=name == "loss", sync_dist=True)
