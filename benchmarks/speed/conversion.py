@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.timing import machine
 from lightning_dsmoe import import_hf, upcycle
 from lightning_dsmoe.hugging_face.export_hf import export_hf
-from lightning_dsmoe.hugging_face.shards import Part, write_shards
+from lightning_dsmoe.serialization.shards import Part, write_shards
 from lightning_dsmoe.upcycling import save_upcycled
 from lightning_dsmoe.upcycling.source import load_source
 

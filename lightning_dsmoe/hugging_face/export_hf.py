@@ -20,7 +20,6 @@ from lightning_dsmoe.hugging_face.export_source import ExportSource, export_sour
 from lightning_dsmoe.hugging_face.own_class.describe import own_config
 from lightning_dsmoe.hugging_face.own_class.write import write_own_class
 from lightning_dsmoe.hugging_face.own_model import source_field
-from lightning_dsmoe.hugging_face.shards import write_shards
 from lightning_dsmoe.hugging_face.stock_config import TOKEN_IDS, stock_config
 from lightning_dsmoe.hugging_face.stock_tensors import stock_parts
 from lightning_dsmoe.hugging_face.targets import OWN_CLASS, StockClass, Target, choose
@@ -29,6 +28,7 @@ from lightning_dsmoe.inference.artifact.hashes import CARD, FRONTIER
 from lightning_dsmoe.inference.text import example_prompt
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
+from lightning_dsmoe.serialization.shards import write_shards
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_CONTEXT = 2048

@@ -25,9 +25,9 @@ from lightning_dsmoe.hugging_face.multipliers import fold
 from lightning_dsmoe.hugging_face.neuron_order import split_by_activations, split_by_weights
 from lightning_dsmoe.hugging_face.own_model import OwnModel, read_own_model
 from lightning_dsmoe.hugging_face.source_model import SourceModel, build, check_n_experts
-from lightning_dsmoe.hugging_face.tensor_files import stored_tensors
 from lightning_dsmoe.hugging_face.weight_map import FAMILIES
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.serialization.tensor_files import stored_tensors
 
 Split = Literal["contiguous", "weights", "activations"]
 Progress = Callable[[int, int], None]

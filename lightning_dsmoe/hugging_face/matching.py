@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.hugging_face.own_model import OwnModel, own_entries
 from lightning_dsmoe.hugging_face.source_model import SourceModel
-from lightning_dsmoe.hugging_face.tensor_files import StoredTensor, listed
 from lightning_dsmoe.hugging_face.weight_map import Entry, entries
+from lightning_dsmoe.serialization.tensor_files import StoredTensor, listed
 
 _MOST_MISSING = 4
 """By how much a configuration may ask for more weights than there are, to be told which ones."""

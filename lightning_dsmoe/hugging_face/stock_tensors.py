@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.hugging_face.shards import Part
 from lightning_dsmoe.hugging_face.targets import StockClass
 from lightning_dsmoe.hugging_face.weight_map import Entry, entries
 from lightning_dsmoe.serialization.architecture import build_decoder, describe_decoder
+from lightning_dsmoe.serialization.shards import Part
 
 _ALL_ZEROS = "feed_forward.experts.b_in"
 """Where a class has the output bias of experts alone; see `traits`."""

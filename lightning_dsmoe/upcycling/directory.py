@@ -16,34 +16,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.experts import MixtureOfExperts
 from lightning_dsmoe.files import hidden_beside, read_json, replace_folder
 from lightning_dsmoe.finite import check_finite
-from lightning_dsmoe.hugging_face.tensor_files import (
-    INDEX,
-    SINGLE,
-    StoredTensor,
-    listed,
-    stored_tensors,
-)
 from lightning_dsmoe.inference.artifact.directory import copy_linked
 from lightning_dsmoe.inference.artifact.module_artifact import stored_tensors as tensors_of
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, check_version
 from lightning_dsmoe.routing import OutputOnly, routed_layers
 from lightning_dsmoe.serialization.architecture import describe_part, part_factory
 from lightning_dsmoe.serialization.class_paths import MAX_SIZE
+from lightning_dsmoe.serialization.shards import MAX_BYTES, Part, write_shards
+from lightning_dsmoe.serialization.tensor_files import (
+    StoredTensor,
+    listed,
+    stored_tensors,
+)
 from lightning_dsmoe.upcycling.trust import check_no_kernels
 
 UPCYCLING = "upcycling.json"
 WEIGHTS = "weights"
 """The folder of the safetensors."""
 FORMAT_VERSION = 1
-MAX_SHARD_BYTES = 2**29
-"""A file is made in memory before it is written, so it has to be small beside the model."""
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -69,7 +65,7 @@ def save_upcycled(
     directory: str | Path,
     *,
     tokenizer_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_BYTES,
 ) -> None:
     """Write a model of transformers with upcycled layers, to be read by `load_upcycled`.
 
@@ -111,7 +107,8 @@ def save_upcycled(
             if (source := Path(str(tokenizer_from), name)).is_file():
                 shutil.copyfile(source, folder / name)
         (folder / WEIGHTS).mkdir()
-        _write_shards(folder / WEIGHTS, tensors, max_shard_bytes)
+        parts = [_part(name, tensor) for name, tensor in tensors.items()]
+        write_shards(folder / WEIGHTS, parts, max_bytes=max_shard_bytes)
         check_free(path)  # once more, since writing takes long
         replace_folder(folder, path)
     finally:
@@ -325,25 +322,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **options)
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        many = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        file = SINGLE if len(shards) == 1 else many
-        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+def _part(name: str, tensor: Tensor) -> Part:
+    return Part({name: torch.empty_like(tensor, device="meta")}, lambda: [tensor])
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_dsmoe.hugging_face.tensor_files import listed, stored_tensors
+from lightning_dsmoe.serialization.tensor_files import listed, stored_tensors
 from lightning_dsmoe.upcycling.directory import (
     Progress,
     build_empty,

@@ -16,9 +16,9 @@ from lightning_dsmoe.hugging_face.export_directory import (
     replaced_directory,
 )
 from lightning_dsmoe.hugging_face.own_class.describe import own_config
-from lightning_dsmoe.hugging_face.shards import Part, write_shards
 from lightning_dsmoe.hugging_face.stock_config import TOKEN_IDS
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.serialization.shards import Part, write_shards
 from lightning_dsmoe.tokenizers import Tokenizer
 
 CODE = ("configuration_dsmoe.py", "modeling_dsmoe.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from lightning_dsmoe.reading import Count, check_json, check_version
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.checkpoint import TEXT_FIELDS, check_state, fill
+from lightning_dsmoe.serialization.tensor_files import MAX_HEADER_BYTES, read_header
 
 FORMAT_VERSION = 2
 COMMON_FIELDS = {
@@ -43,19 +44,6 @@ _FIELDS = {
     **TEXT_FIELDS,
 }
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
-_MAX_HEADER_BYTES = 100_000_000 + 8  # of safetensors
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 
 Described = TypeVar("Described")
 
@@ -316,16 +304,17 @@ def read_headers(path: Path, n_weights: int) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is too large for the model or no whole safetensors file.
     """
-    if path.stat().st_size > _MAX_HEADER_BYTES + 8 * n_weights:
+    if path.stat().st_size > MAX_HEADER_BYTES + 8 * (1 + n_weights):
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, which is too much for {n_weights} weights"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: _empty(name, file.get_slice(name)) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+        found = read_header(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file of known types: {error}"
+        ) from None
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in found.items()}
 
 
 def _stored_state(decoder: Decoder) -> dict[str, Tensor]:
@@ -353,14 +342,6 @@ def _in_memory_of_their_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = plain.clone() if storage in storages else plain
         storages.add(storage)
     return found
-
-
-def _empty(name: str, header: Any) -> Tensor:
-    """A tensor on the meta device, of the shape and type in a safetensors header."""
-    dtype = header.get_dtype()
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} is {dtype}, allowed are {', '.join(_DTYPES)}")
-    return torch.empty(header.get_shape(), dtype=_DTYPES[dtype], device="meta")
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -20,9 +20,10 @@ from lightning_dsmoe.reading import Bounds, check_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100 * 2**20
+MAX_HEADER_BYTES = 100_000_000
+"""As safetensors themselves allow."""
 _MAX_DIMENSIONS = 8
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -112,7 +113,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         head = file.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else n_bytes
-        if size > min(_MAX_HEADER_BYTES, n_bytes - 8):
+        if size > min(MAX_HEADER_BYTES, n_bytes - 8):
             if head.startswith((b"PK", b"\x80")):
                 raise ValueError(
                     "it is a pickle, which can run code when it is read; only safetensors are read"
@@ -134,12 +135,11 @@ def _checked(
     tensors, spans = {}, []
     for name, fields in header.items():
         entry = check_json(short_repr(name), fields, _TENSOR)
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{name!r:.200} is {entry['dtype']!r:.20}, a type that is not supported; what is: "
-                f"{', '.join(_DTYPES)}"
+                f"{name:.200} is {entry['dtype']:.20}, allowed are {', '.join(DTYPES)}"
             )
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name!r:.200} of shape {shape} does not take {end - begin} bytes")

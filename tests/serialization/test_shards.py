@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_dsmoe.hugging_face.shards import INDEX, Part, write_shards
+from lightning_dsmoe.serialization.shards import INDEX, Part, write_shards
 
 
 def part_of(tensors: dict[str, Tensor]) -> Part:

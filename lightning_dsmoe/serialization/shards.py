@@ -12,14 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-_MAX_BYTES = 5 * 10**9
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+from lightning_dsmoe.serialization.tensor_files import DTYPES, INDEX, SINGLE
+
+MAX_BYTES = 5 * 10**9
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Part(NamedTuple):
@@ -43,7 +39,7 @@ def write_shards(
     folder: Path,
     parts: Iterable[Part],
     *,
-    max_bytes: int = _MAX_BYTES,
+    max_bytes: int = MAX_BYTES,
     on_bytes: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """Write `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with an index.
@@ -61,7 +57,7 @@ def write_shards(
             shards.append([])
             room = max_bytes - part.n_bytes
         shards[-1].append(part)
-    names = ["model.safetensors"]
+    names = [SINGLE]
     if len(shards) > 1:
         total = len(shards)
         names = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
@@ -87,7 +83,7 @@ def _write_file(path: Path, parts: list[Part], on_bytes: Callable[[int], None]) 
         for name, tensor in part.empty.items():
             start, end = end, end + tensor.nbytes
             header[name] = {
-                "dtype": _DTYPES[tensor.dtype],
+                "dtype": _NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
