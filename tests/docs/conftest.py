@@ -8,7 +8,7 @@ import pytest
 
 from lightning_dsmoe.cli import main
 
-from .page import FILES, ROOT, TINY
+from .page import FILES, ROOT, TINY, WIDTH
 
 TEXT = "".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(200))
 
@@ -55,7 +55,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("ignore")
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["lightning-dsmoe"])
-        main(["fit", "-c", "cli_configs/quickstart.yaml", *TINY, FILES])
+        main(["fit", "-c", "cli_configs/quickstart.yaml", *TINY, WIDTH, FILES])
     return folder / "runs"
 
 

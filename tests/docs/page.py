@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
+WIDTH = "--model.init_args.d_model=16"
 TINY = [
     "--data.init_args.context=16",
     "--data.init_args.batch_size=2",
-    "--model.init_args.d_model=16",
     "--trainer.max_steps=2",
     "--trainer.val_check_interval=2",
     "--trainer.limit_val_batches=1",
@@ -87,8 +87,9 @@ def shortened(words: list[str]) -> list[str]:
         rest = ["--print_config"] if several and "--print_config" not in words else []
         own = [] if any("files" in word for word in words) else [FILES]
         phase = [STEPS] if any(word.endswith(PHASES) for word in words) else []
+        width = [] if any(word.endswith("upcycle.yaml") for word in words) else [WIDTH]
         # What the page resumes has its sizes already; later options win.
-        return [*words, *TINY, *own, *phase, *rest]
+        return [*words, *TINY, *width, *own, *phase, *rest]
     return [*words, *MEASURING.get(command, [])]
 
 

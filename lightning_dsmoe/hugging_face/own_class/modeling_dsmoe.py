@@ -316,6 +316,20 @@ class HeadRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class AttentionReader(nn.Module):
+    """What attention functions read of a layer, for each number of groups that may run.
+
+    They look for the number on the module, where a forward pass must not write it.
+    """
+
+    def __init__(self, config: DSMoEConfig, layer_idx: int, n_groups: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.num_key_value_groups = n_groups
+
+
 class DSMoEAttention(nn.Module):
     """Grouped-query attention; with a router, each group of query heads is an expert.
 
@@ -327,11 +341,12 @@ class DSMoEAttention(nn.Module):
         options = config.blocks[layer_idx]["attention"]
         self.config = config
         self.layer_idx = layer_idx
-        self.is_causal = True
         self.n_groups, self.n_kv_heads = options["n_groups"], options["n_kv_heads"]
         self.d_head = options["d_head"]
         self.scaling = self.d_head**-0.5
-        self.num_key_value_groups = self.n_groups
+        self.readers = nn.ModuleList(
+            AttentionReader(config, layer_idx, n_groups) for n_groups in range(1, self.n_groups + 1)
+        )
         self.rotation = options["rotation"]
         mixture, d_model = options["mixture"], config.hidden_size
         self.mixture = None if mixture is None else Mixture(d_model, mixture)
@@ -379,12 +394,12 @@ class DSMoEAttention(nn.Module):
             place = {"cache_kwargs": {"cache_position": cache_position}}
             given = place if "cache_kwargs" in _UPDATE_ARGUMENTS else {}
             k_BHTC, v_BHTC = cache.update(k_BHTC, v_BHTC, self.layer_idx, **given)
-        self.num_key_value_groups = q_BTRHC.shape[2]  # where `attend` looks for it
+        reader = self.readers[q_BTRHC.shape[2] - 1]
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation, eager_attention
         )
         heads_BTGC, weights = attend(
-            self, q_BGTC, k_BHTC, v_BHTC, attention_mask, scaling=self.scaling, **kwargs
+            reader, q_BGTC, k_BHTC, v_BHTC, attention_mask, scaling=self.scaling, **kwargs
         )
         heads_BTHRC = heads_BTGC.unflatten(2, (self.n_kv_heads, -1))
         return self.outputs(heads_BTHRC.transpose(2, 3), gates_BTE, running), weights
