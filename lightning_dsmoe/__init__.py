@@ -43,6 +43,7 @@ from lightning_dsmoe.routing import record_routings as record_routings
 from lightning_dsmoe.routing import routed_layers as routed_layers
 from lightning_dsmoe.routing import run_plan as run_plan
 from lightning_dsmoe.upcycling import upcycle as upcycle
+from lightning_dsmoe.version import VERSION
 
 if TYPE_CHECKING:
     from lightning_dsmoe.data import TextDataModule as TextDataModule
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
         UpcycledLanguageModel as UpcycledLanguageModel,
     )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 moved.find_moved_modules()
 

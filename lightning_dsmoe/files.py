@@ -4,7 +4,6 @@ import codecs
 import hashlib
 import json
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,26 +45,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def hidden_beside(path: Path) -> Path:
     """A new hidden path beside another one, for a file or folder that will replace it."""
     return path.with_name(f".{path.name}.{uuid4().hex}")
-
-
-def replace_folder(folder: Path, path: Path) -> None:
-    """Rename a finished folder to its place; an earlier one is deleted when that has succeeded.
-
-    A directory that is not empty cannot be replaced in one step, so the earlier one is renamed
-    first. A process killed between the two leaves it whole as `.NAME.….old`.
-    """
-    if not path.exists():
-        folder.rename(path)
-        return
-    earlier = folder.with_name(f"{folder.name}.old")
-    try:
-        path.rename(earlier)
-        folder.rename(path)
-    except BaseException:  # Ctrl-C too
-        if earlier.exists() and not path.exists():
-            earlier.rename(path)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,9 +1,11 @@
 """What was measured under several plans, as a table and as JSON."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,6 +14,7 @@ from lightning_dsmoe.analysis.text_models.tasks import Metric, TaskResult
 from lightning_dsmoe.metrics import ActiveShare
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.units import digits, percent
+from lightning_dsmoe.version import VERSION
 
 FORMAT_VERSION = 1
 
@@ -88,11 +91,13 @@ def as_json(columns: list[Column], source: dict[str, Any]) -> dict[str, Any]:
         columns: what was measured.
         source: of what, and how.
     """
-    packages = {name: _version(name) for name in ("lightning-dsmoe", "lm-eval", "torch")}
+    versions = {"lightning_dsmoe": VERSION, "torch": str(torch.__version__)}
+    with suppress(PackageNotFoundError):
+        versions["lm-eval"] = version("lm-eval")
     return {
         "format_version": FORMAT_VERSION,
         **source,
-        "versions": {name: found for name, found in packages.items() if found is not None},
+        "versions": versions,
         "plans": {column.name: _column(column) for column in columns},
     }
 
@@ -142,10 +147,3 @@ def _share(share: ActiveShare | None) -> str:
 
 def _share_as_json(share: ActiveShare | None) -> dict[str, float] | None:
     return None if share is None else {n: x.item() for n, x in share._asdict().items()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from lightning_dsmoe import __version__
 from lightning_dsmoe.analysis import HeldOut
 from lightning_dsmoe.analysis.report import Report, report_page
 from lightning_dsmoe.analysis.report.drift import drift
@@ -27,6 +26,7 @@ from lightning_dsmoe.routing import SelectionPlan, Threshold, routed_layers
 from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.serialization.architecture import differences
 from lightning_dsmoe.tokenizers import Tokenizer
+from lightning_dsmoe.version import VERSION
 
 _EPS = 0.1
 _SAMPLE_TOKENS = 600
@@ -145,7 +145,7 @@ def _facts(
         ("Plan", plan),
         ("Text", f"{text.n_tokens:,} tokens, {text_name}, SHA-256 {_short(text.fingerprint())}"),
         ("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
-        ("Versions", f"lightning_dsmoe {__version__}, torch {torch.__version__}, {python}"),
+        ("Versions", f"lightning_dsmoe {VERSION}, torch {torch.__version__}, {python}"),
     ]
 
 

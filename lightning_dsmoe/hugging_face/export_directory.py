@@ -2,16 +2,15 @@
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lightning_dsmoe.files import hidden_beside, replace_folder
-from lightning_dsmoe.inference.artifact.directory import copy_linked
+from lightning_dsmoe.folders import replaced_folder
+from lightning_dsmoe.version import VERSION
 
-MARK = "exported_by"
-"""A field of `config.json` that says that a directory is an earlier export."""
+_MARK = "exported_by"
+SIGNATURE = {_MARK: f"lightning_dsmoe {VERSION}"}
+"""The field of `config.json` that says that a directory is an earlier export."""
 _OURS = re.compile(
     r"(generation_)?config\.json|tokenizer(_config)?\.json|README\.md|frontier\.png"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -24,7 +23,7 @@ def check_replaceable(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        is_export = MARK in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        is_export = _MARK in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         is_export = False
     if not is_export:
@@ -33,21 +32,6 @@ def check_replaceable(path: Path) -> None:
         )
 
 
-@contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Yield a hidden directory beside a path, and rename it to the path if the block succeeds.
-
-    The files of an earlier export are replaced; what people put beside them stays.
-    """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = hidden_beside(path)
-    try:
-        if path.exists():
-            ours = {each.name for each in path.iterdir() if _OURS.fullmatch(each.name)}
-            copy_linked(path, folder, without=ours)
-        folder.mkdir(exist_ok=True)
-        yield folder
-        replace_folder(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def replaced_directory(path: Path) -> AbstractContextManager[Path]:
+    """A hidden directory that becomes an export, in which people's own files stay."""
+    return replaced_folder(path, is_ours=lambda name: _OURS.fullmatch(name) is not None)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.hugging_face.card import export_card
 from lightning_dsmoe.hugging_face.export_directory import (
-    MARK,
+    SIGNATURE,
     check_replaceable,
     replaced_directory,
 )
@@ -169,7 +168,7 @@ def _write_stock(
         context_length=source.context_length or DEFAULT_CONTEXT,
         token_ids=token_ids,
     )
-    _write_json(folder / "config.json", config | {MARK: f"lightning_dsmoe {_version()}"})
+    _write_json(folder / "config.json", config | SIGNATURE)
     _write_json(folder / "generation_config.json", {n: token_ids.get(n) for n in TOKEN_IDS})
     parts = list(stock_parts(stock, source.decoder))
     total, written = sum(part.n_bytes for part in parts), 0
@@ -219,7 +218,3 @@ def _write_tokenizer(folder: Path, source: ExportSource) -> list[str]:
 
 def _write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _version() -> str:
-    return version("lightning-dsmoe")

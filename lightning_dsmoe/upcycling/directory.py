@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.files import hidden_beside, read_json, replace_folder
+from lightning_dsmoe.files import read_json
 from lightning_dsmoe.finite import check_finite
-from lightning_dsmoe.inference.artifact.directory import copy_linked
+from lightning_dsmoe.folders import replaced_folder
 from lightning_dsmoe.inference.artifact.module_artifact import stored_tensors as tensors_of
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, check_version
 from lightning_dsmoe.routing import OutputOnly, routed_layers
@@ -81,7 +81,7 @@ def save_upcycled(
         ValueError: if the model has no upcycled layers, has mixtures that `upcycle` did not make or
             has one in two places, or a weight is not finite.
     """
-    path = Path(directory).resolve()
+    path = Path(directory)
     check_free(path)
     layers = _described_layers(model)
     config: Any = getattr(model, "config", None)
@@ -90,12 +90,7 @@ def save_upcycled(
     tensors = tensors_of(model)
     for name, tensor in tensors.items():
         check_finite({name: tensor.detach()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = hidden_beside(path)
-    try:
-        if path.exists():
-            copy_linked(path, folder, without=_OURS)
-        folder.mkdir(exist_ok=True)
+    with replaced_folder(path, is_ours=_OURS.__contains__) as folder:
         fields = {**config.to_dict(), "architectures": [type(model).__name__]}
         first = next(tensor for tensor in tensors.values() if tensor.is_floating_point())
         fields["dtype"] = str(first.dtype).removeprefix("torch.")
@@ -110,9 +105,6 @@ def save_upcycled(
         parts = [_part(name, tensor) for name, tensor in tensors.items()]
         write_shards(folder / WEIGHTS, parts, max_bytes=max_shard_bytes)
         check_free(path)  # once more, since writing takes long
-        replace_folder(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_upcycled(

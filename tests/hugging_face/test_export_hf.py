@@ -31,8 +31,9 @@ from lightning_dsmoe import (
 )
 from lightning_dsmoe.attention import LinearRopeScaling, Llama3RopeScaling, YarnRopeScaling
 from lightning_dsmoe.attention.rope_scaling import RopeScaling
-from lightning_dsmoe.hugging_face import plan_of, shards
+from lightning_dsmoe.hugging_face import plan_of
 from lightning_dsmoe.inference import Remaining, generate, prune
+from lightning_dsmoe.serialization import shards
 from lightning_dsmoe.tokenizers import ByteTokenizer, CharTokenizer
 
 from ..small_models import save_model

@@ -2,13 +2,13 @@
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from lightning_dsmoe.analysis.certificate.judgement import Judgement
 from lightning_dsmoe.analysis.held_out import HeldOut
+from lightning_dsmoe.version import VERSION
 
 FORMAT_VERSION = 1
 
@@ -60,7 +60,7 @@ def certificate(
         },
         "checkpoint_sha256": checkpoint,
         "versions": {
-            "lightning_dsmoe": version("lightning-dsmoe"),
+            "lightning_dsmoe": VERSION,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.hugging_face.export_directory import (
-    MARK,
+    SIGNATURE,
     check_replaceable,
     replaced_directory,
 )
@@ -95,7 +94,7 @@ def write_own_class(
         },
         "model_type": "dsmoe",
         "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch."),
-        MARK: f"lightning_dsmoe {version('lightning-dsmoe')}",
+        **SIGNATURE,
         "max_position_embeddings": context,
         **{name: token_ids.get(name) for name in TOKEN_IDS},
         **fields,

@@ -1,11 +1,11 @@
 """The certificate in an artifact: plain data with the hashes of the model it belongs to."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_dsmoe.files import hidden_beside, read_json
-from lightning_dsmoe.inference.artifact.directory import check_files, copy_linked, finish
+from lightning_dsmoe.files import read_json
+from lightning_dsmoe.folders import replaced_folder
+from lightning_dsmoe.inference.artifact.directory import check_files, finish
 from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, FRONTIER, SUMS
 from lightning_dsmoe.inference.artifact.model_card import with_measured
 from lightning_dsmoe.inference.sparse_model import SparseModel
@@ -38,16 +38,11 @@ def save_certificate(path: Path, model: SparseModel, certificate: dict[str, Any]
         ValueError: if the certificate belongs to other files.
     """
     check_files(path)
-    path = path.resolve()
     # What a linked card links to, perhaps somebody's private file, is not copied into the artifact.
     if (path / CARD).is_file() and not (path / CARD).is_symlink():
         card = (path / CARD).read_text(encoding="utf-8")
         card = with_measured(card, certificate, frontier=(path / FRONTIER).is_file())
     else:
         card = model.card(certificate, frontier=(path / FRONTIER).is_file())
-    folder = hidden_beside(path)
-    try:
-        copy_linked(path, folder, without={CERTIFICATE, CARD, SUMS})
-        finish(folder, path, card=card, certificate=certificate)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with replaced_folder(path, is_ours={CERTIFICATE, CARD, SUMS}.__contains__) as folder:
+        finish(folder, card=card, certificate=certificate)

@@ -7,9 +7,8 @@ memory before its size is known to be that of the described model.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -19,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import check_json_size, hidden_beside, read_json, replace_folder
+from lightning_dsmoe.files import check_json_size, read_json
 from lightning_dsmoe.finite import check_finite
+from lightning_dsmoe.folders import replaced_folder
 from lightning_dsmoe.inference.artifact import hashes
 from lightning_dsmoe.inference.artifact.hashes import CARD, CERTIFICATE, CONFIG, PLAN, SUMS, WEIGHTS
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
@@ -44,6 +44,7 @@ _FIELDS = {
     **TEXT_FIELDS,
 }
 _REQUIRED = (SUMS, CONFIG, PLAN, WEIGHTS)
+_FILES = frozenset({*_REQUIRED, CERTIFICATE, CARD, hashes.FRONTIER})
 
 Described = TypeVar("Described")
 
@@ -131,22 +132,14 @@ def write_files(
         ValueError: if the certificate has other hashes, or the artifact could not be read again.
     """
     check_free(path)
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = hidden_beside(path)
-    try:
-        if path.exists():  # the user's files beside an earlier artifact stay
-            copy_linked(path, folder, without={*_REQUIRED, CERTIFICATE, CARD, hashes.FRONTIER})
-        folder.mkdir(exist_ok=True)
+    with replaced_folder(path, is_ours=_FILES.__contains__) as folder:
         if frontier is not None:
             shutil.copyfile(frontier, folder / hashes.FRONTIER)
         _write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config})
         _write_json(folder / PLAN, plan.to_dict())
         save_file(_in_memory_of_their_own(state), folder / WEIGHTS)
         verify(folder)  # the checks of loading, so that nothing is written that nobody can read
-        finish(folder, path, card=card, certificate=certificate)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finish(folder, card=card, certificate=certificate)
 
 
 def check_free(path: Path) -> None:
@@ -217,25 +210,11 @@ def check_files(path: Path) -> None:
             raise FileNotFoundError(f"{path} is not a sparse model: {name} is missing")
 
 
-def copy_linked(path: Path, folder: Path, *, without: Container[str]) -> None:
-    """Copy a directory, its files as hard links where the file system has them.
-
-    A link takes no space and no time for files of gigabytes. Links share their content, so files
-    that are to change must be in `without`, or be unlinked before they are written.
-    """
-
-    def ignore(where: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(where) == path and name in without]
-
-    shutil.copytree(path, folder, symlinks=True, ignore=ignore, copy_function=_link)
-
-
-def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] | None) -> None:
-    """Write certificate, card and SHA256SUMS of an artifact's files, and rename its folder.
+def finish(folder: Path, *, card: str, certificate: dict[str, Any] | None) -> None:
+    """Write certificate, card and SHA256SUMS of an artifact's files.
 
     Args:
         folder: the hidden directory with all other files.
-        path: the artifact's place.
         card: the model card.
         certificate: measurements, with or without the hashes of the files they belong to.
 
@@ -249,14 +228,6 @@ def finish(folder: Path, path: Path, *, card: str, certificate: dict[str, Any] |
         _write_json(folder / CERTIFICATE, {**certificate, "sha256": certified})
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / SUMS).write_text("".join(hashes.sum_lines(folder)), encoding="utf-8")
-    replace_folder(folder, path)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def read_config(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,14 @@ def test_a_card_elsewhere_is_not_copied(path: Path, model: SparseModel, tmp_path
     assert (tmp_path / "private.md").read_text() == "My own words."
 
 
-@pytest.mark.parametrize("fails", ["_write_json", "hashes.sum_lines", "replace_folder"])
+FAILING = [
+    f"{artifact_module.__name__}._write_json",
+    f"{artifact_module.__name__}.hashes.sum_lines",
+    "lightning_dsmoe.folders._replace",
+]
+
+
+@pytest.mark.parametrize("fails", FAILING)
 def test_a_failure_leaves_everything_as_it_was(
     fails: str, path: Path, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +197,7 @@ def test_a_failure_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     before = content(path)
-    monkeypatch.setattr(f"{artifact_module.__name__}.{fails}", failing)
+    monkeypatch.setattr(fails, failing)
     with pytest.raises(OSError, match="No space left"):
         save_certificate(path, model, CERTIFICATE)
     assert content(path) == before
