@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import SequentialSampler
 
 from lightning_dsmoe import AllExperts, MixtureOfExperts, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.routing import Selection, ThresholdTopK, TopP
@@ -287,6 +288,10 @@ def test_hidden_states_that_no_one_wants_are_freed(text: Tensor, tmp_path: Path)
 def test_trainer(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(rows)
+
     model = exported(mixtures(), tmp_path / "first")
     texts = torch.randint(VOCABULARY, (8, 12))
     labels = texts.clone()
@@ -305,9 +310,8 @@ def test_trainer(tmp_path: Path) -> None:
         save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        train_sampling_strategy="sequential",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
     model.train()
     with torch.no_grad():  # the mean over all labels of the four texts of the first step
         logits = model(texts[:4]).logits[:, :-1].flatten(0, 1)
