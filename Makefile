@@ -9,11 +9,15 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/.installed-$(shell date +%F)
+NEWEST_PIP := $(NEWEST)/bin/python -m pip --disable-pip-version-check
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast docs check format gpu clean
+.PHONY: help demo test test-fast test-newest docs check format gpu clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(STAMP) ## set up, then train, evaluate and compile a small model on the built-in corpus
 	$(BIN)/python $(DEMO)
@@ -23,6 +27,9 @@ test: $(STAMP) ## set up, then run all tests and the examples of the docstrings
 
 test-fast: $(STAMP) ## set up, then run the tests that train, compile and start nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not ddp"
+
+test-newest: $(NEWEST_STAMP) ## all tests with the newest of every dependency; downloads gigabytes of CUDA
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -41,7 +48,7 @@ gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip 25 knows dependency groups; torch comes first so that nothing later chooses another one.
@@ -56,4 +63,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(DOCS_STAMP): $(STAMP)
 	$(PIP) install --constraint constraints.txt --group docs
+	@touch $@
+
+# Without constraints, brought up to date once a day; the ranges of pyproject.toml hold.
+$(NEWEST_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST_PIP) install --upgrade pip hatchling editables
+	$(NEWEST_PIP) install --upgrade --upgrade-strategy eager --no-build-isolation \
+	  --editable . --group dev
+	@rm -f $(NEWEST)/.installed-*
 	@touch $@

@@ -16,11 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# As in torch's own modules: `torch.compiler.disable` would load the compiler at once, for a second.
-from torch._compile import _disable_dynamo
-
 from lightning_dsmoe.routing.routing import MixtureOutput, Routing
 from lightning_dsmoe.routing.selection import AllExperts, Selection
+from lightning_dsmoe.torch_private import in_backward_pass, not_compiled
 
 Layer = Any
 """A `RoutedLayer`, whose module imports this one."""
@@ -53,7 +51,7 @@ class Scope:
 
     def record(self, layer: Layer, routing: Routing | None, selection: Selection) -> None:
         """Tell all recorders of a routing."""
-        if routing is not None and not _is_recomputing():
+        if routing is not None and not in_backward_pass():
             for recorder in self.recorders:
                 recorder.add(layer, routing, selection)
 
@@ -109,7 +107,7 @@ def _together(parts: tuple[Scope, ...]) -> Scope:
     return Scope(selections, tuple(each for part in parts for each in part.recorders), parts)
 
 
-@_disable_dynamo
+@not_compiled
 def scope() -> Scope:
     """What is open in this thread."""
     return _here.get()
@@ -151,7 +149,7 @@ def _call_in_scope(
 ) -> MixtureOutput:
     place = _here.get()
     given = layer.wanted(selection_in(args, kwargs))
-    if _is_recomputing():
+    if in_backward_pass():  # activation checkpointing runs the layer once more
         selection = _scope_of_recomputing(place, layer).selection(layer, given)
         args, kwargs = with_selection(args, kwargs, selection)
         return run(*args, **kwargs)
@@ -195,10 +193,4 @@ _ALL_EXPERTS = AllExperts()  # made here, since torch.compile cannot trace the m
 
 
 # The scope is found when a model runs, not when it is compiled. What the layer does is compiled.
-_call_uncompiled = _disable_dynamo(_call_in_scope, recursive=False)
-
-
-def _is_recomputing() -> bool:
-    """Whether this is a backward pass, where activation checkpointing runs layers once more."""
-    # As `torch.utils.checkpoint` asks in torch 2.13; there is no public name for it.
-    return torch._C._current_graph_task_id() != -1
+_call_uncompiled = not_compiled(_call_in_scope, recursive=False)

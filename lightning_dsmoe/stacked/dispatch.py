@@ -6,6 +6,8 @@ Shapes: N tokens, E experts.
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.torch_private import in_function_transform
+
 MULTIPLICATIONS_PER_KERNEL = {"cpu": 1e6, "other": 1e9}
 """Multiplications that a device does while one kernel of a forward and a backward pass starts."""
 _TOKENS_PER_READ = 8
@@ -32,13 +34,6 @@ def worth_sorting(n_tokens: int, n_weights: int, device: torch.device, *, n_kern
     if torch.compiler.is_compiling() or in_function_transform():  # exporting counts as compiling
         return False
     return n_weights * max(n_tokens, _TOKENS_PER_READ) > n_kernels * per_kernel
-
-
-def in_function_transform() -> bool:
-    """Whether this runs inside a transform of `torch.func`, such as `grad` or `vmap`."""
-    # As `torch.autograd.Function.apply` asks in torch 2.13; there is no public name for it.
-    active: bool = torch._C._are_functorch_transforms_active()
-    return active
 
 
 def tokens_of_each_expert(active_NE: Tensor) -> tuple[list[int], list[Tensor]]:

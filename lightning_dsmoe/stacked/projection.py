@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_dsmoe.stacked.dispatch import in_function_transform
+from lightning_dsmoe.torch_private import in_function_transform
 
 
 def gated_projection(hidden_NEF: Tensor, gates_NE: Tensor, weight_EFD: Tensor) -> Tensor:
