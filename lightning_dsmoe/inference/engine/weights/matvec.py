@@ -4,11 +4,11 @@ A product is a sum over a broadcast product with the summed axis last in memory:
 weights at 6 to 9 GB/s for 2 to 32 tokens, these sums at 25 to 35 (docs/lab_notes/decoding.md).
 
 Shapes: N tokens, R rows of a weight, I columns (inputs) of a weight, J rows of an unrolled loop,
-r = R / J, Z rows of any number of matrices.
+r = R / J, Z rows of any number of matrices, P parts of a weight.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,24 +43,36 @@ def unroll_factor(n_rows: int, n_tokens: int) -> int:
     return math.gcd(n_rows, max(1, _UNROLL // n_tokens))
 
 
-def row_dot_products(vectors: Iterable[Tensor], rows: Iterable[Tensor]) -> Tensor:
+def row_dot_products(
+    vectors: Iterable[Sequence[Tensor]], rows: Iterable[Sequence[Tensor]]
+) -> Tensor:
     """Dot products of rows of a weight with a vector of every token.
 
     Args:
-        vectors: `[I]` or `[Z, I]` of each of N tokens.
-        rows: J parts `[Z, I]` of a weight, of any type; each is read once for all tokens.
+        vectors: `[I]` or `[Z, I]` of each of N tokens, in as many parts as the rows come in.
+        rows: J parts `[Z, I]` of a weight, each in parts again whose products are summed; each is
+            read once for all tokens.
 
     Returns:
         `[Z, N, J]`, of the type of the vectors. Z comes first because it may be known only at run
         time, and then no stride depends on it.
     """
-    parts = list(rows)
+    unrolled = list(rows)
     return materialize(
         torch.stack(
-            [torch.stack([(x * part.to(x.dtype)).sum(-1) for part in parts], -1) for x in vectors],
+            [
+                torch.stack([sum_of_products(x_P, row_P).sum(-1) for row_P in unrolled], -1)
+                for x_P in vectors
+            ],
             -2,
         )
     )
+
+
+def sum_of_products(x_P: Sequence[Tensor], weight_P: Sequence[Tensor]) -> Tensor:
+    """Inputs times weights, both in P parts, summed over the parts."""
+    first, *others = (x * w.to(x.dtype) for x, w in zip(x_P, weight_P, strict=True))
+    return sum(others, first)
 
 
 def matvec(x_NI: Tensor, weight_RI: Tensor) -> Tensor:
@@ -73,7 +85,8 @@ def matvec(x_NI: Tensor, weight_RI: Tensor) -> Tensor:
         tensor([[11., 17.]])
     """
     rows_JrI = weight_RI.unflatten(0, (unroll_factor(len(weight_RI), len(x_NI)), -1))
-    sums_rNJ = row_dot_products(materialize(at_least_float32(x_NI)), rows_JrI)
+    vectors = [[x_I] for x_I in materialize(at_least_float32(x_NI))]
+    sums_rNJ = row_dot_products(vectors, [[rows_rI] for rows_rI in rows_JrI])
     return sums_rNJ.permute(1, 2, 0).flatten(1)
 
 

@@ -12,6 +12,7 @@ from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.decoder import Decoder, TokenHead
 from lightning_dsmoe.experts import Experts, MixtureOfExperts
+from lightning_dsmoe.inference.engine.weights import int8_words
 from lightning_dsmoe.inference.engine.weights.int8_head import Int8Head
 from lightning_dsmoe.inference.engine.weights.row_major import (
     Int8RowMajorWeights,
@@ -124,37 +125,47 @@ def empty_int8(weights: RowMajorWeights, *, dtype: torch.dtype) -> Int8RowMajorW
 
 
 def tile_weights(decoder: Decoder, n_tokens: int) -> Decoder:
-    """A packed decoder with a copy of expert weights in tiles; all other weights are shared.
+    """A packed decoder with its weights laid out as a compiled step reads them best.
 
-    For one token only weights in 8 bits and very short rows gain: 8 bits took 4.06 ms in tiles and
-    4.27 in rows, float32 was 3 to 6 % slower in tiles (docs/lab_notes/int8.md, decoding.md).
+    Weights that are laid out anew are copies, in tiles, or words in the same memory as the codes;
+    all other weights are shared.
 
     Args:
         decoder: the packed decoder, which is returned itself if nothing gains.
         n_tokens: tokens in a step, one of each sequence.
     """
-
-    def gaining(decoder: Decoder) -> list[tuple[nn.Module, str, RowMajorWeights]]:
-        return [
-            (layer, name, weights)
-            for layer in decoder.modules()
-            if isinstance(layer, Experts | HeadGroups)
-            for name, weights in layer.named_children()
-            if isinstance(weights, RowMajorWeights)
-            and (
-                n_tokens > 1
-                or weights.weight.shape[-1] <= _SHORT_ROWS
-                or isinstance(weights, Int8RowMajorWeights)
-            )
-        ]
-
-    if not gaining(decoder):
-        return decoder
     # What is in the memo of `deepcopy` is not copied: here, all tensors.
-    copied = copy.deepcopy(decoder, {id(t): t for t in [*decoder.parameters(), *decoder.buffers()]})
-    for layer, name, weights in gaining(copied):
-        setattr(layer, name, TiledWeights.of(weights))
-    return copied
+    shared = {id(tensor): tensor for tensor in [*decoder.parameters(), *decoder.buffers()]}
+    copied = copy.deepcopy(decoder, shared)
+    changed = False
+    for layer in [m for m in copied.modules() if isinstance(m, Experts | HeadGroups | Int8Head)]:
+        for name, weights in list(layer.named_children()):
+            if isinstance(weights, RowMajorWeights):
+                head = isinstance(layer, Int8Head)
+                layout = _head_layout(weights) if head else _layout(weights, n_tokens)
+                setattr(layer, name, layout)
+                changed |= layout is not weights
+    return copied if changed else decoder
+
+
+def _layout(weights: RowMajorWeights, n_tokens: int) -> RowMajorWeights | TiledWeights:
+    """How a step of so many tokens reads weights of experts.
+
+    For one token float32 is 3 to 6 % slower in tiles, unless rows are very short. 8 bits took
+    4.06 ms in tiles and 4.27 in rows (docs/lab_notes/int8.md, decoding.md), but rows of words are
+    faster than tiles of them, and no copy.
+    """
+    if n_tokens > 1 or weights.weight.shape[-1] <= _SHORT_ROWS:
+        return TiledWeights.of(weights)
+    if not isinstance(weights, Int8RowMajorWeights):
+        return weights
+    return weights.in_words() if int8_words.reads_words() else TiledWeights.of(weights)
+
+
+def _head_layout(rows: RowMajorWeights) -> RowMajorWeights:
+    if isinstance(rows, Int8RowMajorWeights) and int8_words.reads_words():
+        return rows.in_words()
+    return rows
 
 
 def quantized_bytes(model: nn.Module) -> dict[str, int]:

@@ -1,17 +1,18 @@
 """Weights of all experts of a layer, stored row by row as decoding reads them.
 
 Shapes: E experts, R rows of one expert's weight, I columns (inputs), K active experts, N tokens,
-J rows of an unrolled loop, r = R / J, Z = K r, G experts of a group.
+J rows of an unrolled loop, r = R / J, Z = K r, G experts of a group, M tokens of each, P parts of a
+row: one, or the four codes of each of its words.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights import matvec
+from lightning_dsmoe.inference.engine.weights import int8_words, matvec
 from lightning_dsmoe.precision import at_least_float32
 
 
@@ -52,9 +53,16 @@ class RowMajorWeights(nn.Module):
 
     def group(self, experts: Sequence[int]) -> Tensor:
         """Rows `[G, R, I]` of one or two experts, in ascending order: a view, nothing is copied."""
-        first, *others = experts
-        step = others[0] - first if others else 1
-        return self.rows(slice(first, first + step * len(experts), step))
+        return self.rows(_evenly_spaced(experts))
+
+    def products(self, x_GMI: Tensor, experts: Sequence[int]) -> Tensor:
+        """Products `[G, M, R]` of the rows of one or two experts with M inputs of each.
+
+        Args:
+            x_GMI: inputs, of the type of the matrices given out.
+            experts: numbers of the experts, ascending.
+        """
+        return torch.bmm(x_GMI, self.group(experts).mT)
 
     def forward(self) -> Tensor:
         """The layer's own weights of all experts, `[E, R, I]` or transposed `[E, I, R]`."""
@@ -96,14 +104,20 @@ class RowMajorWeights(nn.Module):
         """Dot products `[K, r, N, J]` of rows with inputs `[N, I]` or `[K, N, I]`."""
         n_rows, n_tokens = self.weight.shape[1], x.shape[-2]
         unroll = matvec.unroll_factor(n_rows, n_tokens)
-        rows_KJrI = take_experts(self.weight.unflatten(1, (unroll, -1)), experts_K)
-        rows_JKrI = [rows_KJrI[:, j] for j in range(unroll)]
-        vectors: Iterable[Tensor] = (x := matvec.materialize(at_least_float32(x)))
+        rows_JKrI = self._take(unroll, experts_K).unbind(1)
+        parts_JPZI = [int8_words.parts_of(rows.flatten(0, 1)) for rows in rows_JKrI]
+        x_P = int8_words.split_inputs(at_least_float32(x), len(parts_JPZI[0]))
+        x_P = matvec.materialize(x_P.movedim(-1, 0))
+        vectors = list(x_P.unbind(-2))
         if x.dim() == 3:  # an input for each expert, repeated for its rows
-            repeats = (-1, n_rows // unroll, -1)
-            vectors = [x[:, n, None].expand(repeats).flatten(0, 1) for n in range(n_tokens)]
-        sums_ZNJ = matvec.row_dot_products(vectors, [rows.flatten(0, 1) for rows in rows_JKrI])
+            repeats = (-1, -1, n_rows // unroll, -1)
+            vectors = [x_PKI[:, :, None].expand(repeats).flatten(1, 2) for x_PKI in vectors]
+        sums_ZNJ = matvec.row_dot_products([each.unbind() for each in vectors], parts_JPZI)
         return self._rescale(sums_ZNJ.unflatten(0, rows_JKrI[0].shape[:2]), experts_K)
+
+    def _take(self, unroll: int, experts_K: Tensor | None) -> Tensor:
+        """Rows `[K, J, r, I]` of the active experts."""
+        return take_experts(self.weight.unflatten(1, (unroll, -1)), experts_K)
 
     def _rescale(self, sums_KrNJ: Tensor, experts_K: Tensor | None) -> Tensor:
         del experts_K
@@ -130,6 +144,7 @@ class Int8RowMajorWeights(RowMajorWeights):
     """
 
     scales: Tensor
+    words: Tensor | None
 
     def __init__(
         self, codes: Tensor, scales: Tensor, *, transposed: bool, dtype: torch.dtype
@@ -137,6 +152,19 @@ class Int8RowMajorWeights(RowMajorWeights):
         super().__init__(codes, transposed=transposed)
         self.dtype = dtype
         self.register_buffer("scales", scales)
+        self.register_buffer("words", None, persistent=False)
+
+    def in_words(self) -> Self:
+        """The same codes and scales, with products that read codes four at a time, as words."""
+        weights = type(self)(self.weight, self.scales, transposed=self.transposed, dtype=self.dtype)
+        weights.words = int8_words.words_of(self.weight)
+        return weights
+
+    def _take(self, unroll: int, experts_K: Tensor | None) -> Tensor:
+        words = self._buffers.get("words")  # which pickles of version 0.1 do not have
+        if words is None:
+            return super()._take(unroll, experts_K)
+        return int8_words.take_words(words.unflatten(1, (unroll, -1)), experts_K)
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -147,7 +175,26 @@ class Int8RowMajorWeights(RowMajorWeights):
         """Rows `[..., R, I]`, dequantized at each call."""
         exact = torch.promote_types(self.dtype, torch.float32)  # small scales vanish in float16
         scales = (self.scales[experts] / 127).to(exact)
-        return (self.weight[experts].to(exact) * scales[..., None]).to(self.dtype)
+        # In place: new memory takes longer than either pass over it (docs/lab_notes/int8.md).
+        return self.weight[experts].to(exact).mul_(scales[..., None]).to(self.dtype)
+
+    def products(self, x_GMI: Tensor, experts: Sequence[int]) -> Tensor:
+        """Products `[G, M, R]` of the rows of one or two experts with M inputs of each.
+
+        Where there are fewer sums than codes, scales multiply sums and codes are converted only,
+        which takes half of the time of dequantizing them (docs/lab_notes/int8.md). Not in 16 bits:
+        sums of codes overflow in float16, and scales would be rounded.
+
+        Args:
+            x_GMI: inputs, of the type of the matrices given out.
+            experts: numbers of the experts, ascending.
+        """
+        few = x_GMI.shape[1] < self.weight.shape[2]
+        if not few or self.dtype.itemsize < torch.float32.itemsize:
+            return super().products(x_GMI, experts)
+        group = _evenly_spaced(experts)
+        sums_GMR = torch.bmm(x_GMI, self.weight[group].to(self.dtype).mT)
+        return sums_GMR.mul_((self.scales[group] / 127)[:, None])
 
     def _rescale(self, sums_KrNJ: Tensor, experts_K: Tensor | None) -> Tensor:
         scales_KR = take_experts(self.scales, experts_K)
@@ -173,6 +220,13 @@ def as_row_major(weight: nn.Module) -> RowMajorWeights:
     """A weight of a packed decoder, with the type that it has there."""
     assert isinstance(weight, RowMajorWeights)
     return weight
+
+
+def _evenly_spaced(experts: Sequence[int]) -> slice:
+    """One or two numbers, ascending, as a slice."""
+    first, *others = experts
+    step = others[0] - first if others else 1
+    return slice(first, first + step * len(experts), step)
 
 
 def take_experts(weight_E: Tensor, experts_K: Tensor | None) -> Tensor:

@@ -1,11 +1,12 @@
 """Weights of all experts of a layer, stored in tiles for several tokens at once.
 
-A tile holds 16 rows column by column. The loop over columns then keeps one vector register of sums
-for every token and reads each weight once for all of them, where row-major weights would need a
-register for every row and token.
+A tile holds 16 rows column by column, or 8 of words of codes. The loop over columns then keeps
+one vector register of sums for every token and reads each weight once for all of them, where
+row-major weights would need a register for every row and token.
 
 Shapes: E experts, M tiles of one expert, I columns (inputs), t rows of one tile, R = M t rows of
-one expert, K active experts, N tokens, Z = K M.
+one expert, K active experts, N tokens, Z = K M; P parts of a weight: one, or the four codes of a
+word, of which there are Q = I / 4 in a row (I counts words there).
 """
 
 import math
@@ -14,11 +15,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.weights import row_major
-from lightning_dsmoe.inference.engine.weights.matvec import materialize
+from lightning_dsmoe.inference.engine.weights import int8_words, row_major
+from lightning_dsmoe.inference.engine.weights.matvec import materialize, sum_of_products
 from lightning_dsmoe.precision import at_least_float32
 
 _TILE_ROWS = 16  # float32 values in a register of AVX-512
+_TILE_ROWS_OF_WORDS = 8  # and of AVX2: 2.55 ms for 4 tokens, of 16 rows 2.85 (lab_notes/int8.md)
 _MAX_TOKENS_EXPERT_BY_EXPERT = 8
 
 
@@ -26,9 +28,10 @@ class TiledWeights(nn.Module):
     """The weights of `RowMajorWeights` in tiles, with the same products.
 
     Args:
-        weight: floating point or int8 codes, `[E, M, I, t]`.
+        weight: floating point or int8 codes, `[E, M, I, t]`, or words of codes `[E, M, Q, t]`.
         scales: what one unit of a code is worth in each row, float32 `[E, M, t]`; None for weights
             in floating point.
+        words: whether `weight` holds words.
 
     Examples:
         >>> import torch
@@ -41,19 +44,25 @@ class TiledWeights(nn.Module):
     weight: Tensor
     scales: Tensor | None
 
-    def __init__(self, weight: Tensor, scales: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scales: Tensor | None, *, words: bool = False) -> None:
         super().__init__()
+        self.words = words
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
 
     @classmethod
     def of(cls, weights: row_major.RowMajorWeights) -> Self:
-        """A copy of row-major weights in tiles."""
-        height = math.gcd(weights.weight.shape[1], _TILE_ROWS)
-        weight = weights.weight.unflatten(1, (-1, height)).mT.contiguous()
-        if not isinstance(weights, row_major.Int8RowMajorWeights):
-            return cls(weight, None)
-        return cls(weight, (weights.scales / 127).unflatten(1, (-1, height)))
+        """A copy of row-major weights in tiles, of codes as this machine reads them best."""
+        stored, scales, words = weights.weight, None, False
+        if isinstance(weights, row_major.Int8RowMajorWeights):
+            scales, words = weights.scales / 127, int8_words.reads_words()
+        if words:
+            stored = int8_words.words_of(stored)
+        height = math.gcd(stored.shape[1], _TILE_ROWS_OF_WORDS if words else _TILE_ROWS)
+        tiles = stored.unflatten(1, (-1, height)).mT.contiguous()
+        if scales is not None:
+            scales = scales.unflatten(1, (-1, height))
+        return cls(tiles, scales, words=words)
 
     def project(self, x_NI: Tensor, experts_K: Tensor | None) -> Tensor:
         """Products of the active experts' weights with an input that they share, `[K, N, R]`.
@@ -64,10 +73,10 @@ class TiledWeights(nn.Module):
         """
         x_NI = materialize(at_least_float32(x_NI))
         tiles_KMIt, scales_KMt = self._take(experts_K)
-        tiles_ZIt = tiles_KMIt.flatten(0, 1)
-        sums_ZNt = materialize(
-            torch.stack([(x_I[:, None] * tiles_ZIt.to(x_I.dtype)).sum(1) for x_I in x_NI], 1)
-        )
+        parts_PZIt = int8_words.parts_of(tiles_KMIt.flatten(0, 1))
+        x_NIP = int8_words.split_inputs(x_NI, len(parts_PZIt))
+        sums = [sum_of_products(x_IP[:, None].unbind(-1), parts_PZIt).sum(1) for x_IP in x_NIP]
+        sums_ZNt = materialize(torch.stack(sums, 1))
         sums_KMNt = _rescale(sums_ZNt.unflatten(0, tiles_KMIt.shape[:2]), scales_KMt)
         return sums_KMNt.transpose(1, 2).flatten(2)
 
@@ -84,9 +93,10 @@ class TiledWeights(nn.Module):
         return sum_products(x_KNI, *self._take(experts_K)).transpose(0, 1).flatten(1)
 
     def _take(self, experts_K: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        take = int8_words.take_words if self.words else row_major.take_experts
         scales = self.scales
         return (
-            row_major.take_experts(self.weight, experts_K),
+            take(self.weight, experts_K),
             None if scales is None else row_major.take_experts(scales, experts_K),
         )
 
@@ -102,18 +112,25 @@ def _sum_expert_by_expert(x_KNI: Tensor, tiles_KMIt: Tensor, scales_KMt: Tensor 
     costs more than the order of reads gains.
     """
     n_tiles = tiles_KMIt.shape[1]
-    tiles_ZIt = tiles_KMIt.flatten(0, 1).to(x_KNI.dtype)
-    x_NZI = [x_KNI[:, n, None].expand(-1, n_tiles, -1).flatten(0, 1) for n in range(x_KNI.shape[1])]
-    sums_ZNt = materialize(torch.stack([(x_ZI[..., None] * tiles_ZIt).sum(1) for x_ZI in x_NZI], 1))
+    parts_PZIt = int8_words.parts_of(tiles_KMIt.flatten(0, 1))
+    x_KNIP = int8_words.split_inputs(x_KNI, len(parts_PZIt))
+    repeats = (-1, n_tiles, -1, -1)
+    x_NZIP = [x_KIP[:, None].expand(repeats).flatten(0, 1) for x_KIP in x_KNIP.unbind(1)]
+    sums = [sum_of_products(x_ZIP[:, :, None].unbind(-1), parts_PZIt).sum(1) for x_ZIP in x_NZIP]
+    sums_ZNt = materialize(torch.stack(sums, 1))
     return _rescale(sums_ZNt.unflatten(0, tiles_KMIt.shape[:2]), scales_KMt).sum(0)
 
 
 def _sum_in_one_loop(x_KNI: Tensor, tiles_KMIt: Tensor, scales_KMt: Tensor | None) -> Tensor:
     """Every tile of the result summed over experts and columns at once."""
-    tiles_KMIt = tiles_KMIt.to(x_KNI.dtype)
+    parts_PKMIt = [part.to(x_KNI.dtype) for part in int8_words.parts_of(tiles_KMIt)]
     if scales_KMt is not None:
-        tiles_KMIt = tiles_KMIt * scales_KMt[:, :, None]
-    sums = [(x_KNI[:, n, None, :, None] * tiles_KMIt).sum((0, 2)) for n in range(x_KNI.shape[1])]
+        parts_PKMIt = [part * scales_KMt[:, :, None] for part in parts_PKMIt]
+    x_KNIP = int8_words.split_inputs(x_KNI, len(parts_PKMIt))
+    sums = [
+        sum_of_products(x_KIP[:, None, :, None].unbind(-1), parts_PKMIt).sum((0, 2))
+        for x_KIP in x_KNIP.unbind(1)
+    ]
     return materialize(torch.stack(sums, 1))
 
 

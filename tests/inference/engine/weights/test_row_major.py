@@ -65,6 +65,40 @@ def test_products(
     assert_near(summed, expected_sum.to(dtype), relative)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size", "experts", "n_tokens"),
+    pairwise(
+        kind=["float", "int8"],
+        dtype=[torch.float32, torch.float64, torch.bfloat16],
+        size=[(5, 7, 3), (4, 68, 5), (4, 6, 9)],
+        experts=[[3], [0, 1], [1, 3]],
+        n_tokens=[1, 4, 12],
+    ),
+)
+def test_products_of_many_tokens(
+    kind: str, dtype: torch.dtype, size: tuple[int, int, int], experts: list[int], n_tokens: int
+) -> None:
+    rows = make("int8" if kind == "int8" else "float32", size).to(dtype)
+    scales = rows.scales if isinstance(rows, Int8RowMajorWeights) else rows.weight
+    scales[[e for e in range(size[0]) if e not in experts]] = torch.nan  # which are not read
+    x_GMI = torch.randn(len(experts), n_tokens, size[2]).to(dtype)
+    expected = torch.einsum("gmi,gri->gmr", x_GMI.double(), exact(rows)[experts])
+    double = 1e-7 if kind == "int8" else 1e-14  # scales are float32
+    bounds = {torch.float32: 1e-6, torch.float64: double, torch.bfloat16: 2e-2}
+    assert_near(rows.products(x_GMI, experts), expected.to(dtype), bounds[dtype])
+
+
+def test_products_do_not_overflow_in_float16() -> None:
+    rows = Int8RowMajorWeights(
+        torch.full((1, 2, 768), 127, dtype=torch.int8),
+        torch.full((1, 2), 0.5),
+        transposed=False,
+        dtype=torch.float16,
+    )
+    x_GMI = torch.ones(1, 3, 768, dtype=torch.float16)
+    assert_near(rows.products(x_GMI, [0]), torch.full((1, 3, 2), 384.0).half(), 1e-3)
+
+
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_only_the_chosen_rows_are_read(kind: str) -> None:
     rows = make(kind, (5, 68, 6))
