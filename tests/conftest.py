@@ -53,6 +53,7 @@ def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no switch points can be given: the engine has tests of its own for what it compiles."""
     engine = "lightning_dsmoe.inference.engine.engine.Engine"
     monkeypatch.setattr(f"{engine}.compiled_step", lambda *args: None)
+    monkeypatch.setattr(f"{engine}.ready_step", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ class Ours:
 
     def start(self, prompt_BT: Tensor) -> None:
         """Forget everything and read prompts."""
+        self._model.warm_up(len(prompt_BT), self._plan)
         self._context = self._model.engine.open(len(prompt_BT), self._capacity, self._plan)
         self._context.read(prompt_BT)
 

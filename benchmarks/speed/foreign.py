@@ -14,13 +14,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import compare, machine, rounds_of, seconds_per_call
 from lightning_dsmoe import MixtureOfExperts, SelectionPlan, TopK, compile_sparse, run_plan
+from lightning_dsmoe.inference import SparseModule
 
 WIDTH, LAYERS, N_EXPERTS, D_EXPERT = 768, 12, 32, 128
 PLAN = SelectionPlan(experts=TopK(3))
@@ -84,6 +85,8 @@ def measured(
 ) -> dict[str, Any]:
     """Compare all sides on some tokens."""
     x = torch.randn(n_tokens, WIDTH)
+    for name in ("compiled", "int8"):
+        cast(SparseModule, sides[name]).warm_up(x)
     turns = {name: partial(seconds_per_call, partial(side, x), 4) for name, side in sides.items()}
     seconds = rounds_of(turns, rounds=rounds)
     return {

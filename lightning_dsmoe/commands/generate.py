@@ -1,6 +1,7 @@
 """Continues a text with a checkpoint or a sparse model."""
 
 from itertools import chain
+from sys import stderr
 
 import torch
 
@@ -41,16 +42,22 @@ def generate(
     if (ckpt is None) == (artifact is None):
         raise ValueError("generate needs either --ckpt or --artifact")
     model = load_sparse(str(artifact)) if ckpt is None else all_experts_model(load_decoder(ckpt))
+    chosen = model.plan if plan is None else read_plan(plan, model.decoder)
     pieces = model.stream(
         prompt,
         max_new_tokens,
-        plan=None if plan is None else read_plan(plan, model.decoder),
+        plan=chosen,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         stop=stop,
         generator=torch.Generator().manual_seed(seed),
     )
+    if max_new_tokens > 1 and model.engine.start_warm_up(chosen, 1):
+        print(
+            "Another process compiles kernels: the text becomes faster once they are ready",
+            file=stderr,
+        )
     for piece in chain([prompt], pieces):
         print(piece, end="", flush=True)
     print()

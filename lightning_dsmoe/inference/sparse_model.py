@@ -212,6 +212,30 @@ class SparseModel(OnHub, nn.Module):
         self.switch_points = tune(self.decoder, self.plan)
         return self.switch_points
 
+    def warm_up(self, n_sequences: int = 1, plan: SelectionPlan | None = None) -> None:
+        """Compile now what decoding so many sequences at once needs, and wait for it.
+
+        Without it, texts begin uncompiled while another process compiles, and become faster from
+        the token on for which the kernels are ready. Both ways compute the same up to rounding, so
+        that a sample may take another turn there: warm up to measure time, or to repeat a text.
+
+        Args:
+            n_sequences: number of sequences B.
+            plan: the experts that run; None takes the model's plan.
+
+        Raises:
+            ValueError: if the plan does not match the model, or there is no sequence.
+            TypeError: if the plan is no `SelectionPlan`.
+
+        Examples:
+            >>> model = load_sparse("sparse_model")  # doctest: +SKIP
+            >>> model.warm_up()  # doctest: +SKIP
+            >>> model.generate("def ", temperature=0)  # doctest: +SKIP
+        """
+        if n_sequences < 1:
+            raise ValueError(f"n_sequences must be 1 or more, got {n_sequences}")
+        self.engine.warm_up(self._plan(plan), n_sequences)
+
     @torch.inference_mode()
     def forward(
         self, tokens: Tensor, plan: SelectionPlan | None = None, *, mask: Tensor | None = None
@@ -276,8 +300,9 @@ class SparseModel(OnHub, nn.Module):
     ) -> str | list[str] | Tensor:
         """Continue prompts: text gives text, and tokens give tokens.
 
-        Batches of up to `switch_points.gather_up_to` prompts use the compiled decode step. It takes
-        some seconds to compile at the first use of a model, a plan and a batch size on a machine.
+        Batches of up to `switch_points.gather_up_to` prompts use the compiled decode step. At the
+        first use of a model, a kind of plan and a batch size on a machine another process compiles
+        it, and decoding is slower until it is there; `warm_up` waits for it.
         `ThresholdTopK` averages over what runs in one step: up to 16 sequences of the compiled
         step, up to 2,048 tokens of prompts.
 

@@ -101,6 +101,24 @@ class SparseModule(OnHub, nn.Module):
         points = SwitchPoints(**config["switch_points"])
         return cls(found, plan, quantization=config["quantization"], switch_points=points)
 
+    def warm_up(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model once, compiling at once what its layers need for as many tokens.
+
+        Without it, layers run uncompiled while another process compiles.
+
+        Args:
+            args: arguments of the model, as for a call.
+            kwargs: named ones.
+        """
+        sources = {layer.few_tokens for layer in packed_layers(self.model)}
+        for few_tokens in sources:
+            few_tokens.waits = True
+        try:
+            self(*args, **kwargs)
+        finally:
+            for few_tokens in sources:
+                few_tokens.waits = False
+
     @property
     def plan(self) -> SelectionPlan:
         """The experts that run; `run_plan` runs others."""

@@ -175,7 +175,7 @@ class Threshold(Selection):
     def mask(self, probs: Tensor) -> Tensor:
         """E S_i > eps, and the arg-max."""
         self.check(probs.shape[-1])
-        return _above(probs, self.eps)
+        return above_threshold(probs, self.eps)
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,7 @@ class ThresholdTopK(Threshold):
         self.check(probs.shape[-1])
         if probs.numel() == 0:
             return torch.ones_like(probs, dtype=torch.bool)
-        k = _above(probs, self.eps).sum(-1).double().mean().round()
-        return rank(probs) < k
+        return mean_number_above_threshold(probs, self.eps)
 
 
 @dataclass(frozen=True)
@@ -231,15 +230,7 @@ class TopP(Selection):
         """The shortest prefix of the sorted row that holds p."""
         if self.p == 1:
             return torch.ones_like(probs, dtype=torch.bool)
-        ahead = _ahead(probs)
-        if ahead is not None:
-            before = torch.where(ahead, probs[..., None, :], 0.0).sum(-1)
-            return (before < self.p) | ~ahead.any(-1)
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        kept = before < self.p
-        kept[..., :1] = True
-        return torch.zeros_like(kept).scatter(-1, order, kept)
+        return shortest_prefix(probs, self.p)
 
 
 WORDS: dict[type[Selection], str] = {
@@ -276,8 +267,27 @@ def _ahead(probs: Tensor) -> Tensor | None:
     return (other > own) | ((other == own) & (places < places[:, None]))
 
 
-def _above(probs: Tensor, eps: float) -> Tensor:
+def above_threshold(probs: Tensor, eps: float | Tensor) -> Tensor:
     """Experts with E S_i > eps, and the arg-max of each row."""
     best = probs.argmax(-1, keepdim=True)  # the first of equal ones
     places = torch.arange(probs.shape[-1], device=probs.device)
     return (probs * probs.shape[-1] > eps) | (places == best)
+
+
+def mean_number_above_threshold(probs: Tensor, eps: float | Tensor) -> Tensor:
+    """The k most probable experts of each row, k being the mean number above a threshold."""
+    k = above_threshold(probs, eps).sum(-1).double().mean().round()
+    return rank(probs) < k
+
+
+def shortest_prefix(probs: Tensor, p: float | Tensor) -> Tensor:
+    """The fewest most probable experts of each row whose probabilities reach a total of p."""
+    ahead = _ahead(probs)
+    if ahead is not None:
+        before = torch.where(ahead, probs[..., None, :], 0.0).sum(-1)
+        return (before < p) | ~ahead.any(-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = before < p
+    kept[..., :1] = True
+    return torch.zeros_like(kept).scatter(-1, order, kept)

@@ -13,7 +13,7 @@ from lightning_dsmoe.attention import GroupedQueryAttention, MixtureOfAttentionH
 from lightning_dsmoe.decoder import Decoder, TokenEmbedding, TokenHead
 from lightning_dsmoe.experts import FeedForward, GLUExperts, MixtureOfExperts, MLPExperts
 from lightning_dsmoe.inference.compilation import compile_sparse
-from lightning_dsmoe.inference.engine.batched import grouped_layers
+from lightning_dsmoe.inference.engine.batched import gpu_costs, grouped_layers
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import LinearRouter, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.stacked import StackedWeight
@@ -66,7 +66,8 @@ def without_routers(**options: object) -> Decoder:
 @pytest.fixture(autouse=True)
 def grouping_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each expert on its own tokens in models that are too small for it to be faster."""
-    monkeypatch.setattr(grouped_layers, "grouping_pays", lambda *args: True)
+    for costs in (grouped_layers, gpu_costs):
+        monkeypatch.setattr(costs, "grouping_pays", lambda *args: True)
 
 
 def assert_near(actual: Tensor, expected: Tensor, relative: float = 2e-6) -> None:

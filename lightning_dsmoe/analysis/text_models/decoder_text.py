@@ -77,6 +77,7 @@ class DecoderText(TextModel):
     ) -> list[str]:
         # As tokens: a prompt whose beginning was left out need not be whole characters.
         tokens_BT, mask_BT = left_pad([list(tokens) for tokens in prompts])
+        self.model.warm_up(len(prompts), plan)  # or texts would depend on when kernels are ready
         continued: list[list[int]] = [[] for _ in prompts]
         for new_B in new_tokens(
             self.model.engine,

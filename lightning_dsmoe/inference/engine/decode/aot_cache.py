@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
 from lightning_dsmoe.files import atomic_path
+from lightning_dsmoe.torch_private import compile_ahead, load_compiled
 
 Kernel = Callable[[list[Tensor]], list[Tensor]]
 """Takes the inputs, then the weights; empties the list that it is given, and checks nothing."""
@@ -26,15 +27,26 @@ Kernel = Callable[[list[Tensor]], list[Tensor]]
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
     "assert_indirect_indexing": False,  # experts are numbered by the selection itself
+    # Of the code that calls the loops, which takes no time to run and most of the time to compile.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.enable_line_tables": False,
 }
 
 
 class Part(NamedTuple):
-    """A module to compile, with example inputs; the first size of those in `dynamic` is free."""
+    """A module to compile, with example inputs.
+
+    Args:
+        module: the module.
+        inputs: its inputs.
+        dynamic: the inputs whose first size is free, the same one for all.
+        dynamic_weights: the weights, numbered as in `tensors_of`, whose first size is free.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     dynamic: frozenset[int]
+    dynamic_weights: frozenset[int] = frozenset()
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -47,10 +59,14 @@ def export_part(part: Part) -> ExportedProgram:
     size = Dim("size", min=2, max=2**30)
     inputs_vary = tuple({0: size} if i in part.dynamic else None for i in range(len(part.inputs)))
     weights = tensors_of(part.module)
+    weights_vary = [
+        {0: Dim(f"size_{i}", min=2, max=2**30)} if i in part.dynamic_weights else None
+        for i in range(len(weights))
+    ]
     return torch.export.export(
         _WithWeights(part.module),
         (part.inputs, weights),
-        dynamic_shapes=(inputs_vary, [None] * len(weights)),
+        dynamic_shapes=(inputs_vary, weights_vary),
     )
 
 
@@ -70,14 +86,16 @@ def kernel_path(program: ExportedProgram) -> Path:
         program.graph_module.code,
         [str(input) for input in inputs],
         constants,
-        sorted(OPTIONS.items()),
-        torch.__version__,
-        torch.get_num_threads(),
-        _processor(),
+        *environment(),
         sorted({torch.cuda.get_device_name(value[3]) for value in inputs if "cuda" in value[3]}),
     )
     digest = hashlib.sha256(repr(fingerprint).encode()).hexdigest()
     return kernel_folder() / f"{digest[:40]}.pt2"
+
+
+def environment() -> tuple[object, ...]:
+    """What a kernel depends on besides its graph, on a CPU."""
+    return sorted(OPTIONS.items()), torch.__version__, torch.get_num_threads(), _processor()
 
 
 def kernel_folder() -> Path:
@@ -101,7 +119,7 @@ def ensure_private_folder(folder: Path) -> None:
             f"kernels cannot be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to another "
             "folder"
         ) from None
-    if not _only_we_can_write(folder.stat()):
+    if not only_we_can_write(folder.stat()):
         raise PermissionError(
             f"{folder} is not yours alone to write to, so nothing in it is run: chmod go-w it, or "
             "set XDG_CACHE_HOME to a folder of your own"
@@ -119,9 +137,7 @@ def compile_kernel(program: ExportedProgram, path: Path) -> None:
         # Not into the file: where the disk is full, the destructor of PyTorch's writer tries again
         # and ends the process (torch 2.13).
         package = io.BytesIO()
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=package, inductor_configs=dict(OPTIONS)
-        )
+        compile_ahead(program, package, dict(OPTIONS))
         try:
             temporary.write_bytes(package.getbuffer())
         except OSError as error:  # which does not say where
@@ -136,18 +152,16 @@ def load_kernel(path: Path, device: torch.device) -> Kernel:
         ValueError: if the file is damaged.
     """
     with path.open("rb") as file:
-        if not _only_we_can_write(os.fstat(file.fileno())):
+        if not only_we_can_write(os.fstat(file.fileno())):
             raise PermissionError(f"{path} is not yours alone to write to")
         # PyTorch does not look at the check sums, and damaged code may crash when it is run.
         if ZipFile(file).testzip() is not None:
             raise ValueError(f"{path} is damaged")
     index = -1 if device.index is None else device.index
-    package = torch._inductor.aoti_load_package(str(path), device_index=index)
-    kernel: Kernel = package.loader.boxed_run
-    return kernel
+    return load_compiled(path, index)
 
 
-def _only_we_can_write(status: os.stat_result) -> bool:
+def only_we_can_write(status: os.stat_result) -> bool:
     """Whether nobody else can write to a file; assumed on Windows, which has no such bits."""
     if not hasattr(os, "getuid"):
         return True

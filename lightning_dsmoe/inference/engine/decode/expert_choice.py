@@ -3,11 +3,12 @@
 Shapes: B sequences, one token of each; E experts (those that were not removed), K active experts.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.inference.engine.decode.selection_inputs import SlotsInput
 from lightning_dsmoe.inference.engine.weights.matvec import materialize
 from lightning_dsmoe.routing import AllExperts, Routing, Selection, TopK
 from lightning_dsmoe.routing.removed import remaining_mask, remaining_probs, select
@@ -36,8 +37,8 @@ def choose_experts(
 ) -> ChosenExperts:
     """Apply a selection to the routing of a few tokens.
 
-    The number of active experts is a constant for one token and `TopK`; otherwise it depends on
-    the probabilities, so that no more weights are read than are needed.
+    The number of active experts is known beforehand for one token and `TopK`; otherwise it depends
+    on the probabilities, so that no more weights are read than are needed.
 
     Args:
         selection: the selection.
@@ -57,7 +58,7 @@ def choose_experts(
         return ChosenExperts(None, select(selection, routing, remaining).weight.T)
     probs_BE = remaining_probs(selection, routing, remaining)
     n_tokens, n_experts = probs_BE.shape
-    if type(selection) is TopK and n_tokens == 1:
+    if n_tokens == 1 and (isinstance(selection, SlotsInput) or type(selection) is TopK):
         logits_BE = routing.logits if remaining is None else routing.logits[:, remaining]
         return _choose_top_k(selection, Routing(logits_BE, probs_BE))
     active_BE = materialize(remaining_mask(selection, routing, remaining))
@@ -85,14 +86,17 @@ def choose_experts(
     return ChosenExperts(experts_K, gates_KB)
 
 
-def _choose_top_k(selection: TopK, routing: Routing) -> ChosenExperts:
+def _choose_top_k(selection: Selection, routing: Routing) -> ChosenExperts:
     """The k most probable experts of one token.
 
     They are ranked by logits, which are known before the softmax and have the same order. Ranks are
-    the slots, so that K = k is a constant and nothing has to be counted.
+    the slots, so that K = k is known beforehand and nothing has to be counted.
     """
     rank_E = materialize(rank(routing.logits)[0])
-    slots_K = torch.arange(selection.k, device=rank_E.device)
+    if isinstance(selection, SlotsInput):
+        slots_K = selection.slots_K
+    else:
+        slots_K = torch.arange(cast(TopK, selection).k, device=rank_E.device)
     is_in_slot_KE = rank_E == slots_K[:, None]
     numbers_E = torch.arange(len(rank_E), device=rank_E.device)
     experts_K = materialize(torch.where(is_in_slot_KE, numbers_E, 0).sum(-1))

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_dsmoe.inference.engine.decode.aot_cache import tensors_of
+from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
+from lightning_dsmoe.inference.engine.decode.selection_inputs import free_sizes
 
 _LEFT_OUT = ("_parameters", "_buffers", "_modules")
 
@@ -26,7 +27,7 @@ class Layout(NamedTuple):
 
 def kinds_of(modules: Sequence[nn.Module]) -> list[int]:
     """For each module the number of the first that has the same graph and layouts."""
-    layouts = [[Layout.of(tensor) for tensor in tensors_of(module)] for module in modules]
+    layouts = [layouts_of(module) for module in modules]
     firsts: list[int] = []
     kinds: list[int] = []
     for number, module in enumerate(modules):
@@ -39,6 +40,42 @@ def kinds_of(modules: Sequence[nn.Module]) -> list[int]:
         if kinds[-1] == number:
             firsts.append(number)
     return kinds
+
+
+def layouts_of(module: nn.Module) -> list[Layout]:
+    """Layouts of the weights of a module, with a first size of 0 for any."""
+    free = free_sizes(module)
+    tensors = enumerate(tensors_of(module))
+    return [Layout.of(tensor[:0] if i in free else tensor) for i, tensor in tensors]
+
+
+class Known(NamedTuple):
+    """A kernel at hand, and what it takes.
+
+    Args:
+        layouts: of the inputs and of the weights that it was traced with.
+        module: a module that it belongs to, whose weights may be others by now.
+        kernel: the kernel.
+    """
+
+    layouts: list[Layout]
+    module: nn.Module
+    kernel: Kernel
+
+    @classmethod
+    def of(cls, part: Part, kernel: Kernel) -> "Known":
+        """The kernel of a part."""
+        return cls(_layouts_of_part(part), part.module, kernel)
+
+    def fits(self, part: Part) -> bool:
+        """Whether the kernel is that of a part, whose inputs are free in the same sizes."""
+        return self.layouts == _layouts_of_part(part) and differ_in_weights_alone(
+            self.module, part.module
+        )
+
+
+def _layouts_of_part(part: Part) -> list[Layout]:
+    return [*map(Layout.of, part.inputs), *layouts_of(part.module)]
 
 
 def differ_in_weights_alone(one: nn.Module, other: nn.Module) -> bool:

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
+from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part
 from lightning_dsmoe.inference.engine.decode.compiled_step import (
     CannotCompile,
+    NotReady,
     compiling,
-    kernels_of,
 )
 from lightning_dsmoe.inference.engine.decode.gathered_layers import gather_feed_forward
-from lightning_dsmoe.inference.engine.decode.same_graph import Layout, differ_in_weights_alone
+from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
+from lightning_dsmoe.inference.engine.decode.same_graph import Known, Layout
+from lightning_dsmoe.inference.engine.decode.selection_inputs import free_sizes, with_inputs
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.weights.matvec import materialize
 from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
@@ -78,22 +80,28 @@ class _Compiled(NamedTuple):
 class FewTokens:
     """Runs packed layers of a model on a few tokens, compiled at the first use.
 
-    Layers that differ in their weights alone share a kernel, which is kept on disk.
+    Layers that differ in their weights alone share a kernel, which is kept on disk. Another process
+    compiles it, and until it is there layers run uncompiled.
 
     Args:
         switch_points: `gather_up_to` tokens are few, on the CPU and at most 16.
+
+    Attributes:
+        waits: compile in this process, at once.
     """
 
     def __init__(self, switch_points: SwitchPoints) -> None:
         self.switch_points = switch_points
         self._compiled: dict[object, _Compiled | None] = {}
-        self._kernels: list[tuple[ExpertsStep, tuple[object, ...], Kernel | None]] = []
+        self.waits = False
+        self._source = KernelSource()
+        self._refused: list[Known] = []
         self._warned = False
 
     def __call__(
         self, layer: MixtureOfExperts, selection: Selection, x: Tensor
     ) -> MixtureOutput | None:
-        """Run a layer on tokens `[..., D]`; None if they are many, or it cannot be compiled."""
+        """Run a layer on tokens `[..., D]`; None if they are many, or it is not compiled."""
         n_tokens = x.shape[:-1].numel()
         few = 0 < n_tokens <= min(self.switch_points.gather_up_to, MAX_TOKENS)
         of_own_type = x.dtype == as_row_major(layer.experts.w_in).out_dtype
@@ -123,38 +131,48 @@ class FewTokens:
         self.__init__(**state)  # type: ignore[misc]
 
     def _compile(self, key: tuple[Any, ...], x_ND: Tensor) -> _Compiled | None:
-        layer, selection, *_ = key
-        step = ExpertsStep(layer, selection)
-        with _COMPILING:
+        """Prepare a kernel; None if there is none, which `_compiled` holds if it is final."""
+        layer, selection, n_tokens, _ = key
+        if self._source.is_waiting(key) and not self.waits:
+            return None
+        if not _COMPILING.acquire(blocking=self.waits):
+            return None
+        try:
             if key not in self._compiled:
-                kernel = self._kernel(step, x_ND)
-                places = _places(step)
-                layouts = [Layout.of(tensors[name]) for tensors, name in places]
-                found = None if kernel is None else _Compiled(kernel, places, layouts)
-                self._compiled[key] = found
+                step = ExpertsStep(layer, with_inputs(selection, n_tokens))
+                # Of inference tensors no graph can be traced, and the values do not matter.
+                with torch.inference_mode(False):
+                    example = torch.zeros_like(x_ND)
+                part = Part(step, (example,), frozenset(), free_sizes(step))
+                self._compiled[key] = self._made(key, part)
             return self._compiled[key]
+        except NotReady:
+            return None
+        finally:
+            _COMPILING.release()
 
-    def _kernel(self, step: ExpertsStep, x_ND: Tensor) -> Kernel | None:
-        """The kernel of a step alike, or a new one; None if it cannot be compiled."""
-        layouts = (*map(Layout.of, tensors_of(step)), Layout.of(x_ND))
-        for other, of_other, kernel in self._kernels:
-            if of_other == layouts and differ_in_weights_alone(step, other):
-                return kernel
-        kernel = None
+    def _made(self, key: tuple[Any, ...], part: Part) -> _Compiled | None:
+        """The kernel of a part, and what it takes; None if it cannot be compiled."""
+        (x_ND,), step = part.inputs, part.module
+        if any(known.fits(part) for known in self._refused):
+            return None
+        what = "a layer for 1 token" if len(x_ND) == 1 else f"a layer for {len(x_ND)} tokens"
         try:
             with compiling():
-                what = (
-                    "a layer for 1 token" if len(x_ND) == 1 else f"a layer for {len(x_ND)} tokens"
-                )
-                # Of inference tensors no graph can be traced, and the values do not matter.
-                part = Part(step, (torch.zeros_like(x_ND),), frozenset())
-                kernel = kernels_of({"layer": part}, what, x_ND.device)["layer"]
+                kernels = self._source.get(key, self.waits, {"layer": part}, what, x_ND.device)
         except CannotCompile as error:
+            self._refused.append(Known.of(part, _no_kernel))
             if not self._warned:
                 warnings.warn(f"layers run uncompiled, more slowly: {error}", stacklevel=2)
             self._warned = True
-        self._kernels.append((step, layouts, kernel))
-        return kernel
+            return None
+        places = _places(step)
+        layouts = [Layout.of(tensors[name]) for tensors, name in places]
+        return _Compiled(kernels["layer"], places, layouts)
+
+
+def _no_kernel(inputs: list[Tensor]) -> list[Tensor]:
+    raise NotImplementedError
 
 
 def _places(module: nn.Module) -> list[tuple[dict[str, Tensor], str]]:

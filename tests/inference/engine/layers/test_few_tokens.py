@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lightning_dsmoe.experts import GLUExperts, MixtureOfExperts, MLPExperts
-from lightning_dsmoe.inference.engine.decode import compiled_step
+from lightning_dsmoe.inference.engine.decode import compiled_step, kernel_source
+from lightning_dsmoe.inference.engine.decode.same_graph import differ_in_weights_alone
 from lightning_dsmoe.inference.engine.layers import few_tokens as module
 from lightning_dsmoe.inference.engine.layers.few_tokens import (
     MAX_TOKENS,
     FewTokens,
-    differ_in_weights_alone,
     gather_tokens,
 )
 from lightning_dsmoe.inference.engine.layers.packed_layers import pack_layers
@@ -66,7 +66,7 @@ def test_8_bits_are_those_of_many_tokens() -> None:
 
 @pytest.mark.parametrize("n_tokens", [0, MAX_TOKENS + 1])
 def test_many_tokens_are_not_few(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(module, "kernels_of")
+    monkeypatch.setattr(module.FewTokens, "_compile", None)
     few = FewTokens(SwitchPoints())
     assert few(packed(LAYERS[0]()), TopK(1), torch.randn(n_tokens, 24)) is None
     never = FewTokens(SwitchPoints(gather_up_to=0))
@@ -94,7 +94,7 @@ def test_without_a_compiler_layers_run_more_slowly(monkeypatch: pytest.MonkeyPat
     def missing(*args: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(module, "kernels_of", missing)
+    monkeypatch.setattr(kernel_source, "start", missing)
     layer, x = LAYERS[0](), torch.randn(2, 24)
     twin = packed(layer)
     with pytest.warns(UserWarning, match="layers run uncompiled, more slowly: no compiler"):
@@ -109,6 +109,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleList([LAYERS[1](), LAYERS[1](), LAYERS[2]()]).eval().requires_grad_(False)
     twins = copy.deepcopy(model)
     few = FewTokens(SwitchPoints())
+    few.waits = True
     pack_layers(twins, dict.fromkeys(routed_layers(model), TopK(2)), few)
     compiled = []
 
@@ -116,7 +117,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.append(parts)
         return compiled_step.kernels_of(parts, *args)
 
-    monkeypatch.setattr(module, "kernels_of", counted)
+    monkeypatch.setattr(kernel_source, "kernels_of", counted)
 
     def check(twins: nn.ModuleList, dtype: torch.dtype = torch.float32) -> None:
         for layer, twin in zip(model, twins, strict=True):
@@ -134,5 +135,10 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.router.weight.data = layer.router.weight.flip(0)  # seen by the next call
     model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
     check(twins)
-    check(pickle.loads(pickle.dumps(twins)))
+    few.waits = False
+    assert pickle.loads(pickle.dumps(few)).switch_points == few.switch_points
+    twins = pickle.loads(pickle.dumps(twins))
+    for twin in twins:
+        twin.few_tokens.waits = True
+    check(twins)
     check(twins.bfloat16(), torch.bfloat16)
