@@ -110,8 +110,8 @@ def test_artifacts_load_and_move(tmp_path_factory: pytest.TempPathFactory) -> No
     assert difference(actual_BTV, expected_BTV) < ROUNDING
 
 
-def test_nothing_compiles() -> None:
+def test_tuning() -> None:
     decoder = rotary_glu().eval()
     model = compile_sparse(decoder, everywhere(Threshold(0.9))).to("cuda")
-    assert model.switch_points.gather_up_to == 0
-    assert model.tune().gather_up_to == 0
+    assert model.switch_points.gather_up_to in (0, 16)
+    assert torch.cuda.get_device_name() in str(model.tune().measured_on)

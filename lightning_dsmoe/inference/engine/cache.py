@@ -37,9 +37,41 @@ class Slots(NamedTuple):
     seen_SB: Tensor
     at_1: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those with an axis of positions."""
+        return [*self.keys, *self.values, self.seen_SB]
+
+    def up_to(self, end: int) -> "Slots":
+        """The first slots, in the same memory."""
+        keys, values = ([each[:end] for each in all] for all in (self.keys, self.values))
+        return Slots(keys, values, self.seen_SB[:end], self.at_1)
+
+
+@torch.inference_mode(False)
+def empty_slots(decoder: Decoder, batch_size: int, capacity: int) -> Slots:
+    """Memory for the keys and values of a decoder, whose layers may differ in their KV heads.
+
+    Text is generated in inference mode, but a step may write outside of it, which PyTorch does not
+    allow for tensors made inside.
+
+    Args:
+        decoder: the decoder.
+        batch_size: sequences B.
+        capacity: positions S per sequence.
+    """
+    layers = [block.attention for block in cast(Iterable[Block], decoder.blocks)]
+    weight = decoder.embedding.weight
+    keys, values = (
+        [weight.new_zeros(capacity, batch_size, each.n_kv_heads, each.d_head) for each in layers]
+        for _ in range(2)
+    )
+    seen_SB = torch.zeros(capacity, batch_size, device=weight.device, dtype=torch.bool)
+    return Slots(keys, values, seen_SB, torch.zeros(1, device=weight.device, dtype=torch.int64))
+
 
 class DecoderCache:
-    """Preallocated KV caches of a decoder, whose layers may differ in their KV heads.
+    """Preallocated KV caches of a decoder.
 
     Args:
         decoder: the decoder.
@@ -48,32 +80,42 @@ class DecoderCache:
     """
 
     def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
-        layers = [block.attention for block in cast(Iterable[Block], decoder.blocks)]
-        weight = decoder.embedding.weight
-        self._keys, self._values = (
-            [
-                weight.new_zeros(capacity, batch_size, layer.n_kv_heads, layer.d_head)
-                for layer in layers
-            ]
-            for _ in range(2)
-        )
-        self._seen = torch.zeros(capacity, batch_size, device=weight.device, dtype=torch.bool)
-        self._at = torch.zeros(1, device=weight.device, dtype=torch.int64)
-        self._slots = Slots([], [], self._seen[:0], self._at)
+        self.layers: list[KVCache] = []
+        self._take(empty_slots(decoder, batch_size, capacity))
+
+    def _take(self, memory: Slots) -> None:
+        self._all = memory
+        self._slots = memory.up_to(0)
+        length = self.layers[0].length if self.layers else 0
         self.layers = [
-            KVCache.over(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), self._seen.T)
-            for keys, values in zip(self._keys, self._values, strict=True)
+            KVCache.over(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), memory.seen_SB.T)
+            for keys, values in zip(memory.keys, memory.values, strict=True)
         ]
+        for layer in self.layers:
+            layer.length = length
+
+    def move_to(self, memory: Slots) -> None:
+        """Continue in memory of the caller's, which has room for as many positions or more.
+
+        A CUDA graph reads and writes the memory that it was captured with.
+
+        Args:
+            memory: where to; what is in it is lost.
+        """
+        for new, old in zip(memory.tensors, self._all.tensors, strict=True):
+            new[self.length :].zero_()  # nobody attends there, but 0 times NaN is NaN
+            new[: self.length] = old[: self.length]
+        self._take(memory.up_to(self.capacity))
 
     @property
     def capacity(self) -> int:
         """Positions per sequence."""
-        return len(self._seen)
+        return len(self._all.seen_SB)
 
     @property
     def batch_size(self) -> int:
         """Sequences B."""
-        return self._seen.shape[1]
+        return self._all.seen_SB.shape[1]
 
     @property
     def length(self) -> int:
@@ -89,12 +131,11 @@ class DecoderCache:
         at = self.length
         if at >= self.capacity:
             raise ValueError(f"{at + 1} tokens do not fit a cache of {self.capacity}")
-        self._at.fill_(at)
-        self._seen[at] = True
+        self._all.at_1.fill_(at)
+        self._all.seen_SB[at].fill_(True)
         for layer in self.layers:
             layer.length = at + 1
         used = min(self.capacity, (at // _POSITIONS_PER_GROWTH + 1) * _POSITIONS_PER_GROWTH)
         if len(self._slots.seen_SB) != used:
-            keys, values = ([each[:used] for each in all] for all in (self._keys, self._values))
-            self._slots = Slots(keys, values, self._seen[:used], self._at)
+            self._slots = self._all.up_to(used)
         return self._slots

@@ -5,6 +5,7 @@ Shapes: B sequences in a batch, T new positions, V vocabulary.
 
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, CompiledStep
+from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    CannotCompile,
+    CompiledStep,
+    NotReady,
+)
+from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
+from lightning_dsmoe.inference.engine.decode_cuda.step import CudaStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
 from lightning_dsmoe.inference.engine.weights.packing import tile_weights
 from lightning_dsmoe.routing import SelectionPlan
@@ -51,7 +58,8 @@ class Engine:
         self.given_points = switch_points
         self.max_tokens = max_tokens
         self.can_compile = True
-        self._steps: dict[tuple[SelectionPlan, int], CompiledStep | None] = {}
+        self._steps: dict[tuple[SelectionPlan, int], CompiledStep | CudaStep | None] = {}
+        self._kernels = KernelSource()
         self._layouts: dict[bool, Decoder] = {}
 
     @property
@@ -80,26 +88,60 @@ class Engine:
                 only_last=only_last,
             )
 
-    def compiled_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | None:
+    def compiled_step(
+        self, plan: SelectionPlan, n_sequences: int
+    ) -> CompiledStep | CudaStep | None:
         """The step compiled for a plan, at its first use; None where it cannot be compiled."""
         key = plan, n_sequences
+        if key not in self._steps:
+            with _COMPILING:
+                self._prepare(key, wait=True)
+        return self._steps[key]
+
+    def ready_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | CudaStep | None:
+        """The step compiled for a plan if it is there; if not, another process compiles it.
+
+        None is the answer until it is ready. What another process cannot be given, such as a router
+        of the main program, is compiled now, and so is everything on a GPU.
+        """
+        key = plan, n_sequences
+        if key not in self._steps and _COMPILING.acquire(blocking=False):
+            try:
+                self._prepare(key, wait=False)
+            finally:
+                _COMPILING.release()
+        return self._steps.get(key)
+
+    def _prepare(self, key: tuple[SelectionPlan, int], *, wait: bool) -> None:
+        """Add a step to `_steps`, None if it cannot be compiled; without waiting perhaps later."""
         if key in self._steps:
-            return self._steps[key]
-        with _COMPILING:
-            if key not in self._steps:
-                try:
-                    self._steps[key] = CompiledStep(self.layout(n_sequences), plan, n_sequences)
-                except CannotCompile as error:
-                    self._steps[key] = None
-                    if self.can_compile:
-                        message = f"decoding runs uncompiled, more slowly: {error}"
-                        warnings.warn(message, stacklevel=2)
-                    self.can_compile = False
-            return self._steps[key]
+            return
+        on_cpu = self.decoder.embedding.weight.device.type == "cpu"
+        if on_cpu and not wait and self._kernels.is_waiting(key):
+            return
+        try:
+            self._steps[key] = self._new_step(key, wait=wait)
+        except NotReady:
+            pass
+        except CannotCompile as error:
+            self._steps[key] = None
+            if self.can_compile:
+                message = f"decoding runs uncompiled, more slowly: {error}"
+                warnings.warn(message, stacklevel=2)
+            self.can_compile = False
+
+    def _new_step(self, key: tuple[SelectionPlan, int], *, wait: bool) -> CompiledStep | CudaStep:
+        plan, n_sequences = key
+        if self.decoder.embedding.weight.is_cuda:  # compiled in this process, at once
+            return CudaStep(self.decoder, plan, n_sequences)
+        get_kernels = partial(self._kernels.get, key, wait)
+        return CompiledStep(self.layout(n_sequences), plan, n_sequences, get_kernels=get_kernels)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: nothing compiled, and that another machine may compile."""
-        return {**self.__dict__, "_steps": {}, "_layouts": {}, "can_compile": True}
+        state = {**self.__dict__, "_steps": {}, "_layouts": {}, "can_compile": True}
+        del state["_kernels"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take that state, also from a pickle of version 0.1, which has no `max_tokens`."""
@@ -113,6 +155,19 @@ class Engine:
             self._layouts[several] = tile_weights(self.decoder, n_sequences)
         return self._layouts[several]
 
+    def warm_up(self, plan: SelectionPlan, n_sequences: int) -> None:
+        """Compile now what decoding so many sequences needs."""
+        if self._gathers(n_sequences):
+            for size in set(self._group_sizes(n_sequences)):
+                self.compiled_step(plan, size)
+
+    def start_warm_up(self, plan: SelectionPlan, n_sequences: int) -> bool:
+        """Begin to compile that, and say whether decoding runs uncompiled until it is ready."""
+        if not self._gathers(n_sequences):
+            return False
+        steps = [self.ready_step(plan, size) for size in set(self._group_sizes(n_sequences))]
+        return self.can_compile and None in steps
+
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
         """Start sequences under a plan, with room for `capacity` tokens each.
 
@@ -122,14 +177,18 @@ class Engine:
         positions = self.decoder.max_positions
         if positions is not None and capacity > positions:
             raise ValueError(f"{capacity} tokens, but this model has {positions} learned positions")
-        sizes = [batch_size]
-        gathers = self.can_compile and batch_size <= self.switch_points.gather_up_to
-        if gathers:
-            # In groups of nearly equal sizes, for which at most two steps are compiled.
-            n_groups = -(-batch_size // _MAX_STEP_SEQUENCES)
-            sizes = [(batch_size + group) // n_groups for group in range(n_groups)]
+        gathers = self._gathers(batch_size)
+        sizes = self._group_sizes(batch_size) if gathers else [batch_size]
         caches = [DecoderCache(self.decoder, size, capacity) for size in sizes]
         return EngineReader(self, caches, plan, gathers=gathers)
+
+    def _gathers(self, batch_size: int) -> bool:
+        return self.can_compile and batch_size <= self.switch_points.gather_up_to
+
+    def _group_sizes(self, batch_size: int) -> list[int]:
+        """Sizes of groups, nearly equal, for which at most two steps are compiled."""
+        n_groups = -(-batch_size // _MAX_STEP_SEQUENCES)
+        return [(batch_size + group) // n_groups for group in range(n_groups)]
 
 
 class EngineReader:
@@ -172,7 +231,7 @@ class EngineReader:
     def _read(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: DecoderCache) -> Tensor:
         batch_size, length = tokens_BT.shape
         if self._gathers and length == 1 and cache.length and mask_BT is None:
-            step = self._engine.compiled_step(self._plan, batch_size)
+            step = self._engine.ready_step(self._plan, batch_size)
             if step is not None:
                 return step(tokens_BT[:, 0], cache)
         chunk = max(1, self._engine.max_tokens // batch_size)

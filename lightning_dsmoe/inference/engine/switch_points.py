@@ -6,6 +6,9 @@ import torch
 
 from lightning_dsmoe.decoder import Decoder
 
+# Of any plan; more sequences leave few experts that none of them needs. Not measured.
+_GATHER_UP_TO_ON_CUDA = 16
+
 
 class SwitchPoints(NamedTuple):
     """Batch sizes at which a sparse model changes the method by which it runs experts.
@@ -15,9 +18,11 @@ class SwitchPoints(NamedTuple):
     Args:
         gather_up_to: in sequences; up to so many decode with a compiled step, at most 16 at a
             time, which reads only experts that one of them needs, and each once. A step is
-            compiled for a number of sequences when it is first met, and keeps a second copy of
-            the expert weights for more than one sequence, and for one if they are in 8 bits or
-            the experts very small. 0 compiles nothing; off the CPU every number counts as 0.
+            compiled for a number of sequences when it is first met, and may keep a second copy
+            of the expert weights: on a CPU for more than one sequence, and for one if the
+            experts are very small, or in 8 bits where there is AVX-512. 0 compiles nothing. On a
+            CUDA GPU more than 16 count as 16 unless measured there; on other devices every number
+            counts as 0.
         grouped_from: in tokens of one forward pass (batch size times new positions); from so many
             on each expert runs on its own tokens only, in layers where that is estimated to be
             faster. Below, and in other layers, all experts run on all tokens, those not chosen
@@ -55,5 +60,14 @@ def place_of(decoder: Decoder) -> str:
 def here(points: SwitchPoints, decoder: Decoder) -> SwitchPoints:
     """Switch points if they hold where a decoder is, otherwise the defaults."""
     valid = points if points.measured_on in (None, place_of(decoder)) else SwitchPoints()
-    on_cpu = decoder.embedding.weight.device.type == "cpu"
-    return valid if on_cpu else valid._replace(gather_up_to=0)
+    most = _most_gathered(decoder.embedding.weight.device.type)
+    if most is None or (valid.measured_on and most):
+        return valid
+    return valid._replace(gather_up_to=min(most, valid.gather_up_to))
+
+
+def _most_gathered(device_type: str) -> int | None:
+    """The most sequences that gather weights on a kind of device, None for any number."""
+    if device_type == "cpu":
+        return None
+    return _GATHER_UP_TO_ON_CUDA if device_type == "cuda" else 0

@@ -136,7 +136,9 @@ class FakeStep:
 
     compilations: list[tuple[SelectionPlan, int]]
 
-    def __init__(self, decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> None:
+    def __init__(
+        self, decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any
+    ) -> None:
         self.compilations.append((plan, n_sequences))
 
     def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
@@ -203,7 +205,9 @@ def test_many_sequences_decode_in_groups(
 ) -> None:
     compilations = []
 
-    def uncompiled_step(decoder: Decoder, plan: SelectionPlan, n_sequences: int) -> Steps:
+    def uncompiled_step(
+        decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any
+    ) -> Steps:
         compilations.append(n_sequences)
         return Steps(decoder, plan)
 
@@ -256,7 +260,7 @@ def test_what_cannot_be_compiled_warns_once_and_is_not_tried_again(
 ) -> None:
     attempts = []
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         attempts.append(args)
         raise CannotCompile("no compiler here")
 
@@ -277,14 +281,15 @@ def test_threads_that_meet_a_plan_together_compile_one_step(
     together, at_work = Barrier(4), []
 
     class Slow(FakeStep):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, **options: Any) -> None:
             at_work.append(1)
             time.sleep(0.05)
             assert len(at_work) == 1
             at_work.pop()
-            super().__init__(*args)
+            super().__init__(*args, **options)
 
     monkeypatch.setattr(engine_module, "CompiledStep", Slow)
+    monkeypatch.setattr(Engine, "ready_step", Engine.compiled_step)
     engine = Engine(packed(one_decoder), SwitchPoints())
     ready = engine.compiled_step(uniform(TopK(1)), 3)
     with engine_module._COMPILING:  # nobody waits for what is there

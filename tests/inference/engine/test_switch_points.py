@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lightning_dsmoe import TopK, compile_sparse, load_sparse
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.inference.engine import tuning
+from lightning_dsmoe.inference.engine import switch_points, tuning
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here, place_of
 
@@ -81,6 +82,7 @@ def test_each_method_is_what_is_timed(
 
     monkeypatch.setattr(Engine, "forward", recorded)
     monkeypatch.setattr(Engine, "compiled_step", step)
+    monkeypatch.setattr(Engine, "ready_step", step)
     tuning.tune(packed(make()), PLAN, batch_sizes=(1, 20))
     assert calls.count(("compiled", (1,))) == 6 * (length - 4)
     assert calls.count(("compiled", (10,))) == 6 * 2 * (length - 4)
@@ -140,3 +142,46 @@ def test_elsewhere_the_defaults_hold(one_decoder: Decoder) -> None:
         model.switch_points = SwitchPoints(-1)
     assert "float32" in place_of(twin)
     assert f"{torch.get_num_threads()} threads" in place_of(twin)
+
+
+@pytest.mark.parametrize(
+    ("device", "points", "expected"),
+    [
+        ("cuda", SwitchPoints(), SwitchPoints(16)),
+        ("cuda", SwitchPoints(3, 7), SwitchPoints(3, 7)),
+        ("cuda", SwitchPoints(40, 7, "here"), SwitchPoints(40, 7, "here")),
+        ("cuda", SwitchPoints(40, 7, "elsewhere"), SwitchPoints(16)),
+        ("mps", SwitchPoints(40, 7, "here"), SwitchPoints(0, 7, "here")),
+        ("cpu", SwitchPoints(), SwitchPoints()),
+    ],
+)
+def test_what_holds_on_a_device(
+    device: str,
+    points: SwitchPoints,
+    expected: SwitchPoints,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(switch_points, "place_of", lambda decoder: "here")
+    weight = SimpleNamespace(device=torch.device(device))
+    decoder: Any = SimpleNamespace(embedding=SimpleNamespace(weight=weight))
+    assert here(points, decoder) == expected
+
+
+@pytest.mark.parametrize(("device", "largest"), [("cpu", 64), ("cuda", 4096)])
+def test_a_gpu_is_measured_with_more_sequences(
+    device: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def medians(engines: Any, plan: Any, batch_size: int) -> dict[str, float]:
+        timed.append(batch_size)
+        return {name: float(name != "masked") for name in engines}
+
+    points = SimpleNamespace(gather_up_to=0)
+    monkeypatch.setattr(tuning, "Engine", lambda *args: SimpleNamespace(switch_points=points))
+    monkeypatch.setattr(tuning, "_medians", medians)
+    monkeypatch.setattr(tuning, "place_of", lambda decoder: "here")
+    weight = SimpleNamespace(device=torch.device(device))
+    decoder: Any = SimpleNamespace(embedding=SimpleNamespace(weight=weight))
+    assert tuning.tune(decoder, PLAN) == SwitchPoints(0, largest + 1, "here")
+    assert (timed[0], timed[-1]) == (1, largest)

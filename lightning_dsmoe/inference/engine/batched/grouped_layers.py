@@ -137,12 +137,12 @@ def add_grouped_experts(residual_ND: Tensor, experts: Experts, x_ND: Tensor, pai
         pairs: which token runs which expert under which gate.
     """
     for group, x_GMD, gate_GM1 in _grouped_tokens(pairs, x_ND):
-        projected_GMR = torch.bmm(x_GMD, as_row_major(experts.w_in).group(group.experts).mT)
+        projected_GMR = as_row_major(experts.w_in).products(x_GMD, group.experts)
         if experts.b_in is not None:
             projected_GMR += experts.b_in[group.experts][:, None]
         hidden_GMF = experts.hidden(projected_GMR)
         hidden_GMF *= gate_GM1.to(hidden_GMF.dtype)
-        out_GMD = torch.bmm(hidden_GMF, as_row_major(experts.w_out).group(group.experts).mT)
+        out_GMD = as_row_major(experts.w_out).products(hidden_GMF, group.experts)
         _add_to_tokens(residual_ND, pairs, group, out_GMD)
     if experts.b_out is not None:
         residual_ND += experts.b_out
@@ -177,7 +177,7 @@ def add_grouped_heads(
     place_P = pairs.token_P * pairs.n_slots + pairs.slot_P
     q_QR = x_ND.new_zeros(len(x_ND) * pairs.n_slots, n_rows)
     for group, x_GMD, _ in _grouped_tokens(pairs, x_ND):
-        q_GMR = torch.bmm(x_GMD, as_row_major(heads.w_q).group(group.experts).mT)
+        q_GMR = as_row_major(heads.w_q).products(x_GMD, group.experts)
         if heads.b_q is not None:
             q_GMR += heads.b_q[group.experts][:, None]
         place_GM = place_P[group.pairs].view(q_GMR.shape[:2])
@@ -190,7 +190,7 @@ def add_grouped_heads(
         heads_MR = heads_QR.index_select(0, place_P[group.pairs])
         heads_MR *= pairs.gate_P[group.pairs, None].to(heads_MR.dtype)
         heads_GMR = heads_MR.view(len(group.experts), -1, n_rows)
-        out_GMD = torch.bmm(heads_GMR, as_row_major(heads.w_o).group(group.experts).mT)
+        out_GMD = as_row_major(heads.w_o).products(heads_GMR, group.experts)
         _add_to_tokens(residual_ND, pairs, group, out_GMD)
     if heads.b_o is not None:
         residual_ND += heads.b_o

@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from lightning_dsmoe.attention.attention import Scope
 from lightning_dsmoe.attention.head_groups import HeadGroups
 from lightning_dsmoe.experts import Experts
-from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights, as_row_major
+from lightning_dsmoe.inference.engine.batched.wide_weights import wide
+from lightning_dsmoe.inference.engine.weights.row_major import (
+    Int8RowMajorWeights,
+    RowMajorWeights,
+    as_row_major,
+)
 
 # A matrix product of few tokens leaves cores and memory channels of a CPU idle. Four in one
 # `torch.bmm` are 1.4 to 2 times as fast with 2 threads and up to 64 tokens; smaller matrices in
@@ -37,9 +42,8 @@ def add_masked_experts(
         x_ND: normalized tokens.
         gates_NE: gate of each expert, zero for those not chosen; None for gates of 1.
     """
-    rows_ERD = as_row_major(experts.w_in).rows(slice(None))
     b_in = None if experts.b_in is None else experts.b_in.flatten()
-    projected_NR = _linear(x_ND, rows_ERD.flatten(0, 1), b_in)
+    projected_NR = _project(x_ND, as_row_major(experts.w_in), b_in)
     hidden_NEF = experts.hidden(projected_NR.unflatten(1, (experts.n_experts, -1)))
     _add_gated_products(
         residual_ND, as_row_major(experts.w_out), hidden_NEF, gates_NE, experts.b_out
@@ -67,9 +71,7 @@ def add_masked_heads(
         gates_NE: gate of each group, zero for those not chosen; None for gates of 1.
     """
     b_q = None if heads.b_q is None else heads.b_q.flatten()
-    q_NR = _linear(
-        x_BTD.flatten(0, 1), as_row_major(heads.w_q).rows(slice(None)).flatten(0, 1), b_q
-    )
+    q_NR = _project(x_BTD.flatten(0, 1), as_row_major(heads.w_q), b_q)
     q_BTR = q_NR.unflatten(0, x_BTD.shape[:2])
     q_BTEHC = rearrange(q_BTR, "b t (e h c) -> b t e h c", e=heads.n_groups, h=heads.n_heads)
     heads_BTER = attend_groups(heads, q_BTEHC, scope, keys_BHSC, values_BHSC)
@@ -114,8 +116,38 @@ def attend_groups(
     return rearrange(heads_BGTC, "b (h e) t c -> b t e (h c)", e=n_groups)
 
 
+def _project(x_NI: Tensor, weights: RowMajorWeights, bias_R: Tensor | None) -> Tensor:
+    """Products of the rows of all experts with all tokens, `[N, E R]` with R rows of one."""
+    if not _two_by_two(weights, x_NI):
+        return _linear(x_NI, weights.rows(slice(None)).flatten(0, 1), bias_R)
+    products = [
+        weights.products(x_NI.expand(len(pair), -1, -1), pair)
+        for pair in _pairs(len(weights.weight))
+    ]
+    out_NR = rearrange(torch.cat(products), "e n r -> n (e r)")
+    return out_NR if bias_R is None else out_NR + bias_R
+
+
+def _two_by_two(weights: RowMajorWeights, x: Tensor) -> bool:
+    """Whether experts run two by two: in 8 bits on a CPU, whose caches then hold their floats.
+
+    Those of all experts would be written to memory and read again, which took 9 ms for 32 experts
+    of 128 x 768 where converting takes 3 (docs/lab_notes/int8.md).
+    """
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and isinstance(weights, Int8RowMajorWeights)
+
+
+def _pairs(n_experts: int) -> list[range]:
+    return [range(e, min(e + 2, n_experts)) for e in range(0, n_experts, 2)]
+
+
 def _in_several_products(x: Tensor) -> bool:
     return x.device.type == "cpu" and len(x) <= _PRODUCTS_MAX_TOKENS
+
+
+def _in_one_product(x: Tensor) -> bool:
+    return x.device.type != "cpu"
 
 
 def _linear(x_NI: Tensor, rows_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -140,13 +172,21 @@ def _add_gated_products(
     if gates_NE is not None:
         hidden_NEF = hidden_NEF * gates_NE[..., None].to(hidden_NEF.dtype)
     n_experts = hidden_NEF.shape[1]
-    if not _in_several_products(hidden_NEF):
+    two_by_two = _two_by_two(w_out, hidden_NEF)
+    if _in_one_product(hidden_NEF) and (wide_DR := wide(w_out)) is not None:
+        # As a layer without experts does. It rounds differently once unused experts are removed.
+        residual_ND += F.linear(hidden_NEF.flatten(1), wide_DR)
+    elif two_by_two and len(hidden_NEF) < hidden_NEF.shape[2]:
+        hidden_ENF = hidden_NEF.transpose(0, 1)
+        for pair in _pairs(n_experts):
+            for out_ND in w_out.products(hidden_ENF[pair.start : pair.stop], pair):
+                residual_ND += out_ND
+    elif two_by_two or not _in_several_products(hidden_NEF):
         # One expert after another. One product over all E F hidden units is 1.2 to 1.5 times as
         # fast for small experts, but rounds differently once unused experts are removed, where
         # adding their zeros here changes no bit of the logits. See docs/lab_notes/batched.md.
-        matrices = w_out.of(range(n_experts))
-        for hidden_NF, matrix_FD in zip(hidden_NEF.unbind(1), matrices, strict=True):
-            residual_ND.addmm_(hidden_NF, matrix_FD)
+        for expert, hidden_NF in enumerate(hidden_NEF.unbind(1)):
+            residual_ND.addmm_(hidden_NF, *w_out.of([expert]))
     elif n_experts == 1:
         residual_ND += _linear(hidden_NEF[:, 0], w_out.rows(0), None)
     else:

@@ -56,7 +56,7 @@ def matrices_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
         make=EXPERTS,
         weights=WEIGHTS,
         n_experts=[1, 4, 5],
-        n_tokens=[1, 2, 9],
+        n_tokens=[1, 2, 9, 40],
         gating=GATINGS,
         max_tokens=MAX_TOKENS,
     ),
@@ -75,6 +75,32 @@ def test_experts(
     experts = make(24, n_experts, 7)
     drawn(experts, weights)
     x_ND, gates = torch.randn(n_tokens, 24), gates_of(gating, n_tokens, n_experts)
+    given = None if gating == "none" else gates
+    assert_adds(
+        lambda into: add_masked_experts(into, experts, x_ND, given),
+        loop_over_experts(experts, x_ND, gates),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "weights", "n_experts", "gating", "fits"),
+    pairwise(make=EXPERTS, weights=WEIGHTS, n_experts=[1, 4], gating=GATINGS, fits=[True, False]),
+)
+@torch.no_grad()
+def test_experts_as_on_a_gpu(
+    make: ExpertsFactory,
+    weights: str,
+    n_experts: int,
+    gating: str,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(masked_layers, "_in_one_product", lambda x: True)
+    if not fits:
+        monkeypatch.setattr(masked_layers, "wide", lambda weights: None)
+    experts = make(24, n_experts, 7)
+    drawn(experts, weights)
+    x_ND, gates = torch.randn(9, 24), gates_of(gating, 9, n_experts)
     given = None if gating == "none" else gates
     assert_adds(
         lambda into: add_masked_experts(into, experts, x_ND, given),
