@@ -1,17 +1,22 @@
-"""What there is to measure on one GPU: the tests, inference, training and a model's quality.
+"""What there is to measure on one GPU: tests, inference, training and a model's quality.
 
     python -m benchmarks.gpu --out results --text tinyshakespeare.txt
     python -m benchmarks.gpu --out results --part decode
 
 It runs from the sources, with the packages of the Python that it is called with, on the first GPU.
 Each part writes `PART.json` and a table, `PART.md`, anew after each measurement, so that a run cut
-off keeps what it has; both name the card and the versions. All parts take under half an hour, each
-of them under eight minutes, as a machine with a GPU may be at hand for no longer.
+off keeps what it has; both name the card and the versions. Each part takes under eight minutes, and
+all of them about three quarters of an hour: with a GPU at hand for less, name those that matter.
+`python -m benchmarks.gpu.results FOLDER` makes the tables of the documentation from the files.
 
 * tests: `pytest -m gpu`; the ends of its output go to `tests.txt`.
 * decode, prefill: the dense twin, all experts and plans in the engine, 100 M parameters and the
-  paper's 1B shape, bfloat16.
-* training: steps of the 1B shape and of its dense twin, blocks compiled or not, with the MFU.
+  paper's 1B and 6B shapes, bfloat16; bytes of active weights a second beside those of a copy.
+* sweep: 1 to 4,096 sequences, sparse over dense, and the lowest ratio.
+* int8: routed experts in 8 bits against bfloat16.
+* paper: its throughput table, 1B, 3B and 6B with their twins and three models of transformers.
+* training: steps of the 1B shape, of its dense twin and of a sparsely trained model of its size,
+  blocks compiled or not, with the MFU.
 * quality: nanoGPT's recipe of 10.7 M parameters as DS-MoE, seed after seed, on the text given.
 """
 
@@ -29,8 +34,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-SECONDS = {"tests": 300, "decode": 300, "prefill": 240, "training": 360, "quality": 400}
-"""After which a part begins nothing new; together under half an hour, so that all have a turn."""
+SECONDS = {
+    "tests": 300,
+    "decode": 330,
+    "prefill": 240,
+    "sweep": 360,
+    "int8": 240,
+    "paper": 400,
+    "training": 360,
+    "quality": 400,
+}
+"""After which a part begins nothing new."""
 HARD_LIMIT = 470
 """Seconds after which a part is ended whatever it does; the files are whole at any time."""
 ENGINE = ("numpy", "einops", "rich", "safetensors", "torchmetrics", "yaml")
@@ -38,6 +52,9 @@ NEEDS = {
     "tests": ("pytest",),
     "decode": ENGINE,
     "prefill": ENGINE,
+    "sweep": ENGINE,
+    "int8": ENGINE,
+    "paper": (*ENGINE, "transformers"),
     "training": (*ENGINE, "lightning"),
     "quality": (*ENGINE, "lightning", "jsonargparse", "docstring_parser", "typeshed_client"),
 }
@@ -46,6 +63,9 @@ MODULES = {
     "tests": "benchmarks.gpu.tests",
     "decode": "benchmarks.gpu.inference",
     "prefill": "benchmarks.gpu.inference",
+    "sweep": "benchmarks.gpu.sweep",
+    "int8": "benchmarks.gpu.int8",
+    "paper": "benchmarks.gpu.paper",
     "training": "benchmarks.gpu.training",
     "quality": "benchmarks.gpu.quality",
 }

@@ -11,8 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.engines import copy_bandwidth, host_waits
 from benchmarks.gpu.record import Measurement, Row
-from benchmarks.gpu.sides import Models, Side, compare_sides, made_on, models_1b, models_100m
+from benchmarks.gpu.sides import (
+    Models,
+    Side,
+    compare_sides,
+    made_on,
+    models_1b,
+    models_100m,
+    paper_models,
+)
 from benchmarks.speed.decoding import Decoding, Ours
 from benchmarks.speed.sparse_models import active_bytes, hidden_share, operations
 from benchmarks.timing import seconds_per_call
@@ -24,7 +33,9 @@ NOTES = (
     "bfloat16, random weights and text, medians of alternating rounds. Active: the share of the "
     "hidden parameters. The speed ratio is to the dense twin in the same round, above 1 where the "
     "side is faster; low and high are its quartiles; bound is that ratio by the bytes of weights "
-    "(decoding one sequence) or the operations (reading) that both need. GB as 1e9 bytes."
+    "(decoding one sequence) or the operations (reading) that both need. Decoding one sequence: "
+    "bytes of active weights by the second, and their share of what a copy of 1 GiB within the "
+    "card's memory reads and writes. Host waits: of 17 steps or one prompt. GB as 1e9 bytes."
 )
 PROMPT, STEPS, LENGTH = 64, 16, 128
 """Decoding: tokens that are read at once, steps of a turn, tokens after which a text restarts."""
@@ -91,6 +102,11 @@ class Engines:
         sides = {TWIN: Side(self.dense, turn(self.dense, self._everything, text_BT))}
         sides |= {n: Side(self.sparse, turn(self.sparse, p, text_BT)) for n, p in plans.items()}
         compared = compare_sides(sides, self._device, rounds=rounds, until=until)
+        waits = {
+            name: host_waits(side.turn, self._device)
+            for name, side in sides.items()
+            if "ms" in compared[name]
+        }
         counted = {TWIN: (self._dense, self._everything)}
         counted |= {name: (self._sparse, plan) for name, plan in plans.items()}
         rows = []
@@ -99,13 +115,20 @@ class Engines:
             if "ms" in row:
                 found["tokens/s"] = 1e3 * tokens / row["ms"]
                 found["bound"] = needs and needs(*counted[TWIN]) / needs(*counted[name])
+                found["needs/s"] = needs and 1e3 * needs(*counted[name]) / row["ms"]
+                found["host waits"] = waits[name]
             rows.append(found)
         return rows
 
 
+def in_bfloat16(decoder: Decoder, plan: SelectionPlan) -> float:
+    """Bytes of the weights that one token needs."""
+    return active_bytes(decoder, plan, expert_bytes=2, other_bytes=2)
+
+
 def measured_shapes() -> list[Models]:
-    """The shapes that are measured."""
-    return [models_100m(), models_1b()]
+    """The shapes that are measured, that of the aims first: compiling may take all of the time."""
+    return [paper_models("6B"), models_1b(), models_100m()]
 
 
 def decode(
@@ -115,6 +138,7 @@ def decode(
     shapes: Callable[[], Sequence[Models]] = measured_shapes,
     batch_sizes: Sequence[int] = (1, 4, 16, 64),
     rounds: int = 11,
+    copy_bytes: int = 2**30,
 ) -> list[Measurement]:
     """One token more of each of some sequences."""
 
@@ -122,22 +146,34 @@ def decode(
         return partial(Decoding(Ours(model, plan, LENGTH), text_BT, PROMPT).turn, STEPS)
 
     engines = {models.name: Engines(models, device) for models in shapes()}
-    return [
-        Measurement(
-            {"model": name, "sequences": size},
-            partial(
-                both.compare,
-                decoding,
-                (size, LENGTH),
-                tokens=size,
-                needs=active_bytes if size == 1 else None,  # more sequences share what they read
-                rounds=rounds,
-                until=until,
-            ),
+    copied: dict[str, float] = {}
+
+    def copy() -> list[Row]:
+        copied["bytes/s"] = copy_bandwidth(device, n_bytes=copy_bytes)
+        return [{"side": "copy within memory", "GB/s": copied["bytes/s"] / 1e9}]
+
+    def run(both: Engines, size: int) -> list[Row]:
+        rows = both.compare(
+            decoding,
+            (size, LENGTH),
+            tokens=size,
+            needs=in_bfloat16 if size == 1 else None,  # more sequences share what they read
+            rounds=rounds,
+            until=until,
         )
+        for row in rows:
+            if read := row.pop("needs/s", None):
+                row["GB/s"] = read / 1e9
+                row["of copy"] = read / copied["bytes/s"] if copied else None
+        return rows
+
+    todo = [Measurement({"model": ""}, copy)]
+    todo += [
+        Measurement({"model": name, "sequences": size}, partial(run, both, size))
         for size in batch_sizes
         for name, both in engines.items()
     ]
+    return todo
 
 
 def prefill(
@@ -158,18 +194,25 @@ def prefill(
         return partial(seconds_per_call, read, 1)
 
     engines = {models.name: Engines(models, device) for models in shapes()}
+
+    def run(both: Engines, size: int, length: int) -> list[Row]:
+        rows = both.compare(
+            reading,
+            (size, length),
+            tokens=size * length,
+            needs=lambda *model: size * operations(*model, length),
+            rounds=rounds,
+            until=until,
+        )
+        for row in rows:
+            if done := row.pop("needs/s", None):
+                row["TFLOP/s"] = done / 1e12
+        return rows
+
     return [
         Measurement(
             {"model": name, "prompts": size, "tokens of each": length},
-            partial(
-                both.compare,
-                reading,
-                (size, length),
-                tokens=size * length,
-                needs=partial(operations, length=length),
-                rounds=rounds,
-                until=until,
-            ),
+            partial(run, both, size, length),
         )
         for size in batch_sizes
         for length in lengths

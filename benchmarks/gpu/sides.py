@@ -18,9 +18,18 @@ from lightning_dsmoe import Decoder, SelectionPlan, TopK
 from lightning_dsmoe.attention import GroupedQueryAttention
 from lightning_dsmoe.experts import FeedForward
 
-PAPER_1B = Path(__file__).parents[2] / "cli_configs" / "paper" / "dsmoe_1b.yaml"
+PAPER = Path(__file__).parents[2] / "cli_configs" / "paper"
 VOCABULARY = 50304
-"""Of the 1B shape, of which the paper tells none: GPT-2's, rounded up for a GPU's products."""
+"""Of the paper's shapes, of which it tells none: GPT-2's, rounded up for a GPU's products."""
+PAPER_PLANS = {
+    "1B": {"paper, 41 %": SelectionPlan(experts=TopK(9), attention=TopK(12))},
+    "3B": {"paper, K = 6": SelectionPlan(experts=TopK(6))},
+    "6B": {
+        "paper, K = 4": SelectionPlan(experts=TopK(4)),
+        "paper, 29 %": SelectionPlan(experts=TopK(4), attention=TopK(6)),
+    },
+}
+"""The shares that the paper's models run, and the numbers of experts of its throughput tests."""
 
 
 class Models(NamedTuple):
@@ -58,7 +67,19 @@ def models_100m() -> Models:
 
 def models_1b() -> Models:
     """The paper's 1B shape: the shares of P1 to P3, and those that its model runs on average."""
-    model = yaml.safe_load(PAPER_1B.read_text(encoding="utf-8"))["model"]["init_args"]
+    plans = {
+        "P1": SelectionPlan(experts=TopK(11)),
+        "P2": SelectionPlan(experts=TopK(9), attention=TopK(8)),
+        "P3": SelectionPlan(experts=TopK(3), attention=TopK(4)),
+        "paper": SelectionPlan(experts=TopK(9), attention=TopK(12)),
+    }
+    return paper_models("1B")._replace(plans=plans)
+
+
+def paper_models(name: str) -> Models:
+    """A shape of the paper, 1B, 3B or 6B, under the shares that it tells of."""
+    path = PAPER / f"dsmoe_{name.lower()}.yaml"
+    model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]
     width, layers = model["d_model"], model["n_layers"]
     attention, feed_forward = _factory(model["attention"]), _factory(model["feed_forward"])
     heads, experts = attention.keywords, feed_forward.keywords
@@ -75,15 +96,10 @@ def models_1b() -> Models:
         return Decoder(VOCABULARY, width, layers, attention=attention, feed_forward=feed_forward)
 
     return Models(
-        "1B",
+        name,
         partial(make, attention, feed_forward),
         partial(make, twins_attention, twins_feed_forward),
-        {
-            "P1": SelectionPlan(experts=TopK(11)),
-            "P2": SelectionPlan(experts=TopK(9), attention=TopK(8)),
-            "P3": SelectionPlan(experts=TopK(3), attention=TopK(4)),
-            "paper": SelectionPlan(experts=TopK(9), attention=TopK(12)),
-        },
+        PAPER_PLANS[name],
     )
 
 
@@ -129,7 +145,12 @@ def compare_sides(
             rows[name] = {"error": in_one_line(error)}
         tidy_up()
     running = {name: sides[name].turn for name in needed}
-    seconds = rounds_of(running, rounds=rounds, until=until) if running else {}
+    seconds: dict[str, list[float]] = {}
+    try:
+        if running:
+            seconds = rounds_of(running, rounds=rounds, until=until)
+    except Exception as error:  # such as memory that fits what one side keeps, but not all
+        rows |= {name: {"error": in_one_line(error)} for name in running}
     reference = seconds.get(next(iter(sides)))
     for name, taken in seconds.items():
         found = None if reference is None else compare(taken, reference)

@@ -61,9 +61,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("error", message="decoding runs uncompiled")
-    torch._dynamo.config.recompile_limit = 16  # some paths compile anew for each of 12 layers
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled
-    torch._logging.set_logs(dynamo=logging.ERROR)
+    torch.compiler.config.recompile_limit = 16  # some paths compile anew for each of 12 layers
+    torch.compiler.config.fail_on_recompile_limit_hit = True  # instead of going on uncompiled
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     size = TINY if options.tiny else FULL
     decoder = ds_moe(size)

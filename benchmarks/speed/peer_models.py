@@ -166,15 +166,19 @@ class Peer:
 
     Args:
         model: the model.
+        most_tokens: tokens of prompts that are read at once; None for all.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, most_tokens: int | None = None) -> None:
         self._model = model
+        self._most_tokens = most_tokens
 
     def start(self, prompt_BT: Tensor) -> None:
         """Forget everything and read prompts."""
         self._cache = DynamicCache(config=self._model.config)
-        _next_tokens(self._model, prompt_BT, self._cache)
+        most = self._most_tokens or prompt_BT.numel()
+        for piece in prompt_BT.split(max(1, most // len(prompt_BT)), dim=1):
+            _next_tokens(self._model, piece, self._cache)
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Read one token more of each sequence and give the most probable one after it, `[B]`."""
@@ -187,12 +191,13 @@ class CompiledPeer:
     Args:
         model: the model.
         capacity: most tokens of a sequence.
+        mode: of `torch.compile`, such as "reduce-overhead" on a GPU.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, capacity: int, *, mode: str | None = None) -> None:
         self._model = model
         self._cache = StaticCache(config=model.config, max_cache_len=capacity)
-        self._compiled = torch.compile(_next_tokens)
+        self._compiled = torch.compile(_next_tokens, mode=mode)
 
     def start(self, prompt_BT: Tensor) -> None:
         """Forget everything and read prompts."""
