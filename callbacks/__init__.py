@@ -9,6 +9,7 @@ from lightning_dsmoe.callbacks.sparse_evaluation import SparseEvaluation as Spar
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseResult as SparseResult
 from lightning_dsmoe.callbacks.sparse_finishing import SparseFinishing as SparseFinishing
 from lightning_dsmoe.callbacks.sparsity_target import SparsityTarget as SparsityTarget
+from lightning_dsmoe.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from lightning_dsmoe.moved import renamed_objects
 from lightning_dsmoe.routing import SelectionPlan
 

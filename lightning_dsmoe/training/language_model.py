@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
 import torch
+from einops import rearrange
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,6 +201,9 @@ class DSMoELanguageModel(ResumableModule):
         if self.device_mesh is not None:
             strategies.shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
+            # einops adds a type of tensors that is new to it to a dict whose length graphs check:
+            # the first graph of a process would fit once, and each block be compiled twice.
+            rearrange(torch.empty(1), "a -> a")
             for block in self.decoder.blocks:
                 # What `compile` sets is lost in a deep copy, as weight averaging makes one, and in
                 # a spawned process; a second `compile` of the same block would compile again.

@@ -21,6 +21,7 @@ FRAGMENTS = [
     "callbacks/annealing.yaml",
     "callbacks/sparse_compile.yaml",
     "callbacks/sparse_evaluation.yaml",
+    "callbacks/throughput.yaml",
     "callbacks/utilization.yaml",
     "optimizers/muon.yaml",
 ]
@@ -98,6 +99,7 @@ def test_fragments_over_the_quickstart(cli: Any, config: Any, tiny: Any, tmp_pat
         "MIWeightAnnealing",
         "SparseCompile",
         "SparseEvaluation",
+        "ThroughputMonitor",
         "ExpertUtilizationMonitor",
     ]
     again = tmp_path / "printed.yaml"
