@@ -141,6 +141,8 @@ def tokens_per_second(models: list[SparseModel], new_tokens: int = 48) -> list[f
         model.generate(start, new_tokens, temperature=1.0)
         return new_tokens / (time.perf_counter() - begin)
 
+    for model in models:
+        model.warm_up()  # else text would flow uncompiled while another process compiles
     rounds = [[once(model) for model in models] for _ in range(8)]
     return [median(rates) for rates in zip(*rounds[1:], strict=True)]
 
