@@ -100,7 +100,7 @@ def _compiled(piece: Callable[P, R]) -> Callable[P, R]:
     limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), _MOST_GRAPHS)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.compiler.config.patch(limits):
+        with torch.compiler.config.patch(limits):  # type: ignore[attr-defined]  # made on import
             return compiled(*args, **kwargs)
 
     return run
