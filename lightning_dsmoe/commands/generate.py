@@ -1,7 +1,7 @@
 """Continues a text with a checkpoint or a sparse model."""
 
+import sys
 from itertools import chain
-from sys import stderr
 
 import torch
 
@@ -56,7 +56,7 @@ def generate(
     if max_new_tokens > 1 and model.engine.start_warm_up(chosen, 1):
         print(
             "Another process compiles kernels: the text becomes faster once they are ready",
-            file=stderr,
+            file=sys.stderr,
         )
     for piece in chain([prompt], pieces):
         print(piece, end="", flush=True)

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 import warnings
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +23,8 @@ from benchmarks.quality import models as models_module
 from benchmarks.quality import runs as runs_module
 from lightning_dsmoe import (
     Decoder,
-    MixtureOfAttentionHeads,
-    MixtureOfExperts,
     SelectionPlan,
-    TopK,
 )
-from lightning_dsmoe.attention import GroupedQueryAttention
-from lightning_dsmoe.experts import FeedForward
 
 pytestmark = pytest.mark.slow
 
@@ -52,29 +46,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         quality=quality,
         models=models_module,
         runs=runs_module,
-    )
-
-
-def make(attention: Any, feed_forward: Any) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(32, 16, 2, attention=attention, feed_forward=feed_forward)
-
-
-@pytest.fixture
-def tiny(gpu: SimpleNamespace) -> Any:
-    return gpu.sides.Models(
-        "tiny",
-        partial(
-            make,
-            partial(MixtureOfAttentionHeads, n_experts=4, n_heads=1, d_head=8),
-            partial(MixtureOfExperts, n_experts=4, d_expert=8),
-        ),
-        partial(
-            make,
-            partial(GroupedQueryAttention, n_heads=4, n_kv_heads=1, d_head=8),
-            partial(FeedForward, d_hidden=32),
-        ),
-        {"P": SelectionPlan(experts=TopK(2), attention=TopK(1))},
     )
 
 
