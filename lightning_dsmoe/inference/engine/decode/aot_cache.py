@@ -27,9 +27,6 @@ Kernel = Callable[[list[Tensor]], list[Tensor]]
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
     "assert_indirect_indexing": False,  # experts are numbered by the selection itself
-    # Of the code that calls the loops, which takes no time to run and most of the time to compile.
-    "aot_inductor.compile_wrapper_opt_level": "O0",
-    "aot_inductor.enable_line_tables": False,
 }
 
 
