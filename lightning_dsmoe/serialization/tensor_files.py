@@ -178,15 +178,17 @@ def _single_file(directory: Path) -> str:
     """Name of the only file of a directory that has no index."""
     if (directory / SINGLE).is_file():
         return SINGLE
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}")
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     pickles = sorted({path.name for pattern in _PICKLES for path in directory.glob(pattern)})
     if others:
-        why = f"{listed(others, 3)} without {INDEX}, which says what is in which file"
+        why = f"but {listed(others, 3)} without {INDEX}, which says what is in which file"
     elif pickles:
         why = (
-            f"only {listed(pickles, 3)}: a pickle can run code when it is read, so only "
+            f"but only {listed(pickles, 3)}: a pickle can run code when it is read, so only "
             "safetensors are; transformers converts it: from_pretrained, then save_pretrained"
         )
     else:
-        why = "no weights"
-    raise FileNotFoundError(f"no {SINGLE} in {directory}, but {why}")
+        why = "and no other weights"
+    raise FileNotFoundError(f"no {SINGLE} in {directory}, {why}")

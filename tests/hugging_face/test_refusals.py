@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_dsmoe.hugging_face import import_hf, plan_of
-from lightning_dsmoe.serialization.tensor_files import read_header
+from lightning_dsmoe.serialization.tensor_files import read_header, stored_tensors
 
 from ..small_models import save_model
 
@@ -341,3 +341,11 @@ def test_a_header_whose_size_looks_like_a_pickle(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<2f", 1, 2))
     assert path.read_bytes()[:2] == b"\x80\x02"
     assert read_header(path)["x"].read().tolist() == [1, 2]
+
+
+def test_where_there_are_no_weights_one_line_says_so(tmp_path: Path) -> None:
+    message = f"^no model.safetensors in {tmp_path}, and no other weights$"
+    with pytest.raises(FileNotFoundError, match=message):
+        stored_tensors(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"^there is no directory {tmp_path / 'nowhere'}$"):
+        stored_tensors(tmp_path / "nowhere")
