@@ -1,16 +1,20 @@
 """Files that are written whole or not at all, and small ones of unknown origin."""
 
 import codecs
+import errno
 import hashlib
 import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
 _MAX_JSON_BYTES = 64 * 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""Errors of a write, which Python raises without a name."""
 _MARKS = {  # UTF-32 first, since its marks begin with those of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -36,10 +40,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = hidden_beside(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        with naming(path, temporary):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Let an error of the file system, such as a full disk, name a path rather than its stand-in.
+
+    Args:
+        path: the path that a user knows.
+        temporary: the file or folder that will replace it.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_of_it = (
+            error.errno in _FULL if error.filename is None else f"{temporary}" in error.filename
+        )
+        if is_of_it:
+            error.filename, error.filename2 = f"{path}", None
+        raise
 
 
 def hidden_beside(path: Path) -> Path:
@@ -54,9 +78,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_file(output: str) -> None:
-    """Raise a ValueError if the file to write is a folder."""
+    """Raise a ValueError if the file to write is a folder, or cannot be written."""
     if Path(output).is_dir():
-        raise ValueError(f"output must be a file, {output} is a folder")
+        raise ValueError(f"output must be a file, {output or repr('')} is a folder")
+    check_place(Path(output))
+
+
+def check_place(path: Path) -> None:
+    """Raise a ValueError if no file or folder can be made at a path: before the work, not after.
+
+    Nothing is left behind, folders above it neither.
+    """
+    place = path.absolute()
+    folder = next(each for each in (*place.parents, place) if each.exists())
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {folder}: {error.strerror}") from None
 
 
 def check_mark(path: Path) -> None:

@@ -3,10 +3,10 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_dsmoe.files import hidden_beside
+from lightning_dsmoe.files import hidden_beside, naming
 
 
 @contextmanager
@@ -21,15 +21,16 @@ def replaced_folder(path: Path, *, is_ours: Callable[[str], bool]) -> Iterator[P
         path: the folder's place.
         is_ours: whether a file or folder of this name is written anew, or dropped.
     """
-    path = path.resolve()
+    given, path = path, path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = hidden_beside(path)
     try:
-        if path.exists():
-            _copy_linked(path, folder, is_ours)
-        folder.mkdir(exist_ok=True)
-        yield folder
-        _replace(folder, path)
+        with naming(given, folder):
+            if path.exists():
+                _copy_linked(path, folder, is_ours)
+            folder.mkdir(exist_ok=True)
+            yield folder
+            put_in_place(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -48,21 +49,32 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _replace(folder: Path, path: Path) -> None:
-    """Rename a finished folder to its place; an earlier one is deleted when that has succeeded.
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename a finished file or folder to its place; an earlier one is deleted afterwards.
 
-    A directory that is not empty cannot be replaced in one step, so the earlier one is renamed
-    first. A process killed between the two leaves it whole as `.NAME.….old`.
+    A file replaces a file in one step. Folders cannot, so an earlier one is renamed first: a
+    process killed between the two leaves it whole as `.NAME.….old`. Where a link is replaced, what
+    it leads to stays.
     """
-    if not path.exists():
-        folder.rename(path)
+    is_folder = path.is_dir() and not path.is_symlink()
+    if (new.is_file() and not is_folder) or not os.path.lexists(path):
+        new.replace(path)
         return
-    earlier = folder.with_name(f"{folder.name}.old")
+    earlier = new.with_name(f"{new.name}.old")
     try:
         path.rename(earlier)
-        folder.rename(path)
+        new.rename(path)
     except BaseException:  # Ctrl-C too
-        if earlier.exists() and not path.exists():
+        if os.path.lexists(earlier) and not os.path.lexists(path):
             earlier.rename(path)
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    remove(earlier)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it; what cannot be deleted stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -65,6 +65,16 @@ def check_json(name: str, data: object, kind: Any) -> Any:
     return data
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: in one line, shortened if it is long.
+
+    Examples:
+        >>> shown("x" * 1000)
+        "'xxxxxxxxxxxx...xxxxxxxxxxxxx'"
+    """
+    return f"{' '.join(short_repr(value).split()):.200}"
+
+
 def check_version(name: str, data: object, version: int) -> None:
     """Raise a ValueError unless parsed JSON is an object in the format that this version reads."""
     if not isinstance(data, dict) or "format_version" not in data:

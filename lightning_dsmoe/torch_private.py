@@ -8,6 +8,8 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from importlib import import_module
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
@@ -137,3 +139,24 @@ def vector_bits() -> int | None:
     config = _optional("_inductor.config", "kernels are taken to use the widest vectors of the CPU")
     bits: int | None = None if config is None else config.cpp.simdlen
     return bits
+
+
+def default_store() -> Any:
+    """The keys and values that all processes of the default group share.
+
+    Raises:
+        RuntimeError: if this version of torch does not give it.
+    """
+    return _needed("distributed.distributed_c10d._get_default_store")()
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Make tensors that have a device, unlike those of "meta", but no values and no memory.
+
+    Raises:
+        RuntimeError: where torch has none.
+    """
+    with suppress(ImportError):  # then `_needed` says it
+        import_module("torch._subclasses.fake_tensor")  # not loaded by torch itself
+    mode: AbstractContextManager[Any] = _needed("_subclasses.fake_tensor.FakeTensorMode")()
+    return mode

@@ -1,5 +1,6 @@
 """Two processes on this machine, joined by gloo."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ def on_two_ranks(run: Callable[[int], Any], folder: Path) -> list[Any]:
 
 def _run_rank(rank: int, run: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
+    os.environ["ROOT_OF_RUNS"] = folder  # a forked server keeps the environment of its start
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

@@ -1,9 +1,11 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from lightning_dsmoe.files import atomic_path, write_text
+from lightning_dsmoe.files import atomic_path, check_file, check_place, write_text
+from lightning_dsmoe.folders import replaced_folder
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -43,3 +45,50 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
         fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", ["file", "missing"])
+def test_a_place_that_cannot_be_written_is_known_before(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside = {"file": tmp_path / "file" / "a" / "plan.json", "missing": Path("/proc/a/plan.json")}
+    with pytest.raises(ValueError, match=r"plan\.json cannot be written: /\w+"):
+        check_file(str(inside[place]))
+    check_place(tmp_path / "new" / "folder" / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_that_is_a_folder_or_nothing(tmp_path: Path) -> None:
+    for output in (str(tmp_path), ""):
+        with pytest.raises(ValueError, match=r"output must be a file, \S+ is a folder"):
+            check_file(output)
+
+
+@pytest.mark.parametrize("has_name", [True, False])
+def test_a_full_disk_names_what_was_asked_for(has_name: bool, tmp_path: Path) -> None:
+    def fill(temporary: Path) -> None:
+        name = [str(temporary / "part")] if has_name else []
+        raise OSError(errno.ENOSPC, "No space left on device", *name)
+
+    def of_file() -> None:
+        with atomic_path(tmp_path / "plan.json") as temporary:
+            fill(temporary)
+
+    def of_folder() -> None:
+        with replaced_folder(tmp_path / "plan.json", is_ours=lambda name: True) as temporary:
+            fill(temporary)
+
+    for write in (of_file, of_folder):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / "plan.json")
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    def read_another() -> None:
+        with atomic_path(tmp_path / "plan.json"):
+            (tmp_path / "absent.txt").read_text()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        read_another()
+    assert caught.value.filename == str(tmp_path / "absent.txt")

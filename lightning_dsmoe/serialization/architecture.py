@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention import RopeScaling
 from lightning_dsmoe.decoder import Block, Decoder
-from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json
+from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, shown
 from lightning_dsmoe.serialization.class_paths import (
     MAX_SIZE,
     PARTS,
@@ -200,7 +200,7 @@ def _value(value: object, parameter: inspect.Parameter) -> object:
         return _describe(value, parameter.name)
     if isinstance(value, _PLAIN):
         return value
-    raise ValueError(f"option {parameter.name!r} is {value!r:.200}, which is not plain data")
+    raise ValueError(f"option {parameter.name!r} is {shown(value)}, which is not plain data")
 
 
 def _factory(description: object, part: str) -> Callable[..., Any]:
@@ -220,7 +220,7 @@ def _option(name: str, value: object) -> object:
         raise ValueError(f"option {name!r} must be finite, got {value}")
     if isinstance(value, _PLAIN):
         return value
-    raise ValueError(f"option {name!r} must be plain data, got {value!r:.200}")
+    raise ValueError(f"option {name!r} must be plain data, got {shown(value)}")
 
 
 def describe_part(module: nn.Module, part: str) -> Description:

@@ -100,10 +100,30 @@ def read_checkpoint(
     map_location: Any = "cpu",
     mmap: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint of `DSMoELanguageModel`, by default onto the CPU.
+    """Read a checkpoint of `DSMoELanguageModel`, by default onto the CPU; see `read_any`.
+
+    Raises:
+        ValueError: also if it is a checkpoint of something else, or of a newer format.
+    """
+    checkpoint = read_any(
+        path, weights_only=weights_only, checksums=checksums, map_location=map_location, mmap=mmap
+    )
+    check_format(checkpoint)
+    return checkpoint
+
+
+def read_any(
+    path: str | Path | IO[Any],
+    *,
+    weights_only: bool = True,
+    checksums: bool = True,
+    map_location: Any = "cpu",
+    mmap: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint of any LightningModule, by default onto the CPU.
 
     Args:
-        path: the file, or one that is open, which is then rewound.
+        path: the file or the folder of a sharded checkpoint; a file may be open, and is rewound.
         weights_only: refuse a file that holds more than data; off, it can run any code.
         checksums: whether to read the whole file first, to find damaged values.
         map_location: device for the tensors, or what else `torch.load` takes.
@@ -114,18 +134,23 @@ def read_checkpoint(
         MemoryError, OSError: if that is why the file, which may be whole, cannot be read.
         ValueError: if the file is damaged, compressed, holds more than data, or is something else.
     """
-    if isinstance(path, str | Path) and not Path(path).is_file():
+    if is_folder := isinstance(path, str | Path) and Path(path).is_dir():
+        from lightning_dsmoe.serialization.sharded_folder import read_folder
+    elif isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     fault = "is damaged or not a checkpoint"
     try:
-        check_archive(path, checksums=checksums)
-        fault = "cannot be read"
-        loaded = torch.load(
-            path,
-            map_location=map_location,
-            weights_only=weights_only,
-            mmap=mmap and isinstance(path, str | Path),
-        )
+        if is_folder:
+            loaded = read_folder(Path(str(path)), weights_only=weights_only)
+        else:
+            check_archive(path, checksums=checksums)
+            fault = "cannot be read"
+            loaded = torch.load(
+                path,
+                map_location=map_location,
+                weights_only=weights_only,
+                mmap=mmap and isinstance(path, str | Path),
+            )
     except MemoryError:  # which says nothing by itself
         raise MemoryError(f"there is not enough memory to read {path}") from None
     except (OSError, torch.OutOfMemoryError):
@@ -151,7 +176,6 @@ def read_checkpoint(
     if not all(_is_whole(tensor) for tensor in _tensors(loaded)):
         raise ValueError(f"{path} needs plain tensors with all their values")
     checkpoint: dict[str, Any] = loaded
-    check_format(checkpoint)
     return checkpoint
 
 
@@ -208,7 +232,7 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     Floating-point types may differ, so that a model can be kept in fewer bits; others may not.
     """
     faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [f"unknown {name}" for name in found if name not in expected]
+    faults += [f"unknown {' '.join(name.split()):.200}" for name in found if name not in expected]
     for name in (name for name in expected if name in found):
         tensor, other = expected[name], found[name]
         are_floats = tensor.is_floating_point() and other.is_floating_point()

@@ -16,7 +16,7 @@ import lightning_dsmoe.schedules  # noqa: F401 - files may name it
 from lightning_dsmoe.attention import Attention, RopeScaling
 from lightning_dsmoe.experts import Experts, FeedForwardLayer
 from lightning_dsmoe.moved import current_name
-from lightning_dsmoe.reading import MAX_LAYERS
+from lightning_dsmoe.reading import MAX_LAYERS, shown
 from lightning_dsmoe.routing import Router, Selection
 
 
@@ -84,7 +84,7 @@ def _unknown(path: object, *bases: type) -> ValueError:
             f"Python, --import {module} on the command line"
         )
     names = " or ".join(base.__name__ for base in bases)
-    return ValueError(f"{path!r:.200} is not a known {names}{how:.200}")
+    return ValueError(f"{shown(path)} is not a known {names}{how:.200}")
 
 
 def named_object(path: object) -> object:
@@ -128,7 +128,7 @@ def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
         ValueError: if a class is not known, a size is too large or a value is not plain data.
     """
     if not isinstance(options, Mapping):
-        raise ValueError(f"hyper-parameters must be an object, got {options!r:.200}")
+        raise ValueError(f"hyper-parameters must be an object, got {shown(options)}")
     options = {name: value for name, value in options.items() if name != "_instantiator"}
     model_path = options.pop("_class_path", None)
     if model_path is not None:
@@ -146,11 +146,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
         elif name in PARTS_OF_LAYERS and isinstance(value, list | tuple):
             _check_parts(name, value)
         elif value is not None and name in PARTS:
-            raise ValueError(f"{name} needs a class_path and init_args, got {value!r:.200}")
+            raise ValueError(f"{name} needs a class_path and init_args, got {shown(value)}")
         elif isinstance(value, str) and not value.isidentifier():
-            raise ValueError(f"{name} must be a plain word, got {value!r:.200}")
+            raise ValueError(f"{name} must be a plain word, got {shown(value)}")
         elif isinstance(value, list | tuple) and not all(isinstance(v, _NUMBER) for v in value):
-            raise ValueError(f"{name} may hold numbers only, got {value!r:.200}")
+            raise ValueError(f"{name} may hold numbers only, got {shown(value)}")
 
 
 def _check_parts(part: str, descriptions: Sequence[object]) -> None:
@@ -159,18 +159,18 @@ def _check_parts(part: str, descriptions: Sequence[object]) -> None:
     for description in descriptions:
         if not isinstance(description, Mapping):
             raise ValueError(
-                f"{part} needs a class_path and init_args for each layer, got {description!r:.200}"
+                f"{part} needs a class_path and init_args for each layer, got {shown(description)}"
             )
         _check_part(part, description)
 
 
 def _check_part(part: str, description: Mapping[str, Any]) -> None:
     if not {"class_path"} <= set(description) <= {"class_path", "init_args"}:
-        raise ValueError(f"{part} needs a class_path and init_args, got {description!r:.200}")
+        raise ValueError(f"{part} needs a class_path and init_args, got {shown(description)}")
     known_class(description["class_path"], part)
     options = description.get("init_args") or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"init_args of {part} must be an object, got {options!r:.200}")
+        raise ValueError(f"init_args of {part} must be an object, got {shown(options)}")
     if part not in _WITHOUT_SIZES:
         check_sizes(options)
     _check_options(options)

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.reading import check_json
+from lightning_dsmoe.reading import check_json, shown
 
 Numbers = tuple[int, ...]
 Mixture = MixtureOfExperts | MixtureOfAttentionHeads
@@ -143,7 +143,7 @@ def _remove_others(mixture: Mixture | None, experts: Numbers, where: str) -> Non
     if not experts or list(experts) != sorted(set(experts) & set(present)):
         raise ValueError(
             f"{where}: remaining experts must be ascending numbers of experts that are present, "
-            f"got {experts!r:.200}"
+            f"got {shown(experts)}"
         )
     if len(experts) == len(present):
         return

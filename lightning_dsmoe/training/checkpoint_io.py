@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lightning_dsmoe.files import atomic_path
-from lightning_dsmoe.serialization.checkpoint import read_checkpoint
+from lightning_dsmoe.files import hidden_beside
+from lightning_dsmoe.folders import put_in_place, remove
+from lightning_dsmoe.serialization.checkpoint import read_any
+from lightning_dsmoe.serialization.sharded_folder import check_replaceable
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -34,17 +36,22 @@ class SafeCheckpointIO(TorchCheckpointIO):
             storage_options: not supported, as in Lightning.
 
         Raises:
+            FileExistsError: if a folder of something else is there.
             OSError: if the file cannot be written, for instance since the disk is full.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = Path(path).expanduser()
+        hidden = hidden_beside(place)
         try:
-            with atomic_path(place) as temporary, temporary.open("wb") as file:
+            check_replaceable(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with hidden.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())  # else a crash may leave the new name with no content
+            put_in_place(hidden, place)
         except (OSError, RuntimeError) as error:
             # torch.save continues after a failed write, and raises another error at its end.
             reason = error if isinstance(error, OSError) else error.__context__
@@ -52,7 +59,23 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 raise
             message = f"no checkpoint was written: {reason.strerror or reason}"
             raise OSError(reason.errno, message, str(place)) from error
+        finally:
+            hidden.unlink(missing_ok=True)
         _sync_folder(place.parent)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint; a folder is renamed first, so that no part of it keeps its name.
+
+        Args:
+            path: the file or folder.
+        """
+        place = Path(path).expanduser()
+        if _is_remote(path) or not place.is_dir() or place.is_symlink():
+            super().remove_checkpoint(path)
+            return
+        hidden = hidden_beside(place)
+        place.rename(hidden)
+        remove(hidden)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -60,7 +83,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint, as data only unless `weights_only` is False.
 
         Args:
-            path: the file.
+            path: the file, or the folder of a sharded checkpoint.
             map_location: device for the tensors, or what else `torch.load` takes; None for the CPU.
             weights_only: False trusts the file fully; it can run any code then.
 
@@ -71,9 +94,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         map_location = "cpu" if map_location is None else map_location
         safe = weights_only is not False
-        if _is_remote(path) or not Path(path).expanduser().is_file():
+        if _is_remote(path) or not Path(path).expanduser().exists():
             return super().load_checkpoint(path, map_location, weights_only=safe)
-        return read_checkpoint(
+        return read_any(
             Path(path).expanduser(), weights_only=safe, map_location=map_location, mmap=False
         )
 

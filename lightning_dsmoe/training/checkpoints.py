@@ -4,6 +4,7 @@ They hold the decoder's architecture and the data's tokenizer beside the weights
 can be built from one without the class that trained it.
 """
 
+import inspect
 import sys
 import warnings
 from argparse import ArgumentError
@@ -17,14 +18,22 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lightning_dsmoe.finite import not_finite
+from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization import checkpoint as checkpoint_file
-from lightning_dsmoe.serialization.architecture import describe_decoder, differences
-from lightning_dsmoe.serialization.class_paths import check_hyperparameters
+from lightning_dsmoe.serialization.architecture import (
+    build_decoder,
+    describe_decoder,
+    differences,
+    part_factory,
+)
+from lightning_dsmoe.serialization.class_paths import PARTS_OF_LAYERS, check_hyperparameters
 from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO
 from lightning_dsmoe.training.restored_paths import drop_foreign_paths
+from lightning_dsmoe.training.sharded_checkpoints import SafeModelParallelStrategy
 
 Model = TypeVar("Model", bound=LightningModule)
 _DATA_ATTRIBUTES = (("context", int), ("val_fraction", float), ("test_fraction", float))
@@ -58,7 +67,10 @@ def load_checked(
     for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
         check_hyperparameters(checkpoint.get(key, {}), cls)
         checkpoint_file.check_embeddings(checkpoint.get(key, {}), checkpoint["state_dict"])
-    load = partial(load, path, weights_only=weights_only, **options)
+    described: dict[str, Any] = {}
+    if options.get("hparams_file") is None:
+        described = _given_in_python(cls, checkpoint)
+    load = partial(load, path, weights_only=weights_only, **{**described, **options})
     is_untrusted = weights_only and options.keys() <= {"hparams_file", "strict"}
     try:
         if is_untrusted and options.get("hparams_file") is None:
@@ -76,10 +88,41 @@ def load_checked(
         raise ValueError(f"hyper-parameters that fit no {cls.__name__}: {reason:.500}") from None
 
 
+def _given_in_python(cls: type[LightningModule], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model that was built in Python, whose objects are no hyper-parameters.
+
+    Its layers and norms are those of the described architecture, its selections those of the plan
+    that it was trained with.
+    """
+    kept = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}
+    if "_instantiator" in kept:  # of the command line, which keeps all of them
+        return {}
+    arguments: dict[str, Any] = {}
+    if (architecture := checkpoint.get("architecture")) is not None:
+        build_decoder(architecture)  # raises if it is none
+        for name in (*PARTS_OF_LAYERS, "norm"):
+            part = architecture[name]
+            arguments[name] = (
+                [part_factory(of_layer, name) for of_layer in part]
+                if isinstance(part, list)
+                else part_factory(part, name)
+            )
+    if (plan := checkpoint.get("training_plan")) is not None:
+        selections = SelectionPlan.from_dict(plan)
+        arguments["expert_selection"] = selections.experts
+        arguments["attention_selection"] = selections.attention
+    taken = inspect.signature(cls).parameters.keys() - kept.keys()
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
 def use_safe_checkpoint_io(trainer: Trainer | None) -> None:
     """Let a Trainer write and load checkpoints safely, unless it has a plugin of its own for it."""
-    if trainer is not None and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+    if trainer is None:
+        return
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
+    if type(trainer.strategy) is ModelParallelStrategy:  # which takes no plugin for this
+        trainer.strategy.__class__ = SafeModelParallelStrategy
 
 
 def add_content(checkpoint: dict[str, Any], model: nn.Module, data: Any) -> None:
@@ -96,6 +139,9 @@ def add_content(checkpoint: dict[str, Any], model: nn.Module, data: Any) -> None
     _check_weights(model)
     checkpoint["format_version"] = checkpoint_file.FORMAT_VERSION
     checkpoint["architecture"] = _architecture(model)
+    if isinstance(plan := getattr(model, "plan", None), SelectionPlan):
+        with suppress(TypeError):  # a selection of somebody's own need not be a dataclass
+            checkpoint["training_plan"] = plan.to_dict()
     if hasattr(data, "tokenizer"):
         checkpoint["tokenizer"] = data.tokenizer.to_dict()
     for name, kind in _DATA_ATTRIBUTES:

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from lightning_dsmoe import decoder
 from lightning_dsmoe.data.loader import Batch
+from lightning_dsmoe.inference.text import Prompts
 from lightning_dsmoe.losses import RoutingLoss
 from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import AllExperts, Selection, SelectionPlan, run_plan
 from lightning_dsmoe.routing.running import running_plan
-from lightning_dsmoe.training import checkpoints, strategies
+from lightning_dsmoe.serialization.checkpoint import TEXT_FIELDS
+from lightning_dsmoe.training import checkpoints, continuation, strategies
 from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
 from lightning_dsmoe.training.objective import Step, consistent_objective, objective
 from lightning_dsmoe.training.resumable_module import ResumableModule
@@ -74,6 +76,7 @@ class DSMoELanguageModel(ResumableModule):
         expert_selection: feed-forward experts that run in training, and in evaluation without a
             plan; all of them, except for a sparsely trained baseline.
         attention_selection: the same for attention experts.
+        log_layers: log the mutual information of each router in training, beside the means.
         optimizer: factory of the optimizer, called with parameter groups.
         lr_scheduler: factory of a learning-rate schedule, stepped after every optimizer step.
 
@@ -101,6 +104,8 @@ class DSMoELanguageModel(ResumableModule):
         >>> plan = SelectionPlan(experts=TopK(1))
         >>> model(tokens, plan).logits.shape
         torch.Size([2, 6, 100])
+        >>> model.generate(tokens, 3, temperature=0).shape
+        torch.Size([2, 9])
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class DSMoELanguageModel(ResumableModule):
         consistency_weight: float = 0.0,
         expert_selection: Selection = AllExperts(),
         attention_selection: Selection = AllExperts(),
+        log_layers: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -135,7 +141,7 @@ class DSMoELanguageModel(ResumableModule):
         self.attention, self.feed_forward, self.norm = attention, feed_forward, norm
         self.max_positions, self.tie_embeddings = max_positions, tie_embeddings
         self.dropout, self.checkpoint_activations = dropout, checkpoint_activations
-        self.compile_blocks = compile_blocks
+        self.compile_blocks, self.log_layers = compile_blocks, log_layers
         if not 0 <= consistency_weight < math.inf:
             raise ValueError(f"consistency_weight must be 0 or more, got {consistency_weight}")
         self.consistency_weight = consistency_weight
@@ -156,6 +162,7 @@ class DSMoELanguageModel(ResumableModule):
             checkpoint_activations=checkpoint_activations,
         )
         self.decoder.selections(self.plan)  # raises where one does not fit
+        self._loaded: dict[str, Any] = {}
 
     @classmethod
     def load_from_checkpoint(
@@ -175,8 +182,9 @@ class DSMoELanguageModel(ResumableModule):
             hparams_file: YAML with the arguments of the model instead of those in the file.
             strict: as in Lightning; the names and shapes of the weights are always checked.
             weights_only: refuse files that hold more than data. False trusts the file fully.
-            **kwargs: arguments of the model in place of those in the file; a model built in Python
-                needs its factories here.
+            **kwargs: arguments of the model in place of those in the file. A model built in Python
+                gets its layers from the file's description; its optimizer and schedule, which the
+                file does not hold, are the defaults unless they are given here.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -195,11 +203,13 @@ class DSMoELanguageModel(ResumableModule):
         )
 
     def configure_model(self) -> None:
-        """Shard the decoder where the strategy shards, then compile its blocks; each once."""
+        """Compile the blocks, then shard the decoder where the strategy shards; each once.
+
+        As in PyTorch's own recipes: recomputation of activations, then compilation, then sharding.
+        A block is compiled in place, so it is one graph with what gathers its weights around it.
+        """
         if self._trainer is not None:
             strategies.check_strategy(self._trainer)
-        if self.device_mesh is not None:
-            strategies.shard(self.decoder, self.device_mesh["data_parallel"])
         if self.compile_blocks:
             # einops adds a type of tensors that is new to it to a dict whose length graphs check:
             # the first graph of a process would fit once, and each block be compiled twice.
@@ -209,6 +219,10 @@ class DSMoELanguageModel(ResumableModule):
                 # a spawned process; a second `compile` of the same block would compile again.
                 if block._compiled_call_impl is None:
                     block.compile()
+        if self.device_mesh is not None:
+            policy = strategies.precision_policy(self.trainer)
+            strategies.shard(self.decoder, self.device_mesh["data_parallel"], policy)
+            strategies.check_sharded(self)
 
     def forward(self, tokens: Tensor, plan: SelectionPlan | None = None) -> decoder.DecoderOutput:
         """Logits and routings of token sequences.
@@ -223,27 +237,62 @@ class DSMoELanguageModel(ResumableModule):
         output: decoder.DecoderOutput = self.decoder(tokens, self.plan if plan is None else plan)
         return output
 
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 200,
+        plan: SelectionPlan | None = None,
+        **options: Any,
+    ) -> str | list[str] | Tensor:
+        """Continue prompts with the model as it is: text gives text, and tokens give tokens.
+
+        Nothing is compiled or packed; what `compile_sparse` makes of the model is faster. The
+        tokenizer and the context length are those of the data module, or of the checkpoint that
+        the model was loaded from.
+
+        Args:
+            prompts: a text, or texts of any lengths; or tokens `[T]` or `[B, T]`.
+            max_new_tokens: most tokens to add.
+            plan: the experts that run; None runs those of training, by default all.
+            options: those of `lightning_dsmoe.inference.generate`, such as `temperature` (1 unless
+                given) and `top_p`; with texts, `stop` is one text or several.
+
+        Returns:
+            Prompts and continuations, in the form of the prompts.
+
+        Raises:
+            ValueError: if a prompt is empty or longer than the context, an option is out of range,
+                the plan does not match the model, or there is a text but no tokenizer.
+            TypeError: if there is no such option.
+        """
+        options = {"plan": self.plan if plan is None else plan, **options}
+        return continuation.continue_with(
+            self, self.decoder, self._loaded, prompts, max_new_tokens, options
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check a checkpoint, and note what `fit` resumes with and `generate` reads."""
+        super().on_load_checkpoint(checkpoint)
+        self._loaded = {name: checkpoint.get(name) for name in TEXT_FIELDS}
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Total loss of a batch; logs its terms."""
         group = strategies.data_parallel_group(self.device_mesh)
         plan, dense = self._running_plan(), SelectionPlan()
         step = Step.of(self, batch, plan, group)
-        if self.consistency_weight and plan != dense:
+        logged, weight = self._logs_are_due(), self.consistency_weight
+        by_layer = self.log_layers and logged
+        if weight and plan != dense:
             with run_plan(self, dense):
                 dense_step = Step.of(self, batch, dense, group)
             total, terms = consistent_objective(
-                step, dense_step, self.routing_loss, self.consistency_weight, group
+                step, dense_step, self.routing_loss, weight, group, by_layer=by_layer
             )
         else:
-            total, terms = objective(step, self.routing_loss, group)
-        if not torch.isfinite(total):
-            listed = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-            raise FloatingPointError(
-                f"the loss is {total.item()} at step {self.global_step}, batch {batch_idx} "
-                f"(language model {step.loss.item()}, {listed}); no step was taken"
-            )
+            total, terms = objective(step, self.routing_loss, group, by_layer=by_layer)
+        self._step_losses.add(batch_idx, batch, total, {"language model": step.loss, **terms})
         self.log("train/loss", step.loss, prog_bar=True)
-        if self._logs_are_due():
+        if logged:
             self.log_dict({f"train/{name}": value for name, value in terms.items()})
         return {"loss": total, **step.results()}
 

@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.serialization.sharded_folder import META, is_complete, read_index
+from lightning_dsmoe.training.leftovers import leftovers
 
 _SHOWN = 3
 
@@ -34,8 +36,7 @@ def find_last_checkpoint(trainer: Trainer) -> str:
     if any(isinstance(c, ModelCheckpoint) and c.dirpath is None for c in callbacks):
         groups += [[folder] for folder in _earlier_versions(trainer)]
     for folders in groups:
-        names = f"[!.]*{ModelCheckpoint.FILE_EXTENSION}"
-        found = [path for folder in folders for path in folder.glob(names) if path.exists()]
+        found = [path for folder in folders for path in _candidates(folder)]
         for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns):
             if _is_complete(path):
                 return str(path)
@@ -45,6 +46,14 @@ def find_last_checkpoint(trainer: Trainer) -> str:
         + (", ".join(looked[:_SHOWN]) or "any folder, since no ModelCheckpoint is configured")
         + (f" and {len(looked) - _SHOWN} other versions" if len(looked) > _SHOWN else "")
     )
+
+
+def written_checkpoint(trainer: Trainer) -> str | None:
+    """Path of the newest checkpoint that the callbacks of a trainer have written, None without."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    paths = [Path(p) for c in callbacks for p in (c.last_model_path, c.best_model_path) if p]
+    there = [path for path in paths if path.exists()]
+    return str(max(there, key=lambda path: path.stat().st_mtime_ns)) if there else None
 
 
 def logger_folder(trainer: Trainer) -> str:
@@ -91,10 +100,20 @@ def _earlier_versions(trainer: Trainer) -> list[Path]:
     return sorted(folders, key=age, reverse=True)
 
 
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, with those that a killed run was about to put into their places."""
+    names = list(folder.glob(f"[!.]*{ModelCheckpoint.FILE_EXTENSION}"))
+    names += [path for path in leftovers(folder) if path.is_dir() and is_complete(path)]
+    return [path for path in names if path.exists()]
+
+
 def _is_complete(path: Path) -> bool:
     try:
-        # Strategies that shard write a folder, and this file as the last one in it.
-        check_archive(path / "meta.pt" if path.is_dir() else path)
+        if path.is_dir():  # as strategies that shard write
+            read_index(path)
+            check_archive(path / META)
+        else:
+            check_archive(path)
     except (ValueError, OSError) as error:
         rank_zero_warn(f"{path} is damaged and skipped: {error}")
         return False

@@ -83,7 +83,11 @@ class Step(NamedTuple):
 
 
 def objective(
-    step: Step, routing_loss: RoutingLoss, group: dist.ProcessGroup | None = None
+    step: Step,
+    routing_loss: RoutingLoss,
+    group: dist.ProcessGroup | None = None,
+    *,
+    by_layer: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_LM + the weighted losses of all routers.
 
@@ -91,11 +95,14 @@ def objective(
         step: a batch under the plan that is trained.
         routing_loss: the losses of the routers.
         group: process group over whose tokens all means are, as in `mutual_information_loss`.
+        by_layer: also give the mutual information of each router.
 
     Returns:
         The loss to minimize, and its detached terms by name, for logging.
     """
-    total, terms = routing_loss.losses(step.routings, step.mask_BT, plan=step.plan, group=group)
+    total, terms = routing_loss.losses(
+        step.routings, step.mask_BT, plan=step.plan, group=group, by_layer=by_layer
+    )
     return step.loss + total, terms
 
 
@@ -105,6 +112,8 @@ def consistent_objective(
     routing_loss: RoutingLoss,
     consistency_weight: float,
     group: dist.ProcessGroup | None = None,
+    *,
+    by_layer: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(L under a plan + L with all experts) / 2 + delta L_consistency.
 
@@ -116,11 +125,12 @@ def consistent_objective(
         routing_loss: the losses of the routers.
         consistency_weight: delta.
         group: as in `objective`.
+        by_layer: as in `objective`, of the batch under the plan.
 
     Returns:
         As `objective`.
     """
-    total, terms = objective(sparse, routing_loss, group)
+    total, terms = objective(sparse, routing_loss, group, by_layer=by_layer)
     dense_total, _ = objective(dense, routing_loss, group)
     consistency = consistency_loss(dense.logits_BTV, sparse.logits_BTV, sparse.mask_BT, group=group)
     more = {"all_experts/loss": dense.loss.detach(), "consistency": consistency.detach()}

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_dsmoe.data.loader import unfinished_batches
 
 _MERSENNE_TWISTER = "MT19937"
+_SEEDS = 2**32
 _WORDS = 624
 """Numbers in the state of a Mersenne Twister."""
 
@@ -33,7 +35,10 @@ class ResumableRandomState:
         self._at_batch_start: dict[str, Any] | None = None
 
     def load(self, checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-        """Read this rank's state, unless as many ranks did not save theirs; a warning says so.
+        """Read this rank's state; where other ranks saved theirs, derive one, and say so.
+
+        Of another number of processes each begins anew, with a seed that the state of the first
+        one draws, plus its own rank: the same in every resumption, and unlike those of the start.
 
         The first batch restores it, not earlier, since what runs until then draws numbers too:
         workers of loaders, a sanity check, other callbacks.
@@ -46,10 +51,13 @@ class ResumableRandomState:
         if saved is not None and len(states) == trainer.world_size:
             self._restored = states[trainer.global_rank]
             return
+        known = None if saved is None or not states else states[0]
+        if known is not None:
+            self._restored = derived_state(known, trainer.global_rank)
         rank_zero_warn(
             f"the checkpoint holds the random states of {0 if saved is None else len(states)} "
             f"processes and this run has {trainer.world_size}: random numbers, as of dropout, "
-            "start anew from the seed"
+            + ("start anew from the seed" if known is None else "are seeded anew on each")
         )
 
     def begin_batch(self) -> None:
@@ -92,6 +100,23 @@ def random_state() -> dict[str, Any]:
         key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
         numpy = (key, numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"])
     return {"cpu": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
+
+
+def derived_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The state of generators that are seeded with a number drawn from another state, plus a rank.
+
+    Args:
+        state: what `random_state` gave.
+        rank: number of a process.
+    """
+    generator = torch.Generator()
+    generator.set_state(state["cpu"].cpu())
+    seed = (int(torch.randint(_SEEDS, (), generator=generator)) + rank) % _SEEDS
+    with isolate_rng(torch.cuda.is_initialized()):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return random_state()
 
 
 def check_random_state(state: Any) -> None:

@@ -6,10 +6,12 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch.optim import Optimizer
 
-from lightning_dsmoe.training import checkpoints, gradients, optimization
+from lightning_dsmoe.training import bad_step, checkpoints, gradients, optimization
 from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
+from lightning_dsmoe.training.leftovers import remove_leftovers
 from lightning_dsmoe.training.optimizer_settings import ResumableSettings
 from lightning_dsmoe.training.random_state import ResumableRandomState
+from lightning_dsmoe.training.same_batches import check_same_batches
 
 
 class ResumableModule(LightningModule):
@@ -30,6 +32,7 @@ class ResumableModule(LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._settings = ResumableSettings()
         self._random_state = ResumableRandomState()
+        self._step_losses = bad_step.StepLosses()
         self.val_loss = EvaluationLoss()
         self.test_loss = EvaluationLoss()
 
@@ -37,6 +40,7 @@ class ResumableModule(LightningModule):
         """Prepare a run, and drop what an earlier one has left of a checkpoint."""
         self._settings.forget()
         self._random_state.forget()
+        self._step_losses.clear()
         checkpoints.use_safe_checkpoint_io(self._trainer)
 
     def on_validation_epoch_start(self) -> None:
@@ -92,6 +96,8 @@ class ResumableModule(LightningModule):
     def on_train_start(self) -> None:
         """Let optimizer and schedule settings of this run hold over those that were restored."""
         optimization.check_validated(self.trainer)
+        remove_leftovers(self.trainer)
+        check_same_batches(self.trainer)
         self._settings.apply(self.trainer, self.lr_scheduler)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -109,19 +115,21 @@ class ResumableModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Check that gradients are finite, then clip them.
+        """Check that losses and gradients are finite, then clip them.
 
-        Where the precision scales gradients (fp16) and skips steps that overflow by itself, that
-        is left to Lightning.
+        Where the precision scales gradients (fp16) and skips steps that overflow by itself,
+        gradients are left to Lightning.
 
         Raises:
-            FloatingPointError: if a gradient is not finite.
+            FloatingPointError: if a loss or a gradient is not finite.
         """
         limit = gradient_clip_val, gradient_clip_algorithm
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            gradients.check_losses(self, self._step_losses)
             super().configure_gradient_clipping(optimizer, *limit)
         else:
-            gradients.check_and_clip(self, optimizer, *limit)
+            gradients.check_and_clip(self, optimizer, self._step_losses, *limit)
+        self._step_losses.clear()
 
     def _log_epoch(self, metric: EvaluationLoss, split: str) -> None:
         data = getattr(self.trainer, "datamodule", None)

@@ -1,19 +1,28 @@
 """Which of Lightning's strategies are supported, and how a decoder is sharded."""
 
+from collections.abc import Sequence
+from functools import partial
+
+import torch
 import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dsmoe.decoder import Decoder
 
 _SUPPORTED = strategies.SingleDeviceStrategy, strategies.DDPStrategy, ModelParallelStrategy
 _DERIVED = strategies.DeepSpeedStrategy, XLAStrategy
 """Subclasses of `DDPStrategy` that are not supported."""
+_STACK = 3  # axes of the weights of all experts
+_SHOWN = 3
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -34,6 +43,7 @@ def check_strategy(trainer: Trainer) -> None:
             "ModelParallelStrategy with tensor_parallel_size=1"
         )
     if isinstance(strategy, ModelParallelStrategy):
+        name = ModelParallelStrategy.__name__  # as it was given
         size = strategy.device_mesh["tensor_parallel"].size()
         if size != 1:
             raise ValueError(
@@ -48,21 +58,85 @@ def check_strategy(trainer: Trainer) -> None:
                 )
 
 
-def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
+def shard(decoder: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shard parameters, gradients and optimizer states over a mesh with FSDP2, once.
 
-    Each block is gathered when it runs; embeddings, last norm and head stay gathered from the
-    forward to the backward pass.
+    Each block is gathered when it runs, and so are embeddings and, with the last norm, the head.
+    Where the head shares the weights of the embeddings, they stay gathered from the forward to the
+    backward pass. What else there is, such as learned positions, does too.
 
     Args:
-        decoder: the decoder, changed in place.
+        decoder: the decoder, changed in place; its blocks are compiled before.
         mesh: one dimension of processes, each with its own batches.
+        policy: types of what is gathered and reduced.
     """
     if isinstance(decoder, FSDPModule):
         return
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return stack_placement(parameter.shape, mesh.size())
+
+    one = partial(fully_shard, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for block in decoder.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(decoder, mesh=mesh)
+        one(block)
+    if not decoder.tie_embeddings:
+        one(decoder.embedding)
+        # The backward pass begins with it, so it would be gathered again at once.
+        one([decoder.norm, decoder.head], reshard_after_forward=False)
+    one(decoder)
+
+
+def stack_placement(shape: Sequence[int], n_ranks: int) -> Shard | None:
+    """Along which axis a stack of matrices is sharded; None for FSDP2's own choice, the first.
+
+    The first axis of stacked weights are the experts. With fewer experts than ranks some ranks
+    would hold nothing and others a whole expert, so rows are dealt out where they are enough.
+
+    Args:
+        shape: of a parameter.
+        n_ranks: number of processes.
+
+    Examples:
+        >>> from lightning_dsmoe.training.strategies import stack_placement
+        >>> stack_placement((8, 64, 16), 8) is None
+        True
+        >>> stack_placement((4, 64, 16), 8)
+        Shard(dim=1)
+    """
+    few = len(shape) == _STACK and shape[0] < n_ranks
+    return Shard(1) if few and shape[1] % n_ranks == 0 else None
+
+
+def precision_policy(trainer: Trainer) -> MixedPrecisionPolicy:
+    """Types that FSDP2 gathers and reduces in, so that a run rounds where one process rounds.
+
+    Under "mixed" precision autocast casts each product by itself, from weights in float32, which
+    routers, norms and the residual stream need: nothing is cast for them here. Under "true" half
+    precision gradients are half too, and their mean over ranks is taken in float32.
+
+    Args:
+        trainer: has the precision of the run.
+    """
+    is_half = isinstance(trainer.precision_plugin, HalfPrecision)
+    return MixedPrecisionPolicy(
+        reduce_dtype=torch.float32 if is_half else None, cast_forward_inputs=False
+    )
+
+
+def check_sharded(module: nn.Module) -> None:
+    """Refuse parameters that would be trained on each rank by itself.
+
+    Raises:
+        ValueError: if a parameter is not sharded, with its name.
+    """
+    whole = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
+    if whole:
+        raise ValueError(
+            "ModelParallelStrategy trains sharded parameters only, and these are outside the "
+            f"decoder: {', '.join(whole[:_SHOWN])}{' and others' * (len(whole) > _SHOWN)}; call "
+            "fully_shard on their modules in configure_model, before super().configure_model(), or "
+            "use DDPStrategy"
+        )
 
 
 def data_parallel_group(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:

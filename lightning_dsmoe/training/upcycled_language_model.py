@@ -57,6 +57,7 @@ class UpcycledLanguageModel(ResumableModule):
         load_balancing_weight: beta, weight of the load-balancing loss of each router.
         router_z_weight: gamma, weight of the z-loss of each router.
         trust_remote_code: run the code that the model's configuration names.
+        log_layers: log the mutual information of each router in training, beside the means.
         optimizer: factory of the optimizer, called with parameter groups.
         lr_scheduler: factory of a learning-rate schedule, stepped after every optimizer step.
 
@@ -85,6 +86,7 @@ class UpcycledLanguageModel(ResumableModule):
         load_balancing_weight: float = 0.0,
         router_z_weight: float = 0.0,
         trust_remote_code: bool = False,
+        log_layers: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -101,7 +103,7 @@ class UpcycledLanguageModel(ResumableModule):
             )
         if output is not None:
             check_free(Path(output))
-        self.directory, self.output = directory, output
+        self.directory, self.output, self.log_layers = directory, output, log_layers
         # AdamW would round most of its steps away in the bfloat16 of most files.
         self.model = load_source(directory, trust_remote_code=trust_remote_code).float()
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
@@ -181,16 +183,15 @@ class UpcycledLanguageModel(ResumableModule):
         mask_BT = batch["labels"] != IGNORED
         with record_routings(self.model, mask=mask_BT) as record:
             loss = mean_cross_entropy(self(batch["input_ids"]), batch["labels"], group)
-        routing_loss, terms = self.routing_loss.losses(record, group=group)
-        if not torch.isfinite(loss + routing_loss):
-            raise FloatingPointError(
-                f"the loss is {float(loss + routing_loss)} at step {self.global_step}; no step was "
-                "taken"
-            )
+        logged = self._logs_are_due()
+        by_layer = self.log_layers and logged
+        routing_loss, terms = self.routing_loss.losses(record, group=group, by_layer=by_layer)
+        total = loss + routing_loss
+        self._step_losses.add(batch_idx, batch, total, {"language model": loss, **terms})
         self.log("train/loss", loss, prog_bar=True)
-        if self._logs_are_due():
+        if logged:
             self.log_dict({f"train/{name}": value for name, value in terms.items()})
-        return loss + routing_loss
+        return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Language-model loss of a validation batch."""

@@ -56,9 +56,10 @@ def test_what_is_no_fault_of_the_file_is_told_as_it_is(
 
 
 def test_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.ckpt", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-            load_decoder(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_decoder(tmp_path / "absent.ckpt")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a sharded checkpoint"):
+        load_decoder(tmp_path)
 
 
 class Bomb:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO
@@ -129,3 +130,16 @@ def test_damaged_files_are_named(
         archive.writestr("last/data.pkl", bytes(10**6))
     with pytest.raises(ValueError, match=r"last\.ckpt .*is compressed"):
         run()
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint:UserWarning")
+def test_a_module_of_another_kind_resumes_under_the_same_trainer(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    path = tmp_path / "theirs.ckpt"
+    for ckpt_path in (None, path):
+        trainer = make_trainer(max_steps=1 if ckpt_path is None else 2, limit_val_batches=0)
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        trainer.fit(BoringModel(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(path)
+    assert trainer.global_step == 2

@@ -14,7 +14,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from lightning_dsmoe.routing import LinearRouter, Router
+from lightning_dsmoe.routing import LinearRouter, Router, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
 
 pytestmark = pytest.mark.slow
@@ -79,19 +79,58 @@ def assert_equal(found: DSMoELanguageModel, expected: DSMoELanguageModel) -> Non
         assert torch.equal(found.state_dict()[name], value), name
 
 
-def test_a_model_built_in_python_needs_its_factories_again(
-    make_model: MakeModel, save: Save
-) -> None:
-    model = make_model(expert_mi_weight=0.125)
+@pytest.mark.parametrize("given", [True, False], ids=["factories given", "path alone"])
+def test_a_model_built_in_python(given: bool, make_model: MakeModel, save: Save) -> None:
+    tokens = torch.randint(97, (2, 9))
+    model = make_model(
+        expert_mi_weight=0.125,
+        norm=partial(nn.RMSNorm, eps=0.1),
+        expert_selection=Threshold(0.9),
+        attention_selection=TopK(1),
+    ).eval()
     path = save(model)
     torch.manual_seed(99)
-    loaded = load(path, **factories(model))
+    options = {**factories(model), "norm": model.norm} if given else {}
+    loaded = load(path, **options).eval()
     assert_equal(loaded, model)
     assert loaded.routing_loss.expert_mi == 0.125
     assert loaded.max_positions == model.max_positions
-    assert load(path, **factories(model), expert_mi_weight=0.5).routing_loss.expert_mi == 0.5
+    assert loaded.plan == model.plan == SelectionPlan(Threshold(0.9), TopK(1))
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert load(path, **options, expert_mi_weight=0.5).routing_loss.expert_mi == 0.5
+    assert load(path, **options, expert_selection=TopK(2)).plan == SelectionPlan(TopK(2), TopK(1))
+    assert_equal(load(save(loaded)), model)
+
+
+def test_layers_that_differ_are_rebuilt(make_one_model: MakeModel, save: Save) -> None:
+    feed_forward = make_one_model().feed_forward
+    model = make_one_model(feed_forward=[feed_forward, partial(feed_forward, n_experts=3)])
+    assert_equal(load(save(model)), model)
+
+
+def test_files_without_a_description_need_the_factories(
+    make_one_model: MakeModel, save: Save
+) -> None:
+    model = make_one_model(expert_selection=TopK(1))
+    path = save(model, architecture=None, training_plan=None)  # as of a part without its options
     with pytest.raises(TypeError, match="attention"):
         load(path)
+    assert_equal(load(path, **factories(model)), model)
+
+
+def test_a_description_names_known_classes_only(make_one_model: MakeModel, save: Save) -> None:
+    architecture = torch.load(save())["architecture"]
+    architecture["attention"]["class_path"] = "antigravity.Attention"
+    with pytest.raises(ValueError, match=r"'antigravity\.Attention' is not a known"):
+        load(save(architecture=architecture))
+    assert "antigravity" not in sys.modules
+    architecture = torch.load(save())["architecture"]
+    architecture["feed_forward"]["init_args"]["d_expert"] = 2**24
+    with pytest.raises(ValueError, match=r"w_in\.weight is .*, not "):
+        load(save(architecture=architecture))
+    bad = {**SelectionPlan().to_dict(), "experts": {"selection": "Bad"}}
+    with pytest.raises(ValueError, match=r"'Bad'.* is not a selection"):
+        load(save(training_plan=bad))
 
 
 def test_checkpoints_are_plain_data_without_functions_or_objects(

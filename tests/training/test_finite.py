@@ -103,7 +103,7 @@ def test_the_first_error_is_told_where_weights_cannot_be_saved_after_it(
 ) -> None:
     callbacks = [Spoil(weight=1), ModelCheckpoint(tmp_path / "kept", save_on_exception=True)]
     trainer = make_trainer(max_steps=4, callbacks=callbacks, enable_checkpointing=True)
-    message = r"the loss is nan at step 1, batch 1 .*; the weights are not finite \(.*\), so no"
+    message = r"(?s)the loss is nan at step 1, batch 1 .*; the weights are not finite \(.*\), so no"
     with pytest.raises(FloatingPointError, match=message):
         trainer.fit(make_one_model(), make_loader(15), make_loader(3))
     assert not list(tmp_path.glob("kept/*.ckpt"))

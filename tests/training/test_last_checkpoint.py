@@ -1,6 +1,7 @@
 """Where `last` leads to."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.distributed.checkpoint import save
 
+from lightning_dsmoe.files import hidden_beside
 from lightning_dsmoe.training.last_checkpoint import find_last_checkpoint
 
 Write = Callable[..., Path]
@@ -95,12 +98,23 @@ def test_folders_that_were_given(write: Write, find: Any, tmp_path: Path) -> Non
     assert find(logger=False) == "checkpoints/last.ckpt"
 
 
-def test_a_folder_of_shards_is_complete_with_its_last_file(write: Write, find: Any) -> None:
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_folder_of_shards_is_complete_with_all_of_its_files(write: Write, find: Any) -> None:
     folder = "quickstart/version_0/checkpoints/"
-    write(folder + "whole.ckpt/meta.pt")
-    write(folder + "part.ckpt/shard.distcp")
+    whole = write(folder + "whole.ckpt/meta.pt", age=20).parent
+    save({"state_dict": {"a": torch.ones(2)}}, checkpoint_id=whole)
+    part = write(folder + "part.ckpt/shard.distcp").parent
     with pytest.warns(UserWarning, match=r"part\.ckpt is damaged"):
         assert find() == folder + "whole.ckpt"
+    shutil.rmtree(part)
+    hidden = whole.rename(whole.with_name(f"{hidden_beside(whole).name}.old"))
+    assert find() == folder + hidden.name  # a run was killed before the new one took its place
+    next(hidden.glob("*.distcp")).unlink()
+    with (
+        pytest.warns(UserWarning, match="is damaged and skipped: .* is missing"),
+        pytest.raises(FileNotFoundError, match="no complete checkpoint"),
+    ):
+        find()
 
 
 def test_nothing_to_find(find: Any, tmp_path: Path) -> None:

@@ -270,3 +270,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert trainer.global_step == 3
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, poison.kept[name]), name
+
+
+def test_each_router_is_logged_where_asked(
+    make_one_model: MakeModel,
+    make_loader: Callable[..., Any],
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer(max_steps=4, log_every_n_steps=2)
+    trainer.fit(make_one_model(log_layers=True), make_loader(), make_loader(3))
+    kinds = ("experts", "attention")
+    names = {f"train/{kind}/layer_0{layer}" for kind in kinds for layer in (0, 1)}
+    for row in rows(trainer, "train/loss").values():
+        found = {name: row[f"{name}/mutual_information"] for name in names}
+        for kind in kinds:
+            values = [float(value) for name, value in found.items() if kind in name]
+            mean = float(row[f"train/{kind}/mutual_information"])
+            assert sum(values) / 2 == pytest.approx(mean, rel=1e-5)
