@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dsmoe.reading import Bounds, check_json
+from lightning_dsmoe.reading import Bounds, check_json, shown
 
 MAX_JSON_CHARACTERS = 256 * 1024**2
 _Text = Annotated[str, Bounds(1, MAX_JSON_CHARACTERS)]
@@ -77,7 +77,7 @@ class Tokenizer(ABC):
         """
         kind = state.get("kind")
         if kind not in ("byte", "char", "huggingface"):
-            raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {kind!r}")
+            raise ValueError(f"tokenizer kind must be byte, char or huggingface, got {shown(kind)}")
         text = {"byte": {}, "char": {"alphabet": _Text}, "huggingface": {"json": _Text}}[kind]
         known: dict[str, str] = check_json(f"{kind} tokenizer", dict(state), {"kind": str, **text})
         if kind == "byte":
@@ -199,8 +199,11 @@ class HuggingFaceTokenizer(Tokenizer):
             text = _read_json(Path(text))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"not a tokenizers JSON: {error}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises bare Exception, and panics are none
+            reason = " ".join(str(error).split())
+            raise ValueError(f"not a tokenizers JSON: {reason:.200}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -272,7 +275,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     text = _read_json(Path(path).expanduser())
     try:
         state = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(state).__name__}")
@@ -281,6 +284,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read_json(path: Path) -> str:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("not a file but a device or a pipe")  # which might be read for ever
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

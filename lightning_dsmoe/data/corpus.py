@@ -7,12 +7,15 @@ import sysconfig
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
 from lightning_dsmoe.files import check_mark
 
 PIECE_BYTES = 4 * 1024**2
+LINE_BYTES = 4 * 1024**2
+"""What a piece takes of the line that it ends in: some texts are one line, larger than memory."""
 NOT_SOURCES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 )
@@ -36,7 +39,11 @@ class Corpus:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(self.sizes)
+        return self._ends[-1] if self._ends else 0
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.sizes))
 
     def boundary(self, position: int) -> int:
         """Return the start of the character that the byte at `position` belongs to.
@@ -44,11 +51,10 @@ class Corpus:
         Args:
             position: A byte offset from 0 to `size`.
         """
-        ends = list(accumulate(self.sizes))
-        index = bisect_right(ends, position)
-        if index == len(ends):
+        index = bisect_right(self._ends, position)
+        if index == len(self._ends):
             return position
-        first = ends[index] - self.sizes[index]
+        first = self._ends[index] - self.sizes[index]
         with self.files[index].open("rb") as stream:
             while position > first:
                 stream.seek(self.marks[index] + position - first)
@@ -61,7 +67,7 @@ class Corpus:
     def read(self, start: int, stop: int) -> Iterator[str]:
         """Yield the text between two character boundaries in pieces of bounded size.
 
-        Pieces end at the end of a line, of a file, or at `stop`.
+        Pieces end at the end of a line, of a file, at `stop`, or within a line of several MiB.
 
         Args:
             start: First byte offset.
@@ -70,12 +76,13 @@ class Corpus:
         Raises:
             ValueError: On a NUL byte or invalid UTF-8, naming the file and the byte offset.
         """
-        offset = 0
-        for file, size, mark in zip(self.files, self.sizes, self.marks, strict=True):
-            first, last = max(start - offset, 0), min(stop - offset, size)
-            offset += size
-            if first < last:
-                yield from _read_file(file, mark + first, mark + last)
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            end, mark = min(stop, self._ends[index]), self.marks[index]
+            offset = mark - self._ends[index] + self.sizes[index]
+            if start < end:
+                yield from _read_file(self.files[index], offset + start, offset + end)
+            start, index = end, index + 1
 
 
 def find_corpus(files: str | Path | Sequence[str | Path] | None = None) -> Corpus:
@@ -154,11 +161,20 @@ def _read_file(file: Path, start: int, stop: int) -> Iterator[str]:
         stream.seek(start)
         while start < stop:
             data = stream.read(min(PIECE_BYTES, stop - start))
-            data += stream.readline(stop - start - len(data)) if len(data) < stop - start else b""
+            data += stream.readline(min(LINE_BYTES, stop - start - len(data)))
             if not data:
                 raise ValueError(f"{file} is shorter than it was: it changed while being read")
+            if start + len(data) < stop and not data.endswith(b"\n"):
+                data = _whole_characters(data)
+                stream.seek(start + len(data))
             yield _decode(data, file, start)
             start += len(data)
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """Leave out the last character, which may go on after these bytes."""
+    last = next((i for i in range(1, 5) if data[-i] & 0xC0 != 0x80), 0)
+    return data[:-last] if 0 < last < len(data) else data
 
 
 def _decode(data: bytes, file: Path, offset: int) -> str:

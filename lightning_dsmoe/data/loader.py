@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """Counts the epochs and batches that it yields, and starts at any of them.
+    """Counts the epochs, batches and windows that it yields, and starts at any of them.
 
     Each iteration is an epoch of its own. Epochs are counted here rather than taken from the
     Trainer, which counts a run that `max_steps` stopped inside an epoch as a finished epoch.
@@ -24,27 +24,31 @@ class ResumableLoader(DataLoader[Batch]):
 
     epoch = 0
     batches = 0
+    windows = 0
     started = False
 
-    def resume(self, epoch: int, batches: int) -> None:
+    def resume(self, epoch: int, batches: int, windows: int) -> None:
         """Let the next iteration begin inside an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
-            batches: Batches of that epoch to skip.
+            batches: Batches of that epoch that count as read.
+            windows: Windows of that epoch, of all ranks together, to skip.
         """
-        self.epoch, self.batches, self.started = epoch, batches, False
+        self.epoch, self.batches, self.windows, self.started = epoch, batches, windows, False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # counts what it passes on
         # Nothing runs before the first `next`, so iterators that are made and dropped cost nothing.
         if self.started:
-            self.epoch, self.batches = self.epoch + 1, 0
+            self.epoch, self.batches, self.windows = self.epoch + 1, 0, 0
         self.started = True
-        if isinstance(self.sampler, TrainingSampler) and self.batch_size is not None:
+        ranks = 1
+        if isinstance(self.sampler, TrainingSampler):
             self.sampler.set_epoch(self.epoch)
-            self.sampler.start = self.batches * self.batch_size
+            self.sampler.start, ranks = self.windows, self.sampler.num_replicas
         for batch in super().__iter__():
             self.batches += 1
+            self.windows += ranks * batch_size(batch)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

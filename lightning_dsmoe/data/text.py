@@ -9,7 +9,16 @@ from torch.utils.data import DataLoader
 
 from lightning_dsmoe.data.corpus import find_corpus
 from lightning_dsmoe.data.loader import Batch, ResumableLoader, unfinished_batches
-from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile, open_token_file
+from lightning_dsmoe.data.position import MovedPosition, Position, Share, move, tell_change
+from lightning_dsmoe.data.token_cache import open_token_file
+from lightning_dsmoe.data.token_file import (
+    Split,
+    SplitSize,
+    TokenFile,
+    check_options,
+    find_tokens,
+    read_tokens,
+)
 from lightning_dsmoe.data.windows import (
     EvaluationSampler,
     EvaluationWindows,
@@ -28,7 +37,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         files: A path, a glob, or a list of them; by default the Python sources of the running
-            interpreter's standard library.
+            interpreter's standard library. Or a folder of tokens, the `token_folder` of text that
+            was tokenized before with the same tokenizer and fractions.
         tokenizer: "byte", "char", the path of a Hugging Face tokenizer JSON (or of one that
             `Tokenizer.to_dict` wrote), or a tokenizer.
         context: Context length T: tokens in a window.
@@ -37,7 +47,8 @@ class TextDataModule(LightningDataModule):
         test_fraction: Share of the text in the test split; with 0, the test and predict loaders
             read the validation split.
         seed: Random seed of the order of the training windows.
-        num_workers: Processes that load batches; 0 loads them in the training process.
+        num_workers: Processes that load batches, and before that tokenize; with 0, the training
+            process does both.
         cache_dir: Folder of the tokenized text; by default in the user's cache.
 
     Raises:
@@ -92,7 +103,8 @@ class TextDataModule(LightningDataModule):
         self._given_tokenizer = _given_tokenizer(tokenizer)
         self._token_file: TokenFile | None = None
         self._train_loader: ResumableLoader | None = None
-        self._position: tuple[int, int] | None = None
+        self._position: Position | None = None
+        self._saved_share: Share | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,6 +133,11 @@ class TextDataModule(LightningDataModule):
         """
         size = self._size(split)
         return size.characters / size.tokens
+
+    @property
+    def token_folder(self) -> Path:
+        """Folder of the tokens, which are made first if need be; `files` may name it elsewhere."""
+        return self._tokens().folder
 
     def prepare_data(self) -> None:
         self._tokens()
@@ -171,8 +188,19 @@ class TextDataModule(LightningDataModule):
             drop_last=len(sampler) >= self.batch_size,
         )
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        loader.resume(*(self._position or (epoch, 0)))
-        self._position = None
+        position = self._position or Position(epoch, 0, 0)
+        share = self._share()
+        saved = self._saved_share or share
+        # Lightning's search for a batch size restores a checkpoint of before the first batch.
+        if saved != share and position != (0, 0, 0):
+            if self.trainer is not None:
+                follow = MovedPosition(loader, position, len(windows), share)
+                self.trainer.callbacks.append(follow)  # type: ignore[attr-defined]
+            if position.windows:
+                position = move(position, len(windows), share, len(loader), accumulate=1)
+            tell_change(position, saved, share)
+        loader.resume(*position)
+        self._position = self._saved_share = None
         self._train_loader = loader
         return loader
 
@@ -185,19 +213,22 @@ class TextDataModule(LightningDataModule):
     predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        epoch, batches = self._position or (0, 0)
+        position, share = self._position or Position(0, 0, 0), self._saved_share or self._share()
         if (loader := self._train_loader) is not None:
-            epoch, batches = loader.epoch, loader.batches - unfinished_batches(self.trainer)
+            unfinished = unfinished_batches(self.trainer)
+            batches = loader.batches - unfinished
+            windows = max(0, loader.windows - unfinished * share.windows)
+            position = Position(loader.epoch, batches, windows)
             limit = len(loader) if self.trainer is None else self.trainer.num_training_batches
             if batches >= limit:
-                epoch, batches = epoch + 1, 0
-        return {**self._identity(), "epoch": epoch, "batches": batches}
+                position = Position(loader.epoch + 1, 0, 0)
+        return {**self._identity(), **share._asdict(), **position._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the batch after the last one that the checkpoint has seen.
+        """Continue with the first window that the run of the checkpoint has not seen.
 
-        Outside of `fit` only the tokenizer has to match. Where no batch was read yet, as in the
-        checkpoint that Lightning's search for a batch size restores, the batch size may differ.
+        The number of ranks and the batch size may differ: a line of the log then says so. Outside
+        of `fit` only the tokenizer has to match.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -206,21 +237,21 @@ class TextDataModule(LightningDataModule):
             ValueError: If the data differ from those of the checkpoint, with every difference.
         """
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        identity = self._identity()
-        position = int(state_dict["epoch"]), int(state_dict["batches"])
-        free = {"batch_size"} if position == (0, 0) else set()
-        must_agree = identity.keys() - free if fitting else {"tokenizer"}
         differences = [
             f"{name} was {_format(state_dict.get(name))}, is {_format(value)}"
-            for name, value in identity.items()
-            if name in must_agree and state_dict.get(name) != value
+            for name, value in self._identity().items()
+            if (fitting or name == "tokenizer") and state_dict.get(name) != value
         ]
         if differences:
             raise ValueError(
                 f"the checkpoint was made with other data settings: {'; '.join(differences)}"
             )
         if fitting:
-            self._position = position
+            saved = Share(int(state_dict["ranks"]), int(state_dict["batch_size"]))
+            epoch, batches = int(state_dict["epoch"]), int(state_dict["batches"])
+            # Checkpoints of version 0.1 count batches alone.
+            windows = int(state_dict.get("windows", batches * saved.windows))
+            self._position, self._saved_share = Position(epoch, batches, windows), saved
             self._train_loader = None
 
     @property
@@ -229,13 +260,19 @@ class TextDataModule(LightningDataModule):
 
     def _tokens(self) -> TokenFile:
         if self._token_file is None:
-            self._token_file = open_token_file(
-                find_corpus(self.files),
-                self._given_tokenizer,
-                val_fraction=self.val_fraction,
-                test_fraction=self.test_fraction,
-                cache_dir=self.cache_dir,
-            )
+            fractions = self.val_fraction, self.test_fraction
+            if (folder := find_tokens(self.files)) is not None:
+                self._token_file = read_tokens(folder)
+                check_options(self._token_file, self._given_tokenizer, fractions)
+            else:
+                self._token_file = open_token_file(
+                    find_corpus(self.files),
+                    self._given_tokenizer,
+                    val_fraction=self.val_fraction,
+                    test_fraction=self.test_fraction,
+                    cache_dir=self.cache_dir,
+                    num_workers=self.num_workers,
+                )
         return self._token_file
 
     def _size(self, split: Split) -> SplitSize:
@@ -256,14 +293,15 @@ class TextDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return kwargs or {"num_replicas": 1, "rank": 0}
 
+    def _share(self) -> Share:
+        return Share(self._ranks()["num_replicas"], self.batch_size)
+
     def _identity(self) -> dict[str, Any]:
         return {
             "tokenizer": self.tokenizer.to_dict(),
             "context": self.context,
-            "batch_size": self.batch_size,
             "seed": self.seed,
             "train_tokens": self._tokens().sizes["train"].tokens,
-            "ranks": self._ranks()["num_replicas"],
         }
 
 

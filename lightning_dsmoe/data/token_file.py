@@ -1,196 +1,214 @@
-"""A tokenized corpus in one flat file, written once and then memory-mapped."""
+"""A tokenized text in a folder of flat files, written once and then memory-mapped.
 
-import hashlib
-import json
-import os
-from dataclasses import astuple, dataclass
+`tokens.json` tells the tokenizer and the size of each file; ids lie in `train-00000.bin` and so on,
+little-endian, in the smallest of three types that holds the vocabulary.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_dsmoe.data.content_digest import SAMPLED_FROM, content_digest
-from lightning_dsmoe.data.corpus import Corpus
-from lightning_dsmoe.files import atomic_path, write_text
-from lightning_dsmoe.tokenizers import CharTokenizer, Tokenizer
+from lightning_dsmoe.data.content_digest import content_digest
+from lightning_dsmoe.files import read_json
+from lightning_dsmoe.reading import Bounds, Count, check_json, check_version
+from lightning_dsmoe.tokenizers import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+INDEX = "tokens.json"
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-
-class TokenSpan:
-    """A range of a token file, sent to worker processes as a path rather than as data.
-
-    Args:
-        path: The flat file of token ids.
-        dtype: Its element type: "uint8", "uint16" or "uint32".
-        start: First token.
-        stop: One past the last token.
-    """
-
-    def __init__(self, path: Path, dtype: str, start: int, stop: int) -> None:
-        self.path, self.dtype, self.start, self.stop = path, dtype, start, stop
-        self._tokens: NDArray[np.unsignedinteger] = np.memmap(path, dtype=dtype, mode="r")
-
-    def __reduce__(self) -> tuple[type["TokenSpan"], tuple[Path, str, int, int]]:
-        return TokenSpan, (self.path, self.dtype, self.start, self.stop)
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the tokens [stop - start] at offsets into this span, fewer at its end."""
-        first, last = self.start + start, min(self.start + stop, self.stop)
-        return self._tokens[first:last].astype(np.int64)
+_Fraction = Annotated[float, Bounds(0, 1)]
+_Shards = Annotated[list[tuple[Count, Count, Count]], Bounds(0, 10**6)]
+_KIND = {
+    "format_version": int,
+    "dtype": Literal["uint8", "uint16", "uint32"],
+    "tokenizer": dict,
+    "fractions": tuple[_Fraction, _Fraction],
+    "content": str,
+    "shards": dict.fromkeys(SPLITS, _Shards),
+}
 
 
-@dataclass(frozen=True)
-class SplitSize:
-    """Size of a split in tokens, bytes and characters."""
+class SplitSize(NamedTuple):
+    """Size of a split, or of a part of it, in tokens, bytes and characters."""
 
     tokens: int
     bytes: int
     characters: int
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """A tokenized corpus: its tokenizer, the size of each split, and where the tokens lie."""
-
-    path: Path
-    dtype: str
-    tokenizer: Tokenizer
-    sizes: dict[Split, SplitSize]
-
-    def span(self, split: Split) -> TokenSpan:
-        """Return the tokens of one split."""
-        before = SPLITS[: SPLITS.index(split)]
-        start = sum(self.sizes[name].tokens for name in before)
-        return TokenSpan(self.path, self.dtype, start, start + self.sizes[split].tokens)
-
-
-def open_token_file(
-    corpus: Corpus,
-    tokenizer: Tokenizer | None,
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    cache_dir: str | Path | None = None,
-) -> TokenFile:
-    """Open the tokens of a corpus, after tokenizing it unless that was done before.
-
-    The corpus is cut at character boundaries by position, train first, then val, then test, so
-    that every split's bytes and characters are counted exactly.
+class TokenSpan:
+    """Tokens of several files as one, sent to worker processes as paths rather than as data.
 
     Args:
-        corpus: The text.
-        tokenizer: Its tokenizer; None for one token per character of the corpus.
-        val_fraction: Share of the bytes in the validation split.
-        test_fraction: Share of the bytes in the test split.
-        cache_dir: Folder of the token files; default `$XDG_CACHE_HOME/lightning_dsmoe`, or
-            `~/.cache/lightning_dsmoe`.
+        files: The flat files of token ids, in order, each with its number of tokens.
+        dtype: Their element type: "uint8", "uint16" or "uint32".
+        vocab_size: One more than the largest id.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], dtype: str, vocab_size: int) -> None:
+        self.files, self.dtype, self.vocab_size = list(files), dtype, vocab_size
+        kind = np.dtype(dtype).newbyteorder("<")
+        # An empty file cannot be mapped.
+        self._tokens: list[NDArray[np.unsignedinteger]] = [
+            np.memmap(path, kind, "r", shape=(n,)) if n else np.empty(0, kind) for path, n in files
+        ]
+        self._ends = list(accumulate(n for _, n in files))
+
+    def __reduce__(self) -> tuple[type["TokenSpan"], tuple[list[tuple[Path, int]], str, int]]:
+        return TokenSpan, (self.files, self.dtype, self.vocab_size)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the tokens [stop - start] at offsets into this span, fewer at its end.
+
+        Args:
+            start: First token.
+            stop: One past the last token.
+
+        Raises:
+            ValueError: If an id is not of the vocabulary, naming the file: a model would read
+                beyond its embeddings.
+        """
+        pieces = [np.empty(0, np.int64)]
+        index = bisect_right(self._ends, start)
+        while start < min(stop, len(self)):
+            first = self._ends[index] - len(self._tokens[index])
+            piece = self._tokens[index][start - first : stop - first].astype(np.int64)
+            if len(piece) and (largest := piece.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"{self.files[index][0]} holds the token id {largest}, but the vocabulary ends "
+                    f"at {self.vocab_size - 1}: the file is damaged, or not of this tokenizer"
+                )
+            pieces.append(piece)
+            start, index = self._ends[index], index + 1
+        return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
+
+
+class TokenFile(NamedTuple):
+    """A tokenized text: where it lies, its tokenizer, its shares of val and test, its files."""
+
+    folder: Path
+    dtype: str
+    tokenizer: Tokenizer
+    fractions: tuple[float, float]
+    shards: dict[Split, list[SplitSize]]
+
+    @property
+    def sizes(self) -> dict[Split, SplitSize]:
+        """Size of each split."""
+        return {
+            split: SplitSize(*(sum(column) for column in zip((0, 0, 0), *shards, strict=True)))
+            for split, shards in self.shards.items()
+        }
+
+    def paths(self, split: Split) -> list[Path]:
+        """Return the files of a split, in order."""
+        return shard_paths(self.folder, split, len(self.shards[split]))
+
+    def span(self, split: Split) -> TokenSpan:
+        """Return the tokens of a split."""
+        sizes = [shard.tokens for shard in self.shards[split]]
+        files = list(zip(self.paths(split), sizes, strict=True))
+        return TokenSpan(files, self.dtype, self.tokenizer.vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `tokens.json` holds, which `read_tokens` reads."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer.to_dict(),
+            "fractions": self.fractions,
+            # Of all files together, since a digest of large ones reads 16 MiB at most.
+            "content": content_digest([path for split in SPLITS for path in self.paths(split)]),
+            "shards": self.shards,
+        }
+
+
+def shard_paths(folder: Path, split: Split, n: int) -> list[Path]:
+    """Return where the files of a split lie.
+
+    Args:
+        folder: The folder of the tokens.
+        split: "train", "val" or "test".
+        n: Number of files.
+    """
+    return [folder / f"{split}-{number:05d}.bin" for number in range(n)]
+
+
+def read_tokens(folder: Path) -> TokenFile:
+    """Open a folder of tokens.
+
+    Args:
+        folder: The folder.
 
     Raises:
-        ValueError: If a file of the corpus is not text.
-        OSError: If tokens cannot be written to `cache_dir`.
+        ValueError: If it is damaged, incomplete, or in the format of another version.
+        OSError: If a file is missing or cannot be read.
     """
-    try:
-        directory = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    except RuntimeError as error:  # there is no home directory
-        raise OSError(_cannot_keep(cache_dir or "~/.cache", error)) from error
-    # Of a large corpus only samples are hashed. Any other change of a file changes its times: that
-    # of its status (ctime) even where a program resets that of its content (mtime).
-    stats = [file.stat() for file in corpus.files] if corpus.size > SAMPLED_FROM else []
-    identity = {
-        "format": FORMAT_VERSION,
-        "files": [(str(f), size) for f, size in zip(corpus.files, corpus.sizes, strict=True)],
-        "content": content_digest(corpus.files),
-        "times": [(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats],
-        "tokenizer": "char" if tokenizer is None else tokenizer.fingerprint(),
-        "fractions": [val_fraction, test_fraction],
-    }
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    path = directory / f"{key}.bin"
-    if (cached := _read(path)) is not None:
-        return cached
-    cuts = [
-        0,
-        corpus.boundary(int(corpus.size * (1 - val_fraction - test_fraction))),
-        corpus.boundary(int(corpus.size * (1 - test_fraction))),
-        corpus.size,
-    ]
-    tokenizer = tokenizer or _char_tokenizer(corpus)
-    try:
-        return _write(path, corpus, tokenizer, cuts)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) in corpus.files:
-            raise
-        raise OSError(_cannot_keep(directory, error.strerror or error)) from error
+    name = str(folder / INDEX)
+    state = read_json(folder / INDEX)
+    check_version(name, state, FORMAT_VERSION)
+    known = check_json(name, state, _KIND)
+    val_fraction, test_fraction = known["fractions"]
+    shards = {split: [SplitSize(*size) for size in known["shards"][split]] for split in SPLITS}
+    tokenizer = Tokenizer.from_dict(known["tokenizer"])
+    tokens = TokenFile(folder, known["dtype"], tokenizer, (val_fraction, test_fraction), shards)
+    itemsize = np.dtype(tokens.dtype).itemsize
+    files = [path for split in SPLITS for path in tokens.paths(split)]
+    sizes = [size.tokens * itemsize for split in SPLITS for size in shards[split]]
+    for path, size in zip(files, sizes, strict=True):
+        if (found := path.stat().st_size) != size:
+            raise ValueError(f"{path} is damaged: it has {found} bytes, not {size}")
+    if content_digest(files) != known["content"]:
+        raise ValueError(f"the tokens in {folder} are damaged: their content is not {name}'s")
+    return tokens
 
 
-def _cannot_keep(directory: str | Path, reason: object) -> str:
-    return (
-        f"cannot keep the tokens of the text in {directory} ({reason}): name another folder as "
-        "cache_dir of the data, or in the environment as XDG_CACHE_HOME"
-    )
+def find_tokens(files: object) -> Path | None:
+    """Return the folder of tokens that `files` names, None if that is something else.
+
+    Args:
+        files: A path, or anything else.
+    """
+    folder = Path(files).expanduser() if isinstance(files, str | Path) else None
+    return folder if folder is not None and (folder / INDEX).is_file() else None
 
 
-def default_cache_dir() -> Path:
-    """Return `$XDG_CACHE_HOME/lightning_dsmoe`, or `~/.cache/lightning_dsmoe` if it is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dsmoe"
+def check_options(
+    tokens: TokenFile, tokenizer: Tokenizer | None, fractions: tuple[float, float]
+) -> None:
+    """Refuse tokens that were made with other options.
 
+    Args:
+        tokens: The tokens.
+        tokenizer: The tokenizer that is asked for; None for one token per character.
+        fractions: Shares of the validation and test splits that are asked for.
 
-def _char_tokenizer(corpus: Corpus) -> CharTokenizer:
-    alphabet: set[str] = set()
-    for text in corpus.read(0, corpus.size):
-        alphabet.update(text)
-    return CharTokenizer("".join(alphabet))
-
-
-def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, cuts: list[int]) -> TokenFile:
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
-    sizes: dict[Split, SplitSize] = {}
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
-            n_tokens = n_characters = 0
-            for text in corpus.read(start, stop):
-                tokens = tokenizer.encode(text).astype(dtype)
-                stream.write(tokens.tobytes())
-                n_tokens += len(tokens)
-                n_characters += len(text)
-            sizes[split] = SplitSize(n_tokens, stop - start, n_characters)
-    record = {
-        "dtype": dtype,
-        "content": _content(path),
-        "tokenizer": tokenizer.to_dict(),
-        "splits": {split: astuple(size) for split, size in sizes.items()},
-    }
-    write_text(path.with_suffix(".json"), json.dumps(record))
-    return TokenFile(path, dtype, tokenizer, sizes)
-
-
-def _read(path: Path) -> TokenFile | None:
-    """Return the token file, or None if it is missing, incomplete or damaged."""
-    try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        dtype = record["dtype"]
-        sizes = {split: SplitSize(*record["splits"][split]) for split in SPLITS}
-        tokenizer = Tokenizer.from_dict(record["tokenizer"])
-        n_bytes = sum(size.tokens for size in sizes.values()) * np.dtype(dtype).itemsize
-        complete = (
-            dtype in ("uint8", "uint16", "uint32")
-            and path.stat().st_size == n_bytes
-            and record["content"] == _content(path)
+    Raises:
+        ValueError: If they differ, with every difference.
+    """
+    made = tokens.tokenizer.to_dict()["kind"]
+    asked = "char" if tokenizer is None else tokenizer.to_dict()["kind"]
+    differences = []
+    if made != asked:
+        differences.append(f"tokenizer was {made}, is {asked}")
+    elif tokenizer is not None and tokenizer.fingerprint() != tokens.tokenizer.fingerprint():
+        differences.append(f"tokenizer was another one of kind {made}")
+    names = ("val_fraction", "test_fraction")
+    for name, before, now in zip(names, tokens.fractions, fractions, strict=True):
+        if before != now:
+            differences.append(f"{name} was {before}, is {now}")
+    if differences:
+        raise ValueError(
+            f"the tokens in {tokens.folder} were made with other options: {'; '.join(differences)}"
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return TokenFile(path, dtype, tokenizer, sizes) if complete else None
-
-
-def _content(path: Path) -> list[str | int]:
-    """What changes with a token file: hash of samples, and the time of a large one."""
-    stat = path.stat()
-    return [content_digest([path]), stat.st_mtime_ns if stat.st_size > SAMPLED_FROM else 0]

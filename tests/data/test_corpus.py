@@ -1,4 +1,5 @@
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,23 @@ def test_pieces_join_to_the_text(
     pieces = list(found.read(0, found.size))
     assert "".join(pieces) == "".join(texts)
     assert len(pieces) == (3 if piece < 10 else 2)
+
+
+@pytest.mark.parametrize("line", [4, 5, 6, 7])
+def test_a_line_without_end_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: int
+) -> None:
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 3)
+    monkeypatch.setattr(corpus_module, "LINE_BYTES", line)
+    text = "aé🐈b🐈🐈–cd" * 7 + "\nend"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = find_corpus(str(tmp_path / "a.txt"))
+    pieces = list(found.read(0, found.size))
+    assert "".join(pieces) == text
+    assert max(len(piece.encode()) for piece in pieces) <= 3 + line
+    (tmp_path / "a.txt").write_bytes(b"ab" + b"\x80" * 20)
+    with pytest.raises(ValueError, match="invalid UTF-8 at byte offset 2"):
+        list(find_corpus(str(tmp_path / "a.txt")).read(0, 22))
 
 
 def test_boundaries_fall_between_characters(tmp_path: Path) -> None:
@@ -120,8 +138,10 @@ def test_paths_name_files_as_texts_do(tmp_path: Path) -> None:
 def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     for files, message in {
         "texts": r"'texts' is a folder: .*, such as 'texts/\*\.txt', or 'texts/\*\*/\*' for all",
+        "pipe": r"only folders or devices match 'pipe'",
         "t*": r"only folders or devices match 't\*'",
         "absent.txt": f"there is no file 'absent.txt' in {tmp_path}",
         "/absent/a.txt": "there is no file '/absent/a.txt'$",

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,13 @@ def test_bad_tokenizer_file_is_refused(tmp_path: Path, content: str | None) -> N
         path.write_text(content)
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer(path)
+
+
+def test_a_pipe_is_no_tokenizer_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"got '{path}': not a file but a device or a pipe"):
+            load_tokenizer(path)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, bpe: str) -> None:

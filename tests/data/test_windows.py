@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,18 @@ from lightning_dsmoe.data.windows import (
 
 @pytest.fixture(scope="module")
 def span(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], TokenSpan]:
-    """Tokens that are their own positions, plus 1000, inside a larger file."""
-    path: Path = tmp_path_factory.mktemp("tokens") / "tokens.bin"
-    np.arange(900, 1600, dtype=np.uint16).tofile(path)
-    return lambda length: TokenSpan(path, "uint16", 100, 100 + length)
+    """Tokens that are their own positions, plus 1000, in three files."""
+    folder: Path = tmp_path_factory.mktemp("tokens")
+
+    def span(length: int) -> TokenSpan:
+        edges = sorted({0, min(3, length), length // 2, length})
+        files = []
+        for start, stop in pairwise(edges):
+            files.append((folder / f"{start}-{stop}.bin", stop - start))
+            np.arange(1000 + start, 1000 + stop, dtype="<u2").tofile(files[-1][0])
+        return TokenSpan(files, "uint16", 2000)
+
+    return span
 
 
 sizes = st.integers(1, 20).flatmap(
@@ -64,7 +73,7 @@ def test_training_windows_do_not_overlap_and_stay_inside(
         sampler.set_epoch(epoch)
         own = list(sampler)
         assert len(own) == len(sampler)
-        sampler.start = 1
+        sampler.start = ranks  # one window of each
         assert list(sampler) == own[1:]
         items += own
     starts = [int(windows[item]["input_ids"][0]) - 1000 for item in items]
