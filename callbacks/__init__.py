@@ -4,6 +4,10 @@ from lightning_dsmoe.callbacks.expert_utilization_monitor import (
     ExpertUtilizationMonitor as ExpertUtilizationMonitor,
 )
 from lightning_dsmoe.callbacks.mi_weight_annealing import MIWeightAnnealing as MIWeightAnnealing
+from lightning_dsmoe.callbacks.router_collapse import RouterCollapseAlarm as RouterCollapseAlarm
+from lightning_dsmoe.callbacks.skip_non_finite_steps import (
+    SkipNonFiniteSteps as SkipNonFiniteSteps,
+)
 from lightning_dsmoe.callbacks.sparse_compile import SparseCompile as SparseCompile
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseEvaluation as SparseEvaluation
 from lightning_dsmoe.callbacks.sparse_evaluation import SparseResult as SparseResult

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_dsmoe.callbacks.naming import short_names
 from lightning_dsmoe.callbacks.needs import layers_for
 from lightning_dsmoe.callbacks.open_record import OpenRecord
 from lightning_dsmoe.callbacks.reporting import log_figure, log_scalars
 from lightning_dsmoe.files import atomic_path
 from lightning_dsmoe.metrics import DEAD_SHARE, ExpertUtilization, Utilization, utilization_figure
+from lightning_dsmoe.routing.layer_names import short_names
+from lightning_dsmoe.training.rank_zero import on_rank_zero
 from lightning_dsmoe.training.run_folder import run_folder
 
 Meters = dict[str, dict[str, ExpertUtilization]]
@@ -157,14 +158,18 @@ class ExpertUtilizationMonitor(Callback):
     def _draw(self, stage: str, trainer: Trainer) -> None:
         utilizations = self.results[stage]
         run = run_folder(trainer)  # on all ranks
-        if run is None or not trainer.is_global_zero:
+        if run is None:
             return
         step = trainer.global_step
         path = run / "utilization" / f"{stage}_step_{step:08d}.png"
-        figure = utilization_figure(utilizations, title=f"gate shares, {stage}, step {step}")
-        log_figure(trainer, f"utilization/{stage}", figure, path)
-        with atomic_path(path.with_name("last.png")) as copy:
-            shutil.copyfile(path, copy)
+
+        def draw() -> None:
+            figure = utilization_figure(utilizations, title=f"gate shares, {stage}, step {step}")
+            log_figure(trainer, f"utilization/{stage}", figure, path)
+            with atomic_path(path.with_name("last.png")) as copy:
+                shutil.copyfile(path, copy)
+
+        on_rank_zero(trainer, draw)  # a logger may send the figure far away
 
 
 def _scalars(stage: str, utilizations: Utilizations) -> dict[str, float]:

@@ -22,6 +22,11 @@ class OpenRecord:
         self._scope = ExitStack()
         self._record: RoutingRecord | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it records."""
+        return self._record is not None
+
     def open(self, pl_module: LightningModule) -> None:
         """Record from here on; a batch that was skipped did not close its own."""
         self.close()

@@ -109,8 +109,9 @@ class SparseCompile(Callback):
         self._check_place(trainer)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
-                "SparseCompile needs whole weights, but the strategy shards them; consolidate the "
-                "checkpoint after training and call compile_sparse on it"
+                "SparseCompile needs whole weights, but the strategy shards them; leave it out and "
+                "after training run `lightning-dsmoe compile` on the checkpoint, or on what "
+                "`lightning-dsmoe consolidate` makes of a folder"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

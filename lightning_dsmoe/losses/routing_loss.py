@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_dsmoe.losses.load_balancing import load_balancing_of
 from lightning_dsmoe.losses.mutual_information import entropies_of
 from lightning_dsmoe.losses.router_sums import RouterSums, joined, over_ranks, router_sums
+from lightning_dsmoe.routing.layer_names import short_names
 from lightning_dsmoe.routing.plan import SelectionPlan
 from lightning_dsmoe.routing.routing import Kind, Routing, Routings
 from lightning_dsmoe.routing.running import RoutingRecord
@@ -26,7 +27,8 @@ class RoutingLosses(NamedTuple):
     Args:
         total: scalar, in nats.
         terms: detached scalars, means over the routers of a kind, in nats, by names such as
-            "experts/mutual_information".
+            "experts/mutual_information"; where asked for, also the mutual information of each
+            router, by names such as "experts/layer_00/mutual_information".
     """
 
     total: Tensor
@@ -36,6 +38,7 @@ class RoutingLosses(NamedTuple):
 class _Routed(NamedTuple):
     """One router: what it said, perhaps of no token, its experts that ran, tokens that count."""
 
+    name: str
     kind: Kind
     routing: Routing
     active: Callable[[], Tensor]
@@ -77,9 +80,15 @@ class RoutingLoss(nn.Module):
         router_z: float = 0.0,
     ) -> None:
         super().__init__()
-        weights = (expert_mi, attention_mi, load_balancing, router_z)
-        if not all(0 <= weight < math.inf for weight in weights):
-            raise ValueError(f"loss weights must be 0 or more, got {weights}")
+        weights = {
+            "expert_mi": expert_mi,
+            "attention_mi": attention_mi,
+            "load_balancing": load_balancing,
+            "router_z": router_z,
+        }
+        wrong = [f"{n}={value}" for n, value in weights.items() if not 0 <= value < math.inf]
+        if wrong:
+            raise ValueError(f"loss weights must be 0 or more, got {', '.join(wrong)}")
         self.expert_mi = expert_mi
         self.attention_mi = attention_mi
         self.load_balancing = load_balancing
@@ -103,6 +112,7 @@ class RoutingLoss(nn.Module):
         *,
         plan: SelectionPlan | None = None,
         group: dist.ProcessGroup | None = None,
+        by_layer: bool = False,
     ) -> RoutingLosses:
         """The weighted sum of the losses of all routers, and its terms.
 
@@ -113,6 +123,8 @@ class RoutingLoss(nn.Module):
                 for all. A record knows it.
             group: process group over whose tokens all means are, as in `mutual_information_loss`;
                 None takes all ranks while this module is in training mode, and none otherwise.
+            by_layer: also give the mutual information of each router: a mean over routers is the
+                same if two of them have collapsed on different experts.
 
         Returns:
             The sum and its terms; a sum of 0 without any routing.
@@ -140,7 +152,10 @@ class RoutingLoss(nn.Module):
         for each in routed:
             alike.setdefault((each.kind, each.routing.probs.shape[-1]), []).append(each)
         sums = over_ranks([self._sums(some) for some in alike.values()], group)
-        return self._of_sums([(kind, each) for (kind, _), each in zip(alike, sums, strict=True)])
+        losses = self._of_sums([(kind, each) for (kind, _), each in zip(alike, sums, strict=True)])
+        if by_layer:
+            losses.terms.update(_by_layer(list(alike.values()), sums))
+        return losses
 
     def _of_sums(self, sums: Sequence[tuple[Kind, RouterSums]]) -> RoutingLosses:
         """The losses from the sums of groups of routers."""
@@ -201,6 +216,21 @@ class RoutingLoss(nn.Module):
         )
 
 
+def _by_layer(groups: Sequence[Sequence[_Routed]], sums: Sequence[RouterSums]) -> dict[str, Tensor]:
+    """The mutual information of each router, from the sums of groups of them."""
+    found: dict[Kind, dict[str, Tensor]] = {}
+    for routed, each in zip(groups, sums, strict=True):
+        conditional_R, marginal_R = entropies_of(each.map(Tensor.detach))
+        information = (marginal_R - conditional_R).unbind()
+        of_kind = found.setdefault(routed[0].kind, {})
+        of_kind |= {one.name: value for one, value in zip(routed, information, strict=True)}
+    return {
+        f"{kind}/{short}/mutual_information": value
+        for kind, values in found.items()
+        for short, value in zip(short_names(values), values.values(), strict=True)
+    }
+
+
 def _of_record(record: RoutingRecord, mask: Tensor | None) -> list[_Routed]:
     mask, routings = record.mask if mask is None else mask, record.routings
     routed = []
@@ -208,11 +238,12 @@ def _of_record(record: RoutingRecord, mask: Tensor | None) -> list[_Routed]:
         if name in routings:
             of_tokens = record.mask_of(name, mask)
             active = partial(record.active, name)
-            routed.append(_Routed(layer.kind, routings[name], active, of_tokens))
+            routed.append(_Routed(name, layer.kind, routings[name], active, of_tokens))
         else:
             device = next(layer.parameters()).device
             nothing = torch.zeros(0, layer.n_experts, device=device)
-            routed.append(_Routed(layer.kind, Routing(nothing, nothing), nothing.bool, None))
+            unused = Routing(nothing, nothing)
+            routed.append(_Routed(name, layer.kind, unused, nothing.bool, None))
     return routed
 
 
@@ -221,6 +252,7 @@ def _of_decoder(routings: Routings, mask: Tensor | None, plan: SelectionPlan) ->
     selections = plan.selections(layers)
     return [
         _Routed(
+            name,
             layer.kind,
             layer.routing,
             partial(selections[name].mask, layer.routing.probs),

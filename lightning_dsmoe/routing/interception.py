@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.routing.routing import MixtureOutput, Routing
 from lightning_dsmoe.routing.selection import AllExperts, Selection
 from lightning_dsmoe.torch_private import in_backward_pass, not_compiled
@@ -68,7 +69,7 @@ is_open = False
 _NOTHING = Scope({}, ())
 _here: ContextVar[Scope] = ContextVar("scope", default=_NOTHING)
 _everywhere: list[Scope] = []
-_opening = threading.Lock()
+_opening = ForkSafeLock()
 
 
 @contextmanager

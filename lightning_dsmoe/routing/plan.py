@@ -331,6 +331,7 @@ def _selection_from_dict(data: dict[str, Any]) -> Selection:
             f"{short_repr(data)} is not a selection; known are {', '.join(sorted(known))}; to use "
             "your own, import its module first, with --import MODULE on the command line"
         )
+    check_json("the options of a selection", list(options), list[ShortText])
     try:
         return known[name](**options)
     except TypeError as error:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.reading import shown
+
 _MAX_TOKENS_COUNTED = 16
 """Up to so many tokens, ranks are found by counting; see `_ahead`."""
 
@@ -57,7 +59,7 @@ class Selection(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.renormalize, bool):
-            raise ValueError(f"renormalize must be true or false, got {self.renormalize!r}")
+            raise ValueError(f"renormalize must be true or false, got {shown(self.renormalize)}")
 
     @abstractmethod
     def mask(self, probs: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class TopK(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"TopK needs a whole number k >= 1, got k={self.k!r}")
+            raise ValueError(f"TopK needs a whole number k >= 1, got k={shown(self.k)}")
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if k exceeds `n_experts`."""
@@ -162,7 +164,7 @@ class Threshold(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.eps, bool) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"{type(self).__name__} needs 0 <= eps < E, got eps={self.eps}")
+            raise ValueError(f"{type(self).__name__} needs 0 <= eps < E, got eps={shown(self.eps)}")
 
     def check(self, n_experts: int) -> None:
         """Raise a ValueError if no gate of `n_experts` experts could pass."""
@@ -224,7 +226,7 @@ class TopP(Selection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.p, bool) or not 0 < self.p <= 1:
-            raise ValueError(f"TopP needs 0 < p <= 1, got p={self.p}")
+            raise ValueError(f"TopP needs 0 < p <= 1, got p={shown(self.p)}")
 
     def mask(self, probs: Tensor) -> Tensor:
         """The shortest prefix of the sorted row that holds p."""

@@ -12,6 +12,8 @@ from lightning import Callback
 from lightning_dsmoe.callbacks import (
     ExpertUtilizationMonitor,
     MIWeightAnnealing,
+    RouterCollapseAlarm,
+    SkipNonFiniteSteps,
     SparseEvaluation,
     SparseFinishing,
     SparsityTarget,
@@ -175,3 +177,18 @@ def test_options_are_attributes_of_the_same_name(kind: type, options: dict[str, 
     more = {"expert_top_k": 2} if kind is SparsityTarget else {}
     callback = kind(**options, **more)
     assert {name: getattr(callback, name) for name in options} == options
+
+
+def test_guards_by_their_class_paths() -> None:
+    skip, alarm = parse(
+        """
+        - class_path: lightning_dsmoe.callbacks.SkipNonFiniteSteps
+          init_args: {limit: 3}
+        - class_path: lightning_dsmoe.callbacks.RouterCollapseAlarm
+          init_args: {share: 0.25, patience: 2, every_n_steps: 10, stop: true}
+        """
+    )
+    assert isinstance(skip, SkipNonFiniteSteps)
+    assert skip.limit == 3
+    assert isinstance(alarm, RouterCollapseAlarm)
+    assert (alarm.share, alarm.patience, alarm.every_n_steps, alarm.stop) == (0.25, 2, 10, True)

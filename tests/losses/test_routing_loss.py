@@ -206,3 +206,26 @@ def test_it_says_its_weights_and_has_no_state() -> None:
     loss = RoutingLoss(0.1, 0.2, 0.3, 0.4)
     assert "expert_mi=0.1, attention_mi=0.2, load_balancing=0.3, router_z=0.4" in repr(loss)
     assert loss.state_dict() == {}
+
+
+def test_the_information_of_each_router_where_it_is_asked_for() -> None:
+    """Two routers that have collapsed on different experts, and two that have not, in two sizes."""
+    torch.manual_seed(0)
+    probs = [torch.rand(2, 5, n).softmax(-1) for n in (4, 3, 4)]
+    probs[0] = torch.nn.functional.one_hot(torch.zeros(2, 5, dtype=torch.long), 4).float()
+    mask = torch.rand(2, 5) > 0.3
+    experts = tuple(Routing(p.log(), p) for p in probs)
+    routings = Routings(experts, (experts[0], None, experts[1]))
+    loss = RoutingLoss()
+    plain, told = loss.losses(routings, mask), loss.losses(routings, mask, by_layer=True)
+    assert torch.equal(plain.total, told.total)
+    more = {name: value for name, value in told.terms.items() if name not in plain.terms}
+    expected = {f"experts/layer_{n:02d}": probs[n] for n in range(3)}
+    expected |= {"attention/layer_00": probs[0], "attention/layer_02": probs[1]}
+    assert more.keys() == {f"{name}/mutual_information" for name in expected}
+    for name, each in expected.items():
+        value = more[f"{name}/mutual_information"]
+        torch.testing.assert_close(value, -mutual_information_loss(each, mask))
+    of_experts = [more[f"experts/layer_{n:02d}/mutual_information"] for n in range(3)]
+    mean = told.terms["experts/mutual_information"]
+    torch.testing.assert_close(torch.stack(of_experts).mean(), mean)
