@@ -5,6 +5,7 @@ Run by `make demo`; everything it makes is in `demo_output/`.
 
 import csv
 import logging
+import os
 import sys
 import time
 from functools import partial
@@ -80,8 +81,24 @@ def main() -> None:
     )
     console.print(speed(share))
     console.rule("Files")
-    for path in (folder / "loss.png", folder / "utilization" / "last.png", folder / "sparse"):
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    pictures = folder / "loss.png", folder / "utilization" / "last.png"
+    for path in (*pictures, checkpoint, folder / "sparse"):
         console.print(str(path))
+    console.rule("What to try next")
+    for command in (
+        f'generate --artifact {folder / "sparse"} --prompt "def "',
+        f"sweep --ckpt_path {checkpoint}",
+        f"calibrate --ckpt_path {checkpoint} --budget 0.2",
+        "fit -c cli_configs/quickstart.yaml --data.init_args.files 'my_texts/*.txt'",
+    ):
+        console.print(f"{script()} {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def script() -> str:
+    """The command of the environment that runs this, as one would type it from here."""
+    path = Path(sys.executable).with_name("lightning-dsmoe")
+    return os.path.relpath(path) if path.is_file() else "lightning-dsmoe"
 
 
 def speed(share: float) -> Table:

@@ -22,6 +22,7 @@ from lightning_dsmoe.routing.plan import check_plan
 from lightning_dsmoe.routing.routed_layer import is_compiled
 from lightning_dsmoe.serialization.architecture import build_decoder, describe_decoder
 from lightning_dsmoe.serialization.checkpoint import LoadedDecoder, fill, load_decoder
+from lightning_dsmoe.serialization.sharded_folder import is_complete
 from lightning_dsmoe.tokenizers import Tokenizer
 
 
@@ -237,7 +238,8 @@ def _has_only_a_decoder(model: nn.Module) -> bool:
 def _source(model: nn.Module | LoadedDecoder | str | Path) -> LoadedDecoder:
     """The decoder to compile, and what is known of its data."""
     if isinstance(model, str | Path):
-        model = SparseModel.load(model) if Path(model).is_dir() else load_decoder(model)
+        is_artifact = Path(model).is_dir() and not is_complete(Path(model))  # which has shards
+        model = SparseModel.load(model) if is_artifact else load_decoder(model)
     if isinstance(model, LoadedDecoder):
         return model
     if isinstance(model, SparseModel):

@@ -17,6 +17,7 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.sampling import Sampler
 from lightning_dsmoe.moved import renamed_options
 from lightning_dsmoe.routing import SelectionPlan
+from lightning_dsmoe.token_shapes import check_mask
 
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int] | Sequence[Sequence[int]]
 """Prompts of whole numbers: several of one length `[B, T]`, or one `[T]`."""
@@ -252,6 +253,7 @@ def _check_prompts(
         return
     if mask.shape != tokens.shape:
         raise ValueError(f"a mask of {tuple(mask.shape)} for prompts of {tuple(tokens.shape)}")
+    check_mask(mask, tokens.shape)
     valid = mask.bool()
     if not valid[:, -1].all() or (valid[:, :-1] & ~valid[:, 1:]).any():
         raise ValueError("a prompt is empty, or its padding is not on the left")

@@ -6,7 +6,7 @@ head width, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast, overload
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,20 @@ from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.inference.engine.tuning import tune
 from lightning_dsmoe.inference.engine.weights.packing import Quantization, quantized_bytes
-from lightning_dsmoe.inference.generation import Tokens, generate
+from lightning_dsmoe.inference.generation import Tokens
 from lightning_dsmoe.inference.hub import OnHub
-from lightning_dsmoe.inference.prompts import check_names
-from lightning_dsmoe.inference.text import TextGeneration, example_prompt
+from lightning_dsmoe.inference.text import (
+    Prompts,
+    Texts,
+    continue_prompts,
+    continue_texts,
+    example_prompt,
+)
 from lightning_dsmoe.moved import renamed_attributes, renamed_options
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 200
-Texts = list[str] | tuple[str, ...]
-Prompts = str | Texts | Tokens
 _Plan = SelectionPlan | None
 
 
@@ -215,6 +218,9 @@ class SparseModel(OnHub, nn.Module):
     def warm_up(self, n_sequences: int = 1, plan: SelectionPlan | None = None) -> None:
         """Compile now what decoding so many sequences at once needs, and wait for it.
 
+        Steps are compiled for 1, 2, 4, 8 and 16 sequences: 3 take the one of 4, 9 to 15 that of 8
+        and another one. Where a step is not there yet, a larger one takes its place.
+
         Without it, texts begin uncompiled while another process compiles, and become faster from
         the token on for which the kernels are ready. Both ways compute the same up to rounding, so
         that a sample may take another turn there: warm up to measure time, or to repeat a text.
@@ -300,9 +306,10 @@ class SparseModel(OnHub, nn.Module):
     ) -> str | list[str] | Tensor:
         """Continue prompts: text gives text, and tokens give tokens.
 
-        Batches of up to `switch_points.gather_up_to` prompts use the compiled decode step. At the
-        first use of a model, a kind of plan and a batch size on a machine another process compiles
-        it, and decoding is slower until it is there; `warm_up` waits for it.
+        Batches of up to `switch_points.gather_up_to` prompts use the compiled decode step, which is
+        there for 1, 2, 4, 8 and 16 texts and filled up. At the first use of a model, a kind of plan
+        and one of these sizes on a machine another process compiles it, and decoding is slower
+        until it is there; `warm_up` waits for it.
         `ThresholdTopK` averages over what runs in one step: up to 16 sequences of the compiled
         step, up to 2,048 tokens of prompts.
 
@@ -323,16 +330,10 @@ class SparseModel(OnHub, nn.Module):
                 the plan does not match the model, or there is a text but no tokenizer.
             TypeError: if there is no such option, or the plan is no `SelectionPlan`.
         """
-        if isinstance(prompts, str):
-            return self.generate([prompts], max_new_tokens, plan, **options)[0]
         options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        texts = cast(Texts, prompts if isinstance(prompts, list | tuple) else ())
-        if texts and all(isinstance(text, str) for text in texts):
-            return self._continue("generate", texts, max_new_tokens, options).texts()
-        check_names("generate", options, of_text=False)
-        if prompts is None:
-            raise TypeError("generate needs prompts: a text, texts or tokens")
-        return generate(self.engine, cast(Tokens, prompts), max_new_tokens, **options)
+        return continue_prompts(
+            self.engine, lambda: self.tokenizer, prompts, max_new_tokens, options
+        )
 
     @renamed_options(context="context_length")
     def stream(
@@ -363,17 +364,10 @@ class SparseModel(OnHub, nn.Module):
                 "stream needs one text; for tokens, generate calls on_tokens with each new one"
             )
         options = {"context_length": self.context_length, "plan": self._plan(plan), **options}
-        return self._continue("stream", [prompt], max_new_tokens, options).pieces()
-
-    def _continue(
-        self, call: str, texts: Texts, max_new_tokens: int, options: dict[str, Any]
-    ) -> TextGeneration:
-        check_names(call, options, of_text=True)
-        if (tokenizer := self.tokenizer) is None:
-            raise ValueError(
-                "this model was saved without a tokenizer, so it continues tokens and not text"
-            )
-        return TextGeneration(self.engine, tokenizer, texts, max_new_tokens, **options)
+        texts = [prompt]
+        return continue_texts(
+            "stream", self.engine, self.tokenizer, texts, max_new_tokens, options
+        ).pieces()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickle; version 0.1 called the context length `context`."""

@@ -3,15 +3,26 @@
 Shapes: B prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.engine import Engine
-from lightning_dsmoe.inference.generation import as_tokens, left_pad, new_tokens
+from lightning_dsmoe.inference.generation import (
+    Tokens,
+    as_tokens,
+    generate,
+    left_pad,
+    new_tokens,
+)
+from lightning_dsmoe.inference.prompts import check_names
 from lightning_dsmoe.tokenizers import Tokenizer
 
+Texts = list[str] | tuple[str, ...]
+Prompts = str | Texts | Tokens
 Stop = str | Sequence[str]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
@@ -47,7 +58,7 @@ class TextGeneration:
         stop: Stop | None = None,
         **options: Any,
     ) -> None:
-        self._texts = [_TextStream(tokenizer, prompt, stop) for prompt in prompts]
+        self._texts = [TextStream(tokenizer, prompt, stop) for prompt in prompts]
         tokens, mask = left_pad([text.tokens for text in self._texts])
         tokens = as_tokens(model, tokens)
         padding = None if bool(mask.all()) else mask.to(tokens.device)
@@ -74,6 +85,57 @@ class TextGeneration:
                 return
 
 
+def continue_texts(
+    call: str,
+    model: Decoder | Engine,
+    tokenizer: Tokenizer | None,
+    texts: Texts,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> TextGeneration:
+    """Continue texts under the options of a user's call, which is named in errors.
+
+    Raises:
+        ValueError: if there is no tokenizer, and as `TextGeneration`.
+        TypeError: if there is no such option.
+    """
+    check_names(call, options, of_text=True)
+    if tokenizer is None:
+        raise ValueError(
+            "this model was saved without a tokenizer, so it continues tokens and not text"
+        )
+    return TextGeneration(model, tokenizer, texts, max_new_tokens, **options)
+
+
+def continue_prompts(
+    model: Decoder | Engine,
+    tokenizer: Callable[[], Tokenizer | None],
+    prompts: Prompts | None,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> str | list[str] | Tensor:
+    """Continue prompts as `SparseModel.generate` does: text gives text, and tokens give tokens.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: gives its tokenizer, where there is a text.
+        prompts: a text, texts, or tokens.
+        max_new_tokens: most tokens to add.
+        options: the others of the call.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if isinstance(texts, list | tuple) and texts and all(isinstance(t, str) for t in texts):
+        generation = continue_texts(
+            "generate", model, tokenizer(), cast(Texts, texts), max_new_tokens, options
+        )
+        continued = generation.texts()
+        return continued[0] if isinstance(prompts, str) else continued
+    check_names("generate", options, of_text=False)
+    if prompts is None:
+        raise TypeError("generate needs prompts: a text, texts or tokens")
+    return generate(model, cast(Tokens, prompts), max_new_tokens, **options)
+
+
 def example_prompt(description: dict[str, Any] | None) -> str | None:
     """A prompt that a described tokenizer can encode; None if it is not available here."""
     if description is None:
@@ -87,8 +149,29 @@ def example_prompt(description: dict[str, Any] | None) -> str | None:
     return None
 
 
-class _TextStream:
-    """A text whose tokens arrive one by one, without a last character that is incomplete."""
+class TextStream:
+    """A text whose tokens arrive one by one, without a last character that is incomplete.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: how it begins.
+        stop: a text that ends it, or several.
+
+    Raises:
+        ValueError: if the prompt has no token, or a stop text no character.
+
+    Examples:
+        >>> from lightning_dsmoe.inference.text import TextStream
+        >>> from lightning_dsmoe.tokenizers import ByteTokenizer
+        >>> stream = TextStream(ByteTokenizer(), "a", None)
+        >>> [stream.add(byte) for byte in "bé".encode()]
+        ['b', '', 'é']
+        >>> stream.added
+        'bé'
+    """
+
+    ended: bool
+    """Whether a stop text was met."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Stop | None) -> None:
         self._tokenizer = tokenizer
@@ -105,6 +188,11 @@ class _TextStream:
         self._prompt_length = len(self.text)
         self._overlap, self._decoded = len(self.tokens) - len(tokens), len(self.tokens)
         self.ended = False
+
+    @property
+    def added(self) -> str:
+        """The text after the prompt."""
+        return self.text[self._prompt_length :]
 
     def add(self, token: int) -> str:
         """Add a token and return what it adds to the text; nothing after a stop text."""

@@ -187,7 +187,10 @@ def test_all_sequences_ended_is_the_end(one_decoder: Decoder, tokens: Tensor) ->
         ({"context_length": 15}, "the prompt has 16 tokens, the context holds 15"),
         ({"context_length": 0}, "the prompt has 16 tokens, the context holds 0"),
         ({"mask": torch.ones(3, 15)}, r"a mask of \(3, 15\) for prompts of \(3, 16\)"),
-        ({"mask": torch.zeros(3, 16)}, "a prompt is empty, or its padding is not on the left"),
+        (
+            {"mask": torch.zeros(3, 16, dtype=torch.bool)},
+            "a prompt is empty, or its padding is not on the left",
+        ),
         ({"mask": torch.arange(16).expand(3, 16) != 5}, "its padding is not on the left"),
         ({"mask": torch.arange(16).expand(3, 16) < 9}, "its padding is not on the left"),
         ({"max_new_tokens": -1}, "must be a whole number from 0, got -1"),

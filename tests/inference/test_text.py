@@ -224,7 +224,7 @@ def test_runs_of_bytes_of_a_hugging_face_tokenizer_come_whole() -> None:
         },
     }
     tokenizer = HuggingFaceTokenizer(json.dumps(description))
-    growing = text._TextStream(tokenizer, "ab", None)
+    growing = text.TextStream(tokenizer, "ab", None)
     pieces = [growing.add(byte) for byte in "世界人".encode() + "語".encode()[:2]]
     assert [piece for piece in pieces if piece] == ["世", "界", "人"]
     assert growing.text == "ab世界人"

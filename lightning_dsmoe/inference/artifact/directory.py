@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder
-from lightning_dsmoe.files import check_json_size, read_json
+from lightning_dsmoe.files import check_json_size, check_place, read_json
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.folders import replaced_folder
 from lightning_dsmoe.inference.artifact import hashes
@@ -143,9 +143,10 @@ def write_files(
 
 
 def check_free(path: Path) -> None:
-    """Raise a FileExistsError if something else than an artifact is at `path`."""
+    """Raise an error if something else than an artifact is at `path`, or none can be written."""
     if path.exists() and not all((path / name).is_file() for name in _REQUIRED):
         raise FileExistsError(f"{path} exists and is not a sparse model; choose another path")
+    check_place(path)
 
 
 def read_artifact(path: Path, *, certified: bool = True) -> Artifact:

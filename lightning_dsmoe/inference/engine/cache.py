@@ -7,7 +7,7 @@ Shapes: S positions (capacity, or the part in use), B sequences in a batch, H KV
 C head width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -79,7 +79,11 @@ class DecoderCache:
         capacity: positions per sequence.
     """
 
+    sequence_of_row: Tensor
+    """Number of the sequence in each row of memory; the last one is also in rows left over."""
+
     def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
+        self.batch_size = batch_size
         self.layers: list[KVCache] = []
         self._take(empty_slots(decoder, batch_size, capacity))
 
@@ -87,8 +91,12 @@ class DecoderCache:
         self._all = memory
         self._slots = memory.up_to(0)
         length = self.layers[0].length if self.layers else 0
+        n = self.batch_size
+        self.sequence_of_row = self._sequences(self.n_rows)
         self.layers = [
-            KVCache.over(keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3), memory.seen_SB.T)
+            KVCache.over(
+                keys.permute(1, 2, 0, 3)[:n], values.permute(1, 2, 0, 3)[:n], memory.seen_SB.T[:n]
+            )
             for keys, values in zip(memory.keys, memory.values, strict=True)
         ]
         for layer in self.layers:
@@ -107,14 +115,32 @@ class DecoderCache:
             new[: self.length] = old[: self.length]
         self._take(memory.up_to(self.capacity))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def pad_to(self, n_rows: int) -> None:
+        """Have so many rows in memory, those beyond the sequences copies of the last one.
+
+        Keys and values are copied, once for a batch.
+        """
+        if n_rows == self.n_rows:
+            return
+        rows = self._sequences(n_rows)
+        *layers, seen_SB = (each.index_select(1, rows) for each in self._all.tensors)
+        half = len(layers) // 2
+        self._take(Slots(layers[:half], layers[half:], seen_SB, self._all.at_1))
+
+    def _sequences(self, n_rows: int) -> Tensor:
+        rows = torch.arange(n_rows, device=self._all.at_1.device)
+        return rows.clamp_max(self.batch_size - 1)
+
     @property
     def capacity(self) -> int:
         """Positions per sequence."""
         return len(self._all.seen_SB)
 
     @property
-    def batch_size(self) -> int:
-        """Sequences B."""
+    def n_rows(self) -> int:
+        """Sequences in memory, with those beyond `batch_size` that fill a step up."""
         return self._all.seen_SB.shape[1]
 
     @property
@@ -139,3 +165,30 @@ class DecoderCache:
         if len(self._slots.seen_SB) != used:
             self._slots = self._all.up_to(used)
         return self._slots
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def gathered(
+    decoder: Decoder, sequences: Sequence[tuple[DecoderCache, int]], room: int
+) -> DecoderCache:
+    """A cache of some sequences of others, whose last tokens are in the same slot.
+
+    The shorter ones have empty slots before them, as padding on the left leaves them; positions
+    are counted without those. Slots that are empty for all are left out.
+
+    Args:
+        decoder: the decoder of all.
+        sequences: a cache, which is not changed, and a number in it, for each.
+        room: positions beyond those of the longest sequence.
+    """
+    starts = [int(each._all.seen_SB[:, row].int().argmax()) for each, row in sequences]
+    lengths = [each.length - start for (each, _), start in zip(sequences, starts, strict=True)]
+    longest = max(lengths)
+    together = DecoderCache(decoder, len(sequences), longest + room)
+    for row, ((cache, at), length) in enumerate(zip(sequences, lengths, strict=True)):
+        for new, old in zip(together._all.tensors, cache._all.tensors, strict=True):
+            new[longest - length : longest, row] = old[cache.length - length : cache.length, at]
+    for layer in together.layers:
+        layer.length = longest
+    return together

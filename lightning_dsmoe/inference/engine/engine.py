@@ -3,33 +3,33 @@
 Shapes: B sequences in a batch, T new positions, V vocabulary.
 """
 
-import threading
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
+from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
-from lightning_dsmoe.inference.engine.cache import DecoderCache
+from lightning_dsmoe.inference.engine.cache import DecoderCache, gathered
+from lightning_dsmoe.inference.engine.decode.beside import leave_a_core
 from lightning_dsmoe.inference.engine.decode.compiled_step import (
     CannotCompile,
     CompiledStep,
     NotReady,
 )
 from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
+from lightning_dsmoe.inference.engine.decode.step_sizes import group_sizes, sizes_for
 from lightning_dsmoe.inference.engine.decode_cuda.step import CudaStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
 from lightning_dsmoe.inference.engine.weights.packing import tile_weights
 from lightning_dsmoe.routing import SelectionPlan
 
-# A compiled step is unrolled over its sequences, and the more there are, the fewer experts are
-# needed by none: a plan that runs half of the parameters leads its dense twin by a factor of 1.9
-# with one sequence and 1.07 with 16 of random tokens (docs/lab_notes/batched.md).
-_MAX_STEP_SEQUENCES = 16
-_COMPILING = threading.Lock()  # PyTorch exports one program at a time
+_COMPILING = ForkSafeLock()  # PyTorch exports one program at a time
 
 
 class Engine:
@@ -77,7 +77,7 @@ class Engine:
         only_last: bool = False,
     ) -> DecoderOutput:
         """Logits and routings of new tokens, as `Decoder.forward` gives them."""
-        with torch.autocast(tokens_BT.device.type, enabled=False):
+        with torch.autocast(tokens_BT.device.type, enabled=False), leave_a_core():
             return forward_tokens(
                 self.decoder,
                 tokens_BT,
@@ -91,8 +91,11 @@ class Engine:
     def compiled_step(
         self, plan: SelectionPlan, n_sequences: int
     ) -> CompiledStep | CudaStep | None:
-        """The step compiled for a plan, at its first use; None where it cannot be compiled."""
-        key = plan, n_sequences
+        """The step compiled for a plan, at its first use; None where it cannot be compiled.
+
+        It is that of the next larger number of sequences for which steps are made.
+        """
+        key = plan, sizes_for(plan, n_sequences)[0]
         if key not in self._steps:
             with _COMPILING:
                 self._prepare(key, wait=True)
@@ -101,16 +104,18 @@ class Engine:
     def ready_step(self, plan: SelectionPlan, n_sequences: int) -> CompiledStep | CudaStep | None:
         """The step compiled for a plan if it is there; if not, another process compiles it.
 
-        None is the answer until it is ready. What another process cannot be given, such as a router
-        of the main program, is compiled now, and so is everything on a GPU.
+        Until it is ready, the answer is one for more sequences if that is there, and otherwise
+        None. What another process cannot be given, such as a router of the main program, is
+        compiled now, and so is everything on a GPU.
         """
-        key = plan, n_sequences
+        keys = [(plan, size) for size in sizes_for(plan, n_sequences)]
+        key = keys[0]
         if key not in self._steps and _COMPILING.acquire(blocking=False):
             try:
                 self._prepare(key, wait=False)
             finally:
                 _COMPILING.release()
-        return self._steps.get(key)
+        return next((step for each in keys if (step := self._steps.get(each))), None)
 
     def _prepare(self, key: tuple[SelectionPlan, int], *, wait: bool) -> None:
         """Add a step to `_steps`, None if it cannot be compiled; without waiting perhaps later."""
@@ -157,15 +162,15 @@ class Engine:
 
     def warm_up(self, plan: SelectionPlan, n_sequences: int) -> None:
         """Compile now what decoding so many sequences needs."""
-        if self._gathers(n_sequences):
-            for size in set(self._group_sizes(n_sequences)):
+        if self.gathers(n_sequences):
+            for size in set(group_sizes(plan, n_sequences)):
                 self.compiled_step(plan, size)
 
     def start_warm_up(self, plan: SelectionPlan, n_sequences: int) -> bool:
         """Begin to compile that, and say whether decoding runs uncompiled until it is ready."""
-        if not self._gathers(n_sequences):
+        if not self.gathers(n_sequences):
             return False
-        steps = [self.ready_step(plan, size) for size in set(self._group_sizes(n_sequences))]
+        steps = [self.ready_step(plan, size) for size in set(group_sizes(plan, n_sequences))]
         return self.can_compile and None in steps
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
@@ -177,18 +182,43 @@ class Engine:
         positions = self.decoder.max_positions
         if positions is not None and capacity > positions:
             raise ValueError(f"{capacity} tokens, but this model has {positions} learned positions")
-        gathers = self._gathers(batch_size)
-        sizes = self._group_sizes(batch_size) if gathers else [batch_size]
-        caches = [DecoderCache(self.decoder, size, capacity) for size in sizes]
-        return EngineReader(self, caches, plan, gathers=gathers)
+        caches = [
+            DecoderCache(self.decoder, n, capacity) for n in self._group_sizes(plan, batch_size)
+        ]
+        return EngineReader(self, caches, plan)
 
-    def _gathers(self, batch_size: int) -> bool:
+    def join(self, readers: "Sequence[EngineReader]", room: int) -> "EngineReader":
+        """Go on with the sequences of several readers together, one after the other.
+
+        Args:
+            readers: readers under one plan, which are not used any more.
+            room: tokens that each sequence may still read.
+
+        Raises:
+            ValueError: if a reader has read nothing.
+        """
+        if not all(reader.length for reader in readers):
+            raise ValueError("a reader that has read nothing cannot be joined")
+        sequences = [each for reader in readers for each in reader.sequences]
+        plan = readers[0].plan
+        return EngineReader(self, self.grouped(sequences, room, plan), plan)
+
+    def grouped(
+        self, sequences: "Sequence[tuple[DecoderCache, int]]", room: int, plan: SelectionPlan
+    ) -> list[DecoderCache]:
+        """Caches of sequences of others, each for as many as one step decodes."""
+        left = iter(sequences)
+        return [
+            gathered(self.decoder, list(islice(left, size)), room)
+            for size in self._group_sizes(plan, len(sequences))
+        ]
+
+    def _group_sizes(self, plan: SelectionPlan, batch_size: int) -> list[int]:
+        return group_sizes(plan, batch_size) if self.gathers(batch_size) else [batch_size]
+
+    def gathers(self, batch_size: int) -> bool:
+        """Whether single tokens of so many sequences take a compiled step."""
         return self.can_compile and batch_size <= self.switch_points.gather_up_to
-
-    def _group_sizes(self, batch_size: int) -> list[int]:
-        """Sizes of groups, nearly equal, for which at most two steps are compiled."""
-        n_groups = -(-batch_size // _MAX_STEP_SEQUENCES)
-        return [(batch_size + group) // n_groups for group in range(n_groups)]
 
 
 class EngineReader:
@@ -198,21 +228,41 @@ class EngineReader:
         engine: the engine.
         caches: empty caches, each for some of the sequences.
         plan: the experts that run.
-        gathers: whether single tokens take the compiled step.
     """
 
-    def __init__(
-        self, engine: Engine, caches: list[DecoderCache], plan: SelectionPlan, *, gathers: bool
-    ) -> None:
+    def __init__(self, engine: Engine, caches: list[DecoderCache], plan: SelectionPlan) -> None:
         self._engine = engine
         self._caches = caches
-        self._plan = plan
-        self._gathers = gathers
+        self.plan = plan
+        self._gathers = engine.gathers(self.n_sequences)
+
+    @property
+    def sequences(self) -> list[tuple[DecoderCache, int]]:
+        """Where each sequence is: its cache, and its number in there."""
+        return [(cache, at) for cache in self._caches for at in range(cache.batch_size)]
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences being read."""
+        return len(self.sequences)
 
     @property
     def length(self) -> int:
-        """Positions read, padding included."""
-        return self._caches[0].length
+        """Positions read, padding included; those of the longest where sequences were joined."""
+        return max(cache.length for cache in self._caches)
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Go on with some of the sequences only, by their numbers, in this order.
+
+        Raises:
+            ValueError: if there is none left.
+        """
+        if not sequences:
+            raise ValueError("a reader needs a sequence or more")
+        room = max(cache.capacity - cache.length for cache in self._caches)
+        all_of_them = self.sequences
+        self._caches = self._engine.grouped([all_of_them[at] for at in sequences], room, self.plan)
+        self._gathers = self._engine.gathers(len(sequences))
 
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -231,15 +281,17 @@ class EngineReader:
     def _read(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: DecoderCache) -> Tensor:
         batch_size, length = tokens_BT.shape
         if self._gathers and length == 1 and cache.length and mask_BT is None:
-            step = self._engine.ready_step(self._plan, batch_size)
+            step = self._engine.ready_step(self.plan, batch_size)
             if step is not None:
-                return step(tokens_BT[:, 0], cache)
+                cache.pad_to(step.n_sequences)
+                return step(tokens_BT[cache.sequence_of_row, 0], cache)[:batch_size]
+        cache.pad_to(batch_size)
         chunk = max(1, self._engine.max_tokens // batch_size)
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             logits = self._engine.forward(
                 tokens_BT[:, part],
-                self._plan,
+                self.plan,
                 mask=None if mask_BT is None else mask_BT[:, part],
                 cache=cache,
                 only_last=True,

@@ -18,7 +18,7 @@ class SwitchPoints(NamedTuple):
     Args:
         gather_up_to: in sequences; up to so many decode with a compiled step, at most 16 at a
             time, which reads only experts that one of them needs, and each once. A step is
-            compiled for a number of sequences when it is first met, and may keep a second copy
+            compiled for 1, 2, 4, 8 or 16 sequences when it is first met, and may keep a second copy
             of the expert weights: on a CPU for more than one sequence, and for one if the
             experts are very small, or in 8 bits where there is AVX-512. 0 compiles nothing. On a
             CUDA GPU more than 16 count as 16 unless measured there; on other devices every number

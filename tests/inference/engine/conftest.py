@@ -151,6 +151,8 @@ def assert_near(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None
 class Steps:
     """All parts of a decode step, uncompiled."""
 
+    n_sequences: int
+
     def __init__(self, decoder: Decoder, plan: SelectionPlan) -> None:
         self.embed, self.predict = EmbedStep(decoder), PredictStep(decoder)
         selections = zip(decoder.blocks, *decoder.selections(plan), strict=True)

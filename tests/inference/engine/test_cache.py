@@ -106,3 +106,26 @@ def test_layers_with_other_heads_have_caches_of_their_size(
         assert [each.shape[2:] for each in all_layers] == [(2, 8), tuple(heads)]
     assert [kv.keys.shape for kv in cache.layers] == [(3, 2, 70, 8), (3, heads[0], 70, heads[1])]
     assert (cache.capacity, cache.batch_size) == (70, 3)
+
+
+@torch.no_grad()
+def test_rows_left_over_hold_the_last_sequence(one_decoder: Decoder) -> None:
+    cache = DecoderCache(one_decoder, 3, 70)
+    tokens, mask = torch.randint(60, (3, 9)), torch.arange(9) >= torch.tensor([[0], [4], [2]])
+    plan = uniform(AllExperts())
+    forward_tokens(packed(one_decoder), tokens, plan, grouped=False, mask=mask, caches=cache.layers)
+    before = [layer.keys.clone() for layer in cache.layers]
+    for n_rows in (8, 4, 3):
+        cache.pad_to(n_rows)
+        assert (cache.n_rows, cache.batch_size, cache.length) == (n_rows, 3, 9)
+        assert cache.sequence_of_row.tolist() == [0, 1, *[2] * (n_rows - 2)]
+        for layer, keys in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.valid[:, :9], mask)
+    cache.pad_to(4)
+    slots = cache.next_slots()
+    for keys, values in zip(slots.keys, slots.values, strict=True):
+        assert torch.equal(keys[:, 2], keys[:, 3])
+        assert torch.equal(values[:, 2], values[:, 3])
+        assert keys.is_contiguous()
+    assert torch.equal(slots.seen_SB[:, 2], slots.seen_SB[:, 3])

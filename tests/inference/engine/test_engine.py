@@ -13,7 +13,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import compile_sparse
 from lightning_dsmoe.inference.engine import engine as engine_module
 from lightning_dsmoe.inference.engine.cache import DecoderCache
-from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile
+from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, NotReady
 from lightning_dsmoe.inference.engine.engine import Engine
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints
 from lightning_dsmoe.routing import (
@@ -35,6 +35,7 @@ from .conftest import (
     learned_positions_glu,
     packed,
     rotary_mlp,
+    token_by_token,
     uniform,
     without_routers,
 )
@@ -140,6 +141,7 @@ class FakeStep:
         self, decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any
     ) -> None:
         self.compilations.append((plan, n_sequences))
+        self.n_sequences = n_sequences
 
     def __call__(self, tokens_T: Tensor, cache: DecoderCache) -> Tensor:
         cache.next_slots()
@@ -151,6 +153,20 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SelectionPlan, i
     monkeypatch.setattr(FakeStep, "compilations", [], raising=False)
     monkeypatch.setattr(engine_module, "CompiledStep", FakeStep)
     return FakeStep.compilations
+
+
+def uncompiled_steps(made: list[int]) -> Any:
+    """Stands in for `CompiledStep`: the parts of a step run uncompiled."""
+
+    def uncompiled_step(
+        decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any
+    ) -> Steps:
+        made.append(n_sequences)
+        steps = Steps(decoder, plan)
+        steps.n_sequences = n_sequences
+        return steps
+
+    return uncompiled_step
 
 
 def decoded(engine: Engine, plan: SelectionPlan, batch: int) -> bool:
@@ -168,7 +184,7 @@ def test_up_to_the_first_switch_point_the_step_is_compiled(
     engine, plan = Engine(packed(one_decoder), SwitchPoints(gather_up_to=most)), uniform(TopK(1))
     for batch in (1, 3, 8, 9):
         assert decoded(engine, plan, batch) == (batch <= most)
-    assert compilations == [(plan, n) for n in (1, 3, 8) if n <= most]
+    assert compilations == [(plan, size) for n, size in ((1, 1), (3, 4), (8, 8)) if n <= most]
 
 
 def test_a_step_is_compiled_once_for_each_plan_and_number_of_sequences(
@@ -197,21 +213,14 @@ def test_only_single_tokens_after_others_go_through_the_step(
 
 
 @pytest.mark.parametrize(
-    ("batch", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (40, [13, 14]), (48, [16])]
+    ("batch", "sizes"), [(1, [1]), (16, [16]), (17, [1, 16]), (31, [8, 16]), (40, [8, 16])]
 )
 @torch.no_grad()
 def test_many_sequences_decode_in_groups(
     batch: int, sizes: list[int], one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compilations = []
-
-    def uncompiled_step(
-        decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any
-    ) -> Steps:
-        compilations.append(n_sequences)
-        return Steps(decoder, plan)
-
-    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_step)
+    compilations: list[int] = []
+    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_steps(compilations))
     tokens, plan = torch.randint(V, (batch, 8)), uniform(TopK(2))
     mask = torch.arange(5) >= torch.randint(4, (batch, 1))
     caches = one_decoder.new_caches(batch, 8)
@@ -221,6 +230,182 @@ def test_many_sequences_decode_in_groups(
         assert_near(context.read(tokens[:, part], some), expected)
     assert context.length == 8
     assert sorted(compilations) == sizes
+
+
+PADDED = pairwise(
+    chosen=[AllExperts(), TopK(2), Threshold(0.8, renormalize=True), TopP(0.6), ThresholdTopK(0.8)],
+    n_sequences=range(1, 17),
+    int8=[False, True],
+    make_decoder=[rotary_mlp, learned_positions_glu],
+)
+
+
+@pytest.mark.parametrize(("chosen", "n_sequences", "int8", "make_decoder"), PADDED)
+@torch.no_grad()
+def test_sequences_that_fill_a_step_up_change_nothing(
+    chosen: Selection,
+    n_sequences: int,
+    int8: bool,
+    decoder: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_steps(made))
+    tokens, plan = torch.randint(V, (n_sequences, 14)), uniform(chosen)
+    mask = torch.arange(5) >= torch.randint(5, (n_sequences, 1))
+    mask[0] = True
+    twin = packed(decoder, int8=int8)
+    caches = twin.new_caches(n_sequences, 14)
+    reader = Engine(twin, SwitchPoints()).open(n_sequences, 14, plan)
+    # Several tokens at once, after single ones, are read uncompiled.
+    for length, some in ((5, mask), (1, None), (1, None), (2, None), (1, None)):
+        part = tokens[:, reader.length : reader.length + length]
+        expected = twin(part, plan, mask=some, caches=caches).logits[:, -1]
+        found = reader.read(part, some)
+        assert_near(found, expected, 4e-6)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    groups = [n_sequences]
+    if not isinstance(chosen, ThresholdTopK):
+        groups = [8, n_sequences - 8] if 8 < n_sequences < 16 else groups
+        groups = [next(size for size in (1, 2, 4, 8, 16) if size >= n) for n in groups]
+    assert made == list(dict.fromkeys(groups))
+
+
+class Own(TopK):
+    """May look at all tokens, for all that is known."""
+
+
+def test_a_selection_of_somebody_elses_is_not_filled_up(
+    one_decoder: Decoder, compilations: list[tuple[SelectionPlan, int]]
+) -> None:
+    plan = SelectionPlan(TopK(2), layers={"blocks.1.attention": Own(1)})
+    assert decoded(Engine(packed(one_decoder), SwitchPoints()), plan, 3)
+    assert compilations == [(plan, 3)]
+
+
+@torch.no_grad()
+def test_a_larger_step_serves_until_that_of_the_size_is_there(
+    one_decoder: Decoder, tokens: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    used, ready = [], {16}
+    whole = uncompiled_steps(made)
+
+    def step(decoder: Decoder, plan: SelectionPlan, n_sequences: int, **options: Any) -> Any:
+        if n_sequences not in ready:
+            raise NotReady
+        run = whole(decoder, plan, n_sequences)
+
+        def noted(tokens_B: Tensor, cache: DecoderCache) -> Tensor:
+            used.append(n_sequences)
+            assert len(tokens_B) == cache.n_rows == n_sequences
+            logits: Tensor = run(tokens_B, cache)
+            return logits
+
+        noted.n_sequences = n_sequences  # type: ignore[attr-defined]
+        return noted
+
+    monkeypatch.setattr(engine_module, "CompiledStep", step)
+    engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(Threshold(0.8))
+    expected = token_by_token(one_decoder, plan, tokens, 9, mask)
+    reader = engine.open(3, 14, plan)
+    reader.read(tokens[:, :9], mask[:, :9])
+    for at, more in zip(range(9, 14), ([], [16], [], [8], [4]), strict=True):
+        for size in more:
+            ready.add(size)
+            engine.compiled_step(plan, size)
+        assert_near(reader.read(tokens[:, at : at + 1]), expected[:, at])
+    assert used == [16, 16, 8, 4]
+    assert made == [16, 8, 4]
+
+
+JOINED = pairwise(
+    chosen=OF_ONE_TOKEN,
+    compiled=[False, True],
+    make_decoder=[rotary_mlp, learned_positions_glu, without_routers],
+)
+
+
+@pytest.mark.parametrize(("chosen", "compiled", "make_decoder"), JOINED)
+@torch.no_grad()
+def test_sequences_come_and_go(
+    chosen: Selection, compiled: bool, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_steps([]))
+    plan, lengths = uniform(chosen), (2, 7, 4)
+    points = SwitchPoints(gather_up_to=16 if compiled else 0)
+    engine = Engine(packed(decoder), points)
+    texts = torch.randint(V, (5, 14))
+    alone = token_by_token(decoder, plan, texts, 0)
+    at = [*lengths, 3, 3]  # tokens read of each
+    mask = torch.arange(7) >= 7 - torch.tensor(lengths)[:, None]
+    prompts = torch.stack(
+        [torch.cat([t.new_zeros(7 - n), t[:n]]) for t, n in zip(texts, lengths, strict=False)]
+    )
+    reader = engine.open(3, 9, plan)
+    running = [0, 1, 2]
+
+    def check(logits: Tensor) -> None:
+        for row, text in enumerate(running):
+            assert_near(logits[row], alone[text, at[text] - 1])
+
+    def go_on(steps: int) -> None:
+        for _ in range(steps):
+            new = torch.stack([texts[text, at[text]] for text in running])[:, None]
+            for text in running:
+                at[text] += 1
+            check(reader.read(new))
+
+    check(reader.read(prompts, mask))
+    go_on(2)
+    reader.keep([2, 0])  # the longest leaves
+    running = [2, 0]
+    go_on(0)
+    other = engine.open(2, 3, plan)
+    other.read(texts[3:, :3])
+    reader = engine.join([reader, other], 5)
+    running = [2, 0, 3, 4]
+    assert reader.length == 6  # of the longest that is left
+    go_on(5)
+    with pytest.raises(ValueError, match="do not fit a cache of 11"):
+        reader.read(texts[:4, :1])
+    reader.keep([3])
+    running = [4]
+    last = engine.open(1, 1, plan)
+    with pytest.raises(ValueError, match="has read nothing"):
+        engine.join([reader, last], 2)
+    last.read(texts[:1, :1])
+    reader = engine.join([reader, last], 2)
+    assert reader.length == 8
+
+
+@torch.no_grad()
+def test_many_sequences_are_joined_in_groups(
+    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(engine_module, "CompiledStep", uncompiled_steps(made))
+    engine, plan, texts = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1)), (20, 10, 3)
+    tokens = torch.randint(V, (33, 12))
+    alone = token_by_token(one_decoder, plan, tokens, 0)
+    readers = []
+    for n, rows in zip(texts, tokens.split(texts), strict=True):
+        readers.append(engine.open(n, 9, plan))
+        readers[-1].read(rows[:, : 1 + n % 7])
+    at = torch.tensor([1 + n % 7 for n in texts for _ in range(n)])
+    reader = engine.join(readers, 4)
+    rows = torch.arange(33)
+    for kept in (rows, rows, rows.flip(0)[4:], rows[1:12]):
+        if len(kept) < len(rows):
+            reader.keep(kept.tolist())
+            tokens, alone, at, rows = tokens[kept], alone[kept], at[kept], rows[: len(kept)]
+        found = reader.read(tokens[rows, at][:, None])
+        assert reader.n_sequences == len(rows)
+        assert_near(found, alone[rows, at])
+        at = at + 1
+    assert made == [16, 1, 8, 4]
+    with pytest.raises(ValueError, match="needs a sequence or more"):
+        reader.keep([])
 
 
 def test_a_model_moved_to_another_type_gets_new_steps(
@@ -233,7 +418,7 @@ def test_a_model_moved_to_another_type_gets_new_steps(
     model.bfloat16()
     for n_sequences in (1, 3):
         model.generate(tokens[:n_sequences, :4], 3)
-    assert compilations == [(plan, 1), (plan, 3)] * 2
+    assert compilations == [(plan, 1), (plan, 4)] * 2
 
 
 @pytest.mark.parametrize("first", [0, 1, 6, 9])
@@ -301,7 +486,7 @@ def test_threads_that_meet_a_plan_together_compile_one_step(
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(decode, [1, 1, 2, 2])) == [True] * 4
-    assert sorted(n for _, n in compilations) == [1, 2, 3]
+    assert sorted(n for _, n in compilations) == [1, 2, 4]
 
 
 def test_a_full_context(tokens: Tensor) -> None:

@@ -107,6 +107,7 @@ class CompiledStep:
         *,
         get_kernels: GetKernels | None = None,
     ) -> None:
+        self.n_sequences = n_sequences
         with compiling():
             steps, kinds, embed, predict, parts = step_parts(decoder, plan, n_sequences)
             sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"

@@ -20,7 +20,7 @@ class KernelSource:
 
     def is_waiting(self, key: Hashable) -> bool:
         """Whether asking without waiting would be in vain: something is being compiled beside."""
-        beside = self._beside.get(key)
+        beside = self._own(key)
         return is_at_work() if beside is None else beside.is_running
 
     def get(
@@ -47,7 +47,7 @@ class KernelSource:
         if (found := self._at_hand(parts)) is not None:
             self._beside.pop(key, None)
             return found
-        beside = self._beside.get(key)
+        beside = self._own(key)
         if beside is None and (kernels := kernel_index.recall(list(parts.values()))) is not None:
             found = dict(zip(parts, kernels, strict=True))
             self._remember(parts, found)
@@ -64,6 +64,11 @@ class KernelSource:
             found = self._beside.pop(key).kernels(parts, what, device)
         self._remember(parts, found)
         return found
+
+    def _own(self, key: Hashable) -> Compilation | None:
+        """What this process, and not one that it was forked from, compiles under a key."""
+        beside = self._beside.get(key)
+        return beside if beside is not None and beside.is_own else None
 
     def _remember(self, parts: dict[object, Part], found: dict[object, Kernel]) -> None:
         self._known += [Known.of(part, found[name]) for name, part in parts.items()]

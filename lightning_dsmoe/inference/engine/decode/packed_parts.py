@@ -52,9 +52,8 @@ def pack_parts(parts: Sequence[Part]) -> PackedParts:
     known = (file.getvalue(), environment(), _own_code(), torch.__version__)
     name = hashlib.sha256(repr(known).encode()).hexdigest()[:40]
     own_name = name if packer.packages <= _KNOWN else None
-    return PackedParts(
-        own_name, pickle.dumps((own_name, _own_code(), torch.get_num_threads())) + file.getvalue()
-    )
+    header = own_name, _own_code(), torch.get_num_threads(), packer.sizes
+    return PackedParts(own_name, pickle.dumps(header) + file.getvalue())
 
 
 def unpack_parts(file: Any) -> tuple[str | None, list[Part]]:
@@ -63,9 +62,9 @@ def unpack_parts(file: Any) -> tuple[str | None, list[Part]]:
     Args:
         file: what was packed, to read from.
     """
-    name, code, n_threads = pickle.load(file)
+    name, code, n_threads, sizes = pickle.load(file)
     torch.set_num_threads(n_threads)
-    parts: list[Part] = _Unpacker(file).load()
+    parts: list[Part] = _Unpacker(file, sizes).load()
     # Files that were edited since the first process read them make other kernels.
     return name if code == _own_code() else None, parts
 
@@ -86,6 +85,9 @@ class _Packer(pickle.Pickler):
         super().__init__(file)
         tensors = [t for part in parts for t in (*part.inputs, *tensors_of(part.module))]
         self._numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+        self._free = {id(tensors_of(p.module)[i]) for p in parts for i in p.dynamic_weights}
+        self.sizes: dict[int, int] = {}
+        """First sizes that are free, by the number of the tensor: no part of a name."""
         self.packages: set[str] = set()
 
     def persistent_id(self, value: Any) -> Any:
@@ -95,20 +97,26 @@ class _Packer(pickle.Pickler):
             self.packages.add(module.partition(".")[0])
         if type(value) not in (Tensor, nn.Parameter) or id(value) not in self._numbers:
             return None
-        layout = tuple(value.shape), value.stride(), value.dtype, value.device
-        return self._numbers[id(value)], layout, isinstance(value, nn.Parameter)
+        number, shape = self._numbers[id(value)], tuple(value.shape)
+        if id(value) in self._free:
+            self.sizes[number], shape = shape[0], shape[1:]
+        layout = shape, value.stride(), value.dtype, value.device
+        return number, layout, isinstance(value, nn.Parameter)
 
 
 class _Unpacker(pickle.Unpickler):
     """Makes tensors of any values of the layouts, whose memory is never touched."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, sizes: dict[int, int]) -> None:
         super().__init__(file)
+        self._sizes = sizes
         self._tensors: dict[int, Tensor] = {}
 
     def persistent_load(self, identity: Any) -> Tensor:
         """The tensor of a number."""
         number, (shape, stride, dtype, device), is_parameter = identity
+        if number in self._sizes:
+            shape = self._sizes[number], *shape
         if number not in self._tensors:
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
             self._tensors[number] = nn.Parameter(tensor, False) if is_parameter else tensor

@@ -57,6 +57,7 @@ class CudaStep:
         products: Products | None = None,
     ) -> None:
         weight = decoder.embedding.weight
+        self.n_sequences = n_sequences
         self._decoder = decoder
         self._device = weight.device
         self._seats: list[Seat] = []
@@ -103,9 +104,9 @@ class CudaStep:
         if not fitting:
             self._seats = [seat for seat in self._seats if seat not in free]
             try:
-                slots = empty_slots(self._decoder, cache.batch_size, bucket(cache.capacity))
+                slots = empty_slots(self._decoder, cache.n_rows, bucket(cache.capacity))
             except torch.OutOfMemoryError:
-                self._warn(self._advice(cache.batch_size, bucket(cache.capacity)))
+                self._warn(self._advice(cache.n_rows, bucket(cache.capacity)))
                 self._has_room = False
                 return None
             fitting = [Seat(slots)]
@@ -120,7 +121,7 @@ class CudaStep:
         try:
             return captured(run, self._pool)
         except torch.OutOfMemoryError:
-            self._warn(self._advice(cache.batch_size, bucket(cache.capacity)))
+            self._warn(self._advice(cache.n_rows, bucket(cache.capacity)))
         except RuntimeError as error:
             self._warn(" ".join(str(error).split())[:300])
         self._captures = False

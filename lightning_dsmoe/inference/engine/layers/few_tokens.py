@@ -3,7 +3,6 @@
 Shapes: N tokens, D width, E experts; leading dimensions of tokens that are called x are free.
 """
 
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part
 from lightning_dsmoe.inference.engine.decode.compiled_step import (
     CannotCompile,
@@ -29,7 +29,7 @@ from lightning_dsmoe.routing import MixtureOutput, Routing, Selection
 
 MAX_TOKENS = 16
 """A kernel is unrolled over its tokens, of which more together leave fewer experts idle."""
-_COMPILING = threading.Lock()  # PyTorch exports one program at a time
+_COMPILING = ForkSafeLock()  # PyTorch exports one program at a time
 
 
 def gather_tokens(layer: MixtureOfExperts, selection: Selection, x_ND: Tensor) -> MixtureOutput:

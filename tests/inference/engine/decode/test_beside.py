@@ -1,7 +1,9 @@
 """Kernels that another process compiles, while this one goes on."""
 
+import contextlib
 import copy
 import dataclasses
+import os
 import pickle
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.inference.engine.decode import beside, kernel_source
 from lightning_dsmoe.inference.engine.decode.aot_cache import Part
-from lightning_dsmoe.inference.engine.decode.compiled_step import step_parts
+from lightning_dsmoe.inference.engine.decode.compiled_step import NotReady, step_parts
 from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
 from lightning_dsmoe.inference.engine.decode.same_graph import Layout
 from lightning_dsmoe.inference.engine.decode.selection_inputs import NumberInput, with_inputs
@@ -58,6 +60,8 @@ def finished(compilation: beside.Compilation) -> beside.Compilation:
 
 class Held:
     """Stands in for a compilation that ends when it is told to."""
+
+    is_own = True
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -186,6 +190,50 @@ def test_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     last = beside.start([part()])
     assert last is not None
     finished(last)
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "at_work", "left"), [(4, True, 3), (4, False, 4), (2, True, 2), (1, True, 1)]
+)
+def test_a_core_is_left_to_the_compiler_where_threads_take_all(
+    n_threads: int, at_work: bool, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(beside, "is_at_work", lambda: at_work)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        with beside.leave_a_core():
+            assert torch.get_num_threads() == left
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_has_compilations_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The thread that learns how the parent's ends is not in the forked process."""
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): "
+    monkeypatch.setattr(beside, "_PROGRAM", wait + "time.sleep(0.02)")
+    source, parts = KernelSource(), {"part": part()}
+
+    def is_compiling() -> bool:
+        with contextlib.suppress(NotReady):
+            source.get("key", False, parts, "a part", CPU)
+        return source.is_waiting("key")
+
+    assert is_compiling()
+    if (child := os.fork()) == 0:
+        alone = not source.is_waiting("key") and not beside.is_at_work()
+        os._exit(0 if alone and is_compiling() and source.is_waiting("key") else 1)
+    _, status = os.waitpid(child, 0)
+    assert source.is_waiting("key")
+    (tmp_path / "go").touch()
+    finished(source._beside["key"])
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_other_processes_get_layouts_and_constants_alone() -> None:

@@ -1,5 +1,6 @@
 """Kernels of parts that were met before."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -17,9 +18,16 @@ from lightning_dsmoe.inference.engine.decode.aot_cache import (
 )
 from lightning_dsmoe.inference.engine.decode.compiled_step import step_parts
 from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
-from lightning_dsmoe.routing import TopK
+from lightning_dsmoe.routing import (
+    AllExperts,
+    Selection,
+    SelectionPlan,
+    Threshold,
+    TopK,
+    TopP,
+)
 
-from ..conftest import packed, rotary_mlp, uniform
+from ..conftest import packed, rotary_mlp
 
 FILE = f"{'0' * 40}.pt2"
 
@@ -68,20 +76,32 @@ def test_a_name_is_that_of_layouts_options_and_code(monkeypatch: pytest.MonkeyPa
     assert name_of(hooked) is None
 
 
-def test_a_step_has_the_same_name_in_every_model_alike() -> None:
-    with torch.no_grad():
-        names = {
-            k: [
-                kernel_index.name_of(
-                    list(step_parts(packed(rotary_mlp()), uniform(TopK(k)), 1).parts.values())
-                )
-                for _ in range(2)
-            ]
-            for k in (2, 3)
-        }
-    assert names[2][0] is not None
-    assert names[2][0] == names[2][1]
-    assert names[2][0] != names[3][0]
+@torch.no_grad()
+def step_of(plan: SelectionPlan, n_sequences: int) -> list[Part]:
+    return list(step_parts(packed(rotary_mlp()), plan, n_sequences).parts.values())
+
+
+@pytest.mark.parametrize("n_sequences", [1, 2])
+def test_a_step_has_the_same_name_for_every_k_in_every_model_alike(n_sequences: int) -> None:
+    def name(selection: Selection, **others: Selection) -> str | None:
+        return kernel_index.name_of(step_of(SelectionPlan(selection, **others), n_sequences))
+
+    of_k = name(TopK(2), attention=TopK(2))
+    assert of_k is not None
+    assert of_k == name(TopK(2), attention=TopK(2))
+    assert of_k == name(TopK(4), attention=TopK(3))
+    assert name(Threshold(0.3)) == name(Threshold(0.8))
+    assert name(TopP(0.3)) == name(TopP(0.8))
+    alike = {of_k, name(TopK(2)), name(Threshold(0.3)), name(TopP(0.3)), name(AllExperts())}
+    assert len({*alike, name(TopK(2, renormalize=True))}) == 6
+
+
+def test_another_process_gets_the_k_of_the_plan() -> None:
+    for k in (2, 4):
+        task_of_k = packed_parts.pack_parts(step_of(SelectionPlan(TopK(k)), 1))
+        name, parts = packed_parts.unpack_parts(io.BytesIO(task_of_k.task))
+        assert name == task_of_k.name
+        assert [len(each.module.experts.slots_K) for each in parts[1:2]] == [k]
 
 
 def test_remembered_kernels_need_no_compilation(
