@@ -1,6 +1,5 @@
 """DS-MoE for PyTorch Lightning: train every expert on every token, run the ones that matter."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from lightning_dsmoe.experts import MixtureOfExperts as MixtureOfExperts
 from lightning_dsmoe.experts import MLPExperts as MLPExperts
 from lightning_dsmoe.hugging_face import export_hf as export_hf
 from lightning_dsmoe.hugging_face import import_hf as import_hf
+from lightning_dsmoe.imports import imported_on_use
 from lightning_dsmoe.inference import SparseModel as SparseModel
 from lightning_dsmoe.inference import SwitchPoints as SwitchPoints
 from lightning_dsmoe.inference import compile_sparse as compile_sparse
@@ -59,18 +59,14 @@ moved.find_moved_modules()
 # Imported when first used, so that the blocks can be had without loading Lightning.
 _WITH_LIGHTNING = {
     "DSMoELanguageModel": "training.language_model",
-    "TextDataModule": "data",
+    "TextDataModule": "data.text",
     "UpcycledLanguageModel": "training.upcycled_language_model",
 }
+__getattr__ = imported_on_use(__name__, **_WITH_LIGHTNING)
+
 # Names that `from lightning_dsmoe import *` gives, without modules and helpers.
 _IMPORTED = [k for k, v in globals().items() if getattr(v, "__module__", "").startswith(__name__)]
 __all__ = ["__version__", *_IMPORTED, *_WITH_LIGHTNING]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _WITH_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from lightning_dsmoe import cli
 from lightning_dsmoe.cli import main
+from lightning_dsmoe.commands import train
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +99,6 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(
 
 
 def test_a_sharded_checkpoint_is_looked_into_however_it_was_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--weights_only false loads one that you trust"):
-        cli._look_into(str(tmp_path), weights_only=True)
-    cli._look_into(str(tmp_path), weights_only=False)
-    cli._look_into("best", weights_only=True)
+    with pytest.raises(FileNotFoundError, match="is not the folder of a sharded checkpoint"):
+        train.look_into(str(tmp_path), weights_only=True)
+    train.look_into("best", weights_only=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.analysis.measured import (
     Measured,
@@ -15,7 +16,7 @@ from lightning_dsmoe.analysis.measured import (
     SampleLoss,
 )
 from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.metrics import ActiveParameters, ParameterCounts
+from lightning_dsmoe.metrics import ParameterCounts
 from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -170,7 +171,7 @@ def measured(
 
 def evaluate(on: Measured, plan: SelectionPlan) -> PlanResult:
     """Measure a model on data under a plan."""
-    active = ActiveParameters(on.counts, sync_on_compute=False)  # one rank measures
+    active = metrics.ActiveParameters(on.counts, sync_on_compute=False)  # one rank measures
     losses: list[float] = []
     seconds, n_counted = 0.0, 0
     for reading in on.read(plan):

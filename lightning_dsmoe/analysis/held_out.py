@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dsmoe.data import TextDataModule
 from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.tokenizers import Tokenizer
 
@@ -135,6 +134,8 @@ def held_out(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if split == "test" and not test_fraction:
         raise ValueError("split=test needs a test_fraction above 0, the size of that split")
+    from lightning_dsmoe.data import TextDataModule  # Lightning takes seconds to import
+
     data = TextDataModule(
         files,
         tokenizer=tokenizer,

@@ -39,7 +39,8 @@ class Attention(nn.Module, ABC):
         Args:
             x: tokens; with a cache, those that follow the tokens in it.
             selection: the experts that run; a layer without a router ignores it.
-            mask: bool `[B, T]`, false for padding, on either side; None for no padding.
+            mask: bool `[B, T]`, true for tokens and false for padding, on either side; None for no
+                padding. Of PyTorch's, true for padding, `from_key_padding_mask` makes one.
             cache: keys and values of earlier tokens; the new ones are added to it.
 
         Returns:

@@ -133,7 +133,8 @@ class MixtureOfAttentionHeads(RoutedLayer, Attention):
         Args:
             x: tokens `[B, T, D]`; with a cache, those that follow the tokens in it.
             selection: which experts run; by default all of them, as in training.
-            mask: bool `[B, T]`, false for padding, on either side; None for no padding.
+            mask: bool `[B, T]`, true for tokens and false for padding, on either side; None for no
+                padding. Of PyTorch's, true for padding, `from_key_padding_mask` makes one.
             cache: keys and values of earlier tokens; the new ones are added to it.
 
         Returns:

@@ -45,6 +45,8 @@ def calibrate(
     """
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget:g}")
     check_file(output)
     increase = None if max_loss_increase is None else _share(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)

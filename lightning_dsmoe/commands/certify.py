@@ -14,7 +14,7 @@ from lightning_dsmoe.analysis.certificate.record import Source, TextSource, cert
 from lightning_dsmoe.commands import evaluation_setup
 from lightning_dsmoe.commands.certificate_table import print_certificates
 from lightning_dsmoe.commands.evaluation_setup import first_given, text_for, tokens_at_once
-from lightning_dsmoe.files import sha256
+from lightning_dsmoe.files import check_place, sha256
 from lightning_dsmoe.inference import SparseModel, load_decoder
 from lightning_dsmoe.inference.artifact.certificate import load_certificate, save_certificate
 from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
@@ -64,6 +64,8 @@ def certify(
     name = f"{path / 'certificate.json'}"
     model = SparseModel.load(path, certified=not renew)
     recorded = None if renew else read_certificate(name, load_certificate(path))
+    if recorded is None:
+        check_place(Path(name))
     source = digest = None
     if ckpt_path is not None:
         source = _verified_source(Path(ckpt_path), model)

@@ -1,9 +1,11 @@
 """Mistakes in a YAML configuration that YAML itself would silently accept."""
 
+import re
+
 import yaml
 
 _SECTIONS = ("model", "data", "trainer")
-_NULL = "tag:yaml.org,2002:null"
+_NULL, _STRING = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
 def options_in(content: str, name: str) -> str:
@@ -14,9 +16,9 @@ def options_in(content: str, name: str) -> str:
         name: its name, for messages.
 
     Raises:
-        ValueError: if it is not YAML or not a mapping, has a key twice, of which YAML would take
-            the last, or an empty section, which would override the whole section of an earlier
-            configuration.
+        ValueError: if it is not YAML or not a mapping, is nested too deeply, has an option without
+            a name or a key twice, of which YAML would take the last, or an empty section, which
+            would override the whole section of an earlier configuration.
 
     Examples:
         >>> options_in("trainer: {max_steps: 1, max_steps: 2}", "my.yaml")
@@ -26,6 +28,8 @@ def options_in(content: str, name: str) -> str:
     """
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         reason = " ".join(filter(None, (error.context, error.problem)))
         raise ValueError(f"{name} is not YAML: {reason}{_place(error.problem_mark)}") from None
@@ -38,12 +42,17 @@ def options_in(content: str, name: str) -> str:
         raise ValueError(f"{name} must hold options such as `seed_everything: 1`, got {kind}")
     _check_unique(root, name)
     for key, value in root.value:
+        if key.tag != _STRING or not key.value:
+            where = _place(key.start_mark)
+            raise ValueError(f"{name} has {key.value!r} for the name of an option{where}")
         if key.value in _SECTIONS and value.tag == _NULL:
             raise ValueError(f"{name} has nothing under {key.value!r}{_place(key.start_mark)}")
     return content
 
 
 def _check_unique(node: yaml.Node, name: str) -> None:
+    if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+        raise ValueError(f"{name} escapes half a character{_place(node.start_mark)}")
     if isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check_unique(value, name)

@@ -1,13 +1,15 @@
-"""Output for consoles of any encoding, and for pipes that are closed early, as by `| head`."""
+"""Output for consoles of any encoding, for pipes that are closed early, and after Ctrl-C."""
 
 import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
+_SIGINT_EXIT_CODE = 130
+_WHOLE = "files are written whole or not at all"
 _SIGPIPE_EXIT_CODE = 141  # what a shell reports of a program that wrote to a closed pipe
 
 
@@ -38,6 +40,25 @@ def console_output() -> Iterator[None]:
         if not is_closed:
             raise
         sys.exit(_SIGPIPE_EXIT_CODE)
+
+
+@contextmanager
+def kept_when_stopped(say: Callable[[], str]) -> Iterator[None]:
+    """Let Ctrl-C say what is kept, which is only known when it is pressed."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(say())
+        raise
+
+
+def stop_quietly(stop: KeyboardInterrupt) -> NoReturn:
+    """End the process after Ctrl-C with one line, and the exit code that a shell reports."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes of a run, only the first
+        kept = "; ".join(getattr(stop, "__notes__", [])) or _WHOLE
+        begin = "\n" if sys.stderr.isatty() else ""  # after ^C, and whatever was being written
+        print(f"{begin}lightning-dsmoe: stopped by Ctrl-C; {kept}", file=sys.stderr)
+    sys.exit(_SIGINT_EXIT_CODE)
 
 
 def _has_no_reader(stream: TextIO | None) -> bool:

@@ -6,36 +6,26 @@ tree of all readings that it tried. Every one of these parsers, from the innermo
 never taken apart; nothing of it is needed but the key at its beginning and the value at its end.
 """
 
-import inspect
 import os
 import re
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
 from jsonargparse import Namespace
-from torch import nn
 
 from lightning_dsmoe.commands.configuration_file import options_in
+from lightning_dsmoe.commands.nearest import among, nearest_options
+from lightning_dsmoe.commands.own_code import own_place
+from lightning_dsmoe.commands.type_names import class_names, in_words, plainer
 from lightning_dsmoe.files import check_mark
 
 DEBUG = "JSONARGPARSE_DEBUG"
 _KEY = re.compile(r'Parser key "([\w.]+)"[^:]*: ?')
 _VALUE = re.compile(r"(?:Got|Given) value: (?:NestedArg\(.*val=)?(.*?)\)?$")
-_PLAINER = (
-    (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
-    (r"typing\.|collections\.abc\.", ""),
-    (r"Expected a dot import path string: ", "no such class: "),
-    (r"\. Got value: (.*?)( Subclass types expect.*)?$", r", got \1"),
-    (r"^Expected", "expected"),
-    (r"\.+$", ""),
-)
-_NORMS = {"torch.nn.LayerNorm", "torch.nn.RMSNorm"}  # of all modules, those that a model may take
 _SURROGATES = r"'[\w-]+' codec can't encode (characters?.*?): surrogates not allowed"
 
 
@@ -58,18 +48,22 @@ class _Level(NamedTuple):
         hint = hints.get(self.key)
         found = _VALUE.search(message)
         got = f", got {found[1]}" if found and "Namespace(" not in found[1] else ""
-        if classes := _class_names(hint):
-            cause = _plainer(self.cause)
+        if classes := class_names(hint):
+            cause = plainer(self.cause)
             cause += "" if found and found[1] in cause else got
-            return f"{cause}; known classes: {', '.join(classes)}"
+            return f"{cause}; {among(cause.rpartition(' ')[2], classes)}"
         if hint is not None and re.match("Expected an? |Does not validate", message):
-            *names, last = _in_words(hint)
+            *names, last = in_words(hint)
             return f"expected {', '.join(names)}{' or ' if names else ''}{last}{got}"
         owner = getattr(self.parser, "owner", None)
         if "is not accepted" in message and owner is not None:
             options = ", ".join(name for name in hints if "help" not in name)
             return f"{message}; {owner.__name__} has {options}"
-        return _plainer(message)
+        required = re.match(r"the following arguments are required: ([\w, ]+)$", message)
+        if required and owner is None:  # else they are of a class, not of the command
+            options = ", ".join(f"--{name}" for name in required[1].split(", "))
+            return f"the following options are required: {options}"
+        return plainer(message) + nearest_options(message, self.parser)
 
 
 class OneLineErrors(jsonargparse.ArgumentParser):
@@ -86,8 +80,12 @@ class OneLineErrors(jsonargparse.ArgumentParser):
         try:
             parsed: Namespace = super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
-            check_mark(Path(path))
-            raise ValueError(f"{path} is not a text file in UTF-8: {error}") from None
+            reason = f"{path} is not a text file in UTF-8: {error}"
+            try:
+                check_mark(Path(path))
+            except ValueError as marked:
+                reason = str(marked)
+            self.error(reason)
         return parsed
 
     def parse_string(
@@ -109,18 +107,24 @@ class OneLineErrors(jsonargparse.ArgumentParser):
         self._levels.append(_Level(self, one_line(message), one_line(str(cause))))
         if DEBUG in os.environ or not self.exit_on_error:
             super().error(message, ex)
+        if cause is not None and own_place(cause) is not None:  # such as while it was imported
+            fail(in_one_line(cause), code=2)
         fail(_furthest(self._levels), code=2)
 
 
-def mistake_of(error: BaseException) -> BaseException:
-    """The error that a class or function raised for its arguments.
+def in_one_line(error: BaseException) -> str:
+    """What an error says, and the place in a user's own code that failed.
 
     While it makes the objects of a configuration, jsonargparse raises an error of its own about all
     readings of a value, and names the one that a constructor raised as its cause.
     """
     while error.__cause__ is not None and _raised_in(error) == "jsonargparse":
         error = error.__cause__
-    return error
+    message = one_line(str(error.msg if isinstance(error, SyntaxError) else error))
+    if (place := own_place(error)) is None:
+        return message or type(error).__name__
+    words = ": ".join(filter(None, (type(error).__name__, message)))
+    return f"{words}, raised in {place}; --debug shows the traceback"
 
 
 def _raised_in(error: BaseException) -> str:
@@ -150,48 +154,3 @@ def _furthest(levels: deque[_Level]) -> str:
         paths.append([level, *max(inside, key=lambda p: sum(bool(e.key) for e in p), default=[])])
     keys = ".".join(level.key for level in paths[-1] if level.key)
     return ": ".join(filter(None, (keys, str(paths[-1][-1]))))
-
-
-def _plainer(message: str) -> str:
-    for pattern, plain in _PLAINER:
-        message = re.sub(pattern, plain, message)
-    return message
-
-
-def _in_words(hint: Any) -> list[str]:
-    """What an option of plain types may be, such as "int" and "'auto'"."""
-    if get_origin(hint) is Literal:
-        return [repr(each) for each in get_args(hint)]
-    if get_origin(hint) in (Union, UnionType):
-        return [word for each in get_args(hint) if each is not NoneType for word in _in_words(each)]
-    return [hint.__name__ if isinstance(hint, type) else _plainer(str(hint))]
-
-
-def _class_names(hint: Any) -> list[str]:
-    """Names of the classes that an option may be, or that its factory may make."""
-    names: set[str] = set()
-    for base in _bases(hint):
-        names |= _NORMS if base is nn.Module else _concrete(base) or {base.__name__}
-    return sorted(names)
-
-
-def _bases(hint: Any) -> list[type]:
-    """Classes in a type annotation that are meant to have subclasses."""
-    if get_origin(hint) in (Union, UnionType, list):
-        return [base for each in get_args(hint) for base in _bases(each)]
-    if get_origin(hint) is Callable:
-        return _bases(get_args(hint)[-1])
-    if getattr(hint, "_is_protocol", False):
-        return _bases(inspect.signature(hint.__call__, eval_str=True).return_annotation)
-    is_base = isinstance(hint, type) and not get_args(hint) and hint.__module__ != "builtins"
-    return [hint] if is_base else []
-
-
-def _concrete(base: type) -> set[str]:
-    subclasses: list[type] = base.__subclasses__()
-    return {
-        name
-        for cls in subclasses
-        for name in _concrete(cls) | ({cls.__name__} if not inspect.isabstract(cls) else set())
-        if not name.startswith("_")
-    }

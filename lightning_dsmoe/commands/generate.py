@@ -1,7 +1,11 @@
 """Continues a text with a checkpoint or a sparse model."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
+from tempfile import TemporaryFile
 
 import torch
 
@@ -58,6 +62,32 @@ def generate(
             "Another process compiles kernels: the text becomes faster once they are ready",
             file=sys.stderr,
         )
-    for piece in chain([prompt], pieces):
-        print(piece, end="", flush=True)
-    print()
+    with _errors_afterwards():
+        for piece in chain([prompt], pieces):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+@contextmanager
+def _errors_afterwards() -> Iterator[None]:
+    """Hold back what is written to standard error until the text is complete.
+
+    Warnings of libraries, which come when kernels are loaded, would land inside the text, and a
+    progress bar would erase its last line. Some are written by C++, past Python.
+    """
+    try:
+        terminal = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(terminal, 2)
+            held.seek(0)
+            os.write(terminal, held.read())
+            os.close(terminal)

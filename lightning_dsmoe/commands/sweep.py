@@ -12,9 +12,10 @@ from rich.progress import Progress
 
 from lightning_dsmoe.analysis import PlanResult, evaluate_plan, frontier, knee, sweep_plans
 from lightning_dsmoe.analysis.plans.frontier import frontier_figure
+from lightning_dsmoe.commands.console import kept_when_stopped
 from lightning_dsmoe.commands.evaluation_setup import open_trained
 from lightning_dsmoe.commands.result_table import result_table
-from lightning_dsmoe.files import atomic_path, read_json, sha256, write_text
+from lightning_dsmoe.files import atomic_path, check_place, read_json, sha256, write_text
 from lightning_dsmoe.routing import SelectionPlan, routed_layers
 from lightning_dsmoe.routing.plan import describe
 from lightning_dsmoe.units import percent
@@ -48,6 +49,7 @@ def sweep(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, {output} is a file")
+    check_place(folder / "sweep.json" if folder.is_dir() else folder)
     model, counts, text, _ = open_trained(ckpt_path, **options)
     plans = sweep_plans(model.decoder)
     identity = {
@@ -57,7 +59,14 @@ def sweep(
     }
     results = _earlier(folder / "sweep.json", identity, plans)
     model(text.batches[0][0])  # warm-up: the first call on a device is slow
-    with Progress(console=Console(stderr=True)) as progress:
+
+    def kept() -> str:
+        return (
+            f"{len(results)} of {len(plans)} plans are in {folder / 'sweep.json'}, and the same "
+            "command goes on from there"
+        )
+
+    with kept_when_stopped(kept), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
             f"{len(plans)} plans on {text.n_tokens:,} tokens", total=len(plans)
         )

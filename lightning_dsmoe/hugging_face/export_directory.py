@@ -5,6 +5,7 @@ import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from lightning_dsmoe.files import check_place
 from lightning_dsmoe.folders import replaced_folder
 from lightning_dsmoe.version import VERSION
 
@@ -19,12 +20,13 @@ _OURS = re.compile(
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise a FileExistsError unless a path is free, an empty directory, or an earlier export."""
+    """Raise an error unless a path is free, an empty directory, or an earlier export."""
+    check_place(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
         is_export = _MARK in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         is_export = False
     if not is_export:
         raise FileExistsError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.files import read_json
+from lightning_dsmoe.files import check_place, read_json
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.folders import replaced_folder
 from lightning_dsmoe.inference.artifact.module_artifact import stored_tensors as tensors_of
@@ -215,6 +215,7 @@ def is_upcycled(path: Path) -> bool:
 
 def check_free(path: Path) -> None:
     """Raise a FileExistsError if something else than an upcycled model is at a path."""
+    check_place(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not is_upcycled(path):

@@ -78,7 +78,7 @@ def test_a_model_with_experts_of_one_kind_alone(
         ([], "calibrate needs either --budget or --max_loss_increase"),
         (["--budget=0.5", "--max_loss_increase=1%"], "calibrate needs either --budget or"),
         (["--budget=0.01"], "a budget of 0.01 cannot be met: one expert in each layer is 0."),
-        (["--budget=1.5"], "a budget of 1.5 cannot be met"),
+        (["--budget=1.5"], "budget must be a share above 0 and at most 1, got 1.5"),
         (
             ["--budget=0.5", "--max_tokens=1", "--batch_tokens=16"],
             "in one window, which is too short to find a plan on and to judge it",

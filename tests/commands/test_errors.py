@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from lightning_dsmoe.cli import TRAINING
 from lightning_dsmoe.commands.errors import OneLineErrors, one_line
 from lightning_dsmoe.routing import SelectionPlan, TopK
 
@@ -43,7 +44,7 @@ MISTAKES = {
         ["n_kv_heads must divide n_heads", "n_heads=4", "n_kv_heads=3"],
     ),
     "odd_rotary": ([f"{ATTENTION}d_head=5"], ["even d_head", "d_head=5"]),
-    "negative_weight": ([f"{MODEL}expert_mi_weight=-1"], ["-1.0", "0 or more"]),
+    "negative_weight": ([f"{MODEL}expert_mi_weight=-1"], ["expert_mi=-1.0", "0 or more"]),
     "no_experts": ([f"{FEED_FORWARD}n_experts=-1"], ["n_experts >= 1", "-1"]),
     "no_context": (["--data.init_args.context=0"], ["context must be at least 1, got 0"]),
     "callback_without_options": (
@@ -52,16 +53,19 @@ MISTAKES = {
     ),
     "router": (
         [f"{FEED_FORWARD}router=NoRouter"],
-        ["model.feed_forward.router", "NoRouter", "CosineRouter", "LinearRouter", "MLPRouter"],
+        ["model.feed_forward.router", "NoRouter", "known classes: "],
     ),
-    "router_module": ([f"{FEED_FORWARD}router=no.such.Router"], ["no.such.Router", "LinearRouter"]),
+    "router_module": (
+        [f"{FEED_FORWARD}router=no.such.Router"],
+        ["no.such.Router", "known classes: "],
+    ),
     "router_of_module": (
         [f"{FEED_FORWARD}router=lightning_dsmoe.routing.Absent"],
-        ["lightning_dsmoe.routing.Absent", "LinearRouter"],
+        ["lightning_dsmoe.routing.Absent", "known classes: "],
     ),
     "router_of_other_kind": (
         [f"{FEED_FORWARD}router=torch.nn.Linear"],
-        ["torch.nn.Linear", "subclass of Router", "LinearRouter"],
+        ["torch.nn.Linear", "subclass of Router", "known classes: "],
     ),
     "experts": ([f"{FEED_FORWARD}experts=NoExperts"], ["NoExperts", "GLUExperts, MLPExperts"]),
     "attention": ([f"{MODEL}attention=NoAttention"], ["NoAttention", "GroupedQueryAttention"]),
@@ -72,9 +76,15 @@ MISTAKES = {
         ["--trainer.callbacks+=SparseCompile", "--trainer.callbacks.plan.experts=TopQ"],
         ["TopQ", "Threshold, ThresholdTopK, TopK"],
     ),
-    "optimizer": ([f"{MODEL}optimizer=NoOptimizer"], ["NoOptimizer", "AdamW"]),
-    "schedule": ([f"{MODEL}lr_scheduler=NoSchedule"], ["NoSchedule", "LinearWarmupCosine"]),
-    "callback": (["--trainer.callbacks+=NoCallback"], ["NoCallback", "SparseEvaluation"]),
+    "optimizer": ([f"{MODEL}optimizer=AdamWW"], ["no such class: AdamWW", "nearest of", "AdamW"]),
+    "schedule": (
+        [f"{MODEL}lr_scheduler=LinearWarmCosine"],
+        ["LinearWarmCosine; the nearest", "LinearWarmupCosine"],
+    ),
+    "callback": (
+        ["--trainer.callbacks+=SparseEvaluaton"],
+        ["SparseEvaluaton; the nearest of ", " known classes: SparseEvaluation, SparseCompile, "],
+    ),
     "data": (["--data=NoData"], ["NoData", "TextDataModule"]),
     "option_of_a_part": (
         [f"{FEED_FORWARD}n_expert=3"],
@@ -85,6 +95,11 @@ MISTAKES = {
         ["'d_hiden'", "MLPRouter has d_hidden, init_std"],
     ),
     "option": (["--nope=3"], ["--nope=3"]),
+    "option_of_the_trainer": (
+        ["--trainer.max_stepz=3"],
+        ["--trainer.max_stepz=3; did you mean trainer.max_steps or "],
+    ),
+    "layers": ([f"{MODEL}n_layers=0"], ["n_layers", "must be at least 1, got "]),
     "number": (["--trainer.max_steps=abc"], ["trainer.max_steps", "int", "abc"]),
     "union": (
         ["--trainer.precision=bf17"],
@@ -237,6 +252,53 @@ def test_generate(words: list[str], named: list[str], cli: Any, trained: Any) ->
     outcome = cli("generate", *(word.format(**given) for word in words))
     check(outcome, named)
     assert outcome.out == ""
+
+
+def test_an_option_of_a_configuration_that_there_is_not(
+    cli: Any, config: Any, tiny: Any, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("trainer: {max_stepz: 3}\n")
+    words = ["fit", "-c", config("quickstart.yaml"), "-c", str(overlay), *tiny(tmp_path)]
+    check(cli(*words), ["'trainer.max_stepz'; did you mean trainer.max_steps or "])
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_without_a_configuration_says_how_to_give_one(command: str, cli: Any) -> None:
+    check(cli(command), [f"{command} -c FILE.yaml", "configs lists"])
+
+
+def test_tools_name_required_options_as_they_are_typed(cli: Any) -> None:
+    check(cli("prune", "--ckpt_path=absent.ckpt"), ["options are required: --plan"])
+    check(cli("calibrate", "--budgt=1"), ["--budgt=1; did you mean budget?"])
+
+
+def test_a_budget_out_of_range_is_refused_before_anything_is_read(cli: Any) -> None:
+    for budget in ("2", "0", "-1"):
+        outcome = cli("calibrate", "--ckpt_path=absent.ckpt", f"--budget={budget}")
+        check(outcome, ["budget must be a share above 0 and at most 1, got"])
+
+
+PLACES = {
+    "calibrate": ["--ckpt_path=absent.ckpt", "--budget=0.5"],
+    "prune": ["--ckpt_path=absent.ckpt", "--plan=absent.json"],
+    "report": ["--ckpt_path=absent.ckpt"],
+    "export": ["--ckpt_path=absent.ckpt"],
+    "sweep": ["--ckpt_path=absent.ckpt"],
+    "import": ["--from=absent"],
+    "upcycle": ["--from=absent", "--n_experts=2"],
+    "evaluate": ["--ckpt_path=absent.ckpt", "--text=absent.txt"],
+}
+
+
+@pytest.mark.parametrize("command", PLACES)
+def test_a_place_that_cannot_be_written_is_found_first(
+    command: str, cli: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = f"{tmp_path}/file/folder/result"
+    words = [*PLACES[command], f"--output={output}"]
+    check(cli(command, *words), [f"{output} cannot be written: {tmp_path}/file: Not a directory"])
 
 
 def test_unknown_command(cli: Any) -> None:

@@ -17,7 +17,7 @@ from lightning_dsmoe.analysis.text_models import (
     TransformersText,
     text_loss,
 )
-from lightning_dsmoe.commands import evaluate
+from lightning_dsmoe.commands.evaluate import evaluate
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.upcycling import save_upcycled, upcycle
 from tests.text_models import byte_tokenizer, llama, small_decoder

@@ -1,14 +1,22 @@
 """Text from a model, on the terminal."""
 
+import contextlib
+import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_dsmoe.inference import compile_sparse, load_sparse
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.decoder import Decoder
+from lightning_dsmoe.experts import MixtureOfExperts
+from lightning_dsmoe.inference import SwitchPoints, compile_sparse, load_sparse
 from lightning_dsmoe.routing import SelectionPlan
-from lightning_dsmoe.tokenizers import ByteTokenizer
+from lightning_dsmoe.tokenizers import ByteTokenizer, CharTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +101,65 @@ def test_stop_ends_the_text(cli: Any, trained: Any) -> None:
     assert cli(*words, "--max_new_tokens=60", f"--stop={stop}").out == text[:end] + "\n"
     longer = text[end - 1 : end + 2]
     assert cli(*words, "--max_new_tokens=60", f"--stop={longer}").out == text[: end + 2] + "\n"
+
+
+ON_A_TERMINAL = """
+import os, sys, warnings
+from rich.console import Console
+from rich.progress import track
+from lightning_dsmoe.cli import main
+from lightning_dsmoe.inference import SparseModel
+
+stream = SparseModel.stream
+
+def noisy(*args, **options):
+    for number, piece in enumerate(stream(*args, **options)):
+        if number == 3:
+            os.write(2, b"No CUDA runtime is found\\n")  # as C++ does
+            warnings.warn("foreign")
+            for _ in track([1, 2], "Compiling", console=Console(stderr=True)):
+                pass
+        yield piece
+
+SparseModel.stream = noisy
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_the_text_stays_whole_on_a_terminal(tmp_path: Path) -> None:
+    import pty
+
+    torch.manual_seed(0)
+    points, letters = SwitchPoints(gather_up_to=0), CharTokenizer("abcdefghijklmnopqrstuvwxyz (")
+    heads = partial(MixtureOfAttentionHeads, n_experts=2, n_heads=1, d_head=4)
+    decoder = Decoder(
+        28, 8, 1, attention=heads, feed_forward=partial(MixtureOfExperts, n_experts=2, d_expert=4)
+    )
+    model = compile_sparse(decoder, SelectionPlan(), tokenizer=letters, switch_points=points)
+    model.save(tmp_path / "sparse")
+    options = ["--prompt=main(", "--temperature=0", "--max_new_tokens=12"]
+    words = ["generate", f"--artifact={tmp_path / 'sparse'}", *options]
+    here, there = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *words],
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        env=environment,
+    ) as running:
+        os.close(there)
+        seen = b""
+        with contextlib.suppress(OSError):  # of Linux, when the other end is closed
+            while part := os.read(here, 4096):
+                seen += part
+    os.close(here)
+    assert running.returncode == 0, seen
+    text = model.generate("main(", 12, temperature=0)
+    before, found, after = seen.decode().partition(f"{text}\r\n")
+    assert found, seen
+    assert "\x1b" not in before
+    for said in ("No CUDA runtime is found", "UserWarning: foreign", "Compiling"):
+        assert after.count(said) == 1
+        assert said not in before

@@ -32,4 +32,4 @@ def test_options_are_named_as_they_are_typed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = error_of(["upcycle", "--n_experts=3"], monkeypatch, capsys)
-    assert "required: from\n" in printed
+    assert "required: --from\n" in printed

@@ -218,13 +218,15 @@ def test_an_earlier_page_stays_if_something_goes_wrong(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert cli(*words).code == 0  # which also makes the tokens of the text, if there are none
     (tmp_path / "report.html").write_text("earlier")
 
     def fails(*args: object, **options: object) -> str:
         raise OSError("no space left")
 
     monkeypatch.setattr("lightning_dsmoe.files.Path.write_text", fails)
-    assert cli(*words).errors == ["lightning-dsmoe: error: no space left"]
+    [error] = cli(*words).errors
+    assert "no space left" in error
     assert (tmp_path / "report.html").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 

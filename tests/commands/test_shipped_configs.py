@@ -10,7 +10,7 @@ import yaml
 from lightning import LightningDataModule
 
 from lightning_dsmoe import DSMoELanguageModel
-from lightning_dsmoe.cli import TrainingParser
+from lightning_dsmoe.commands.train import TrainingParser
 from lightning_dsmoe.inference import load_decoder, load_sparse
 from lightning_dsmoe.metrics import count_parameters
 
@@ -26,6 +26,7 @@ FRAGMENTS = [
     "optimizers/muon.yaml",
 ]
 CLOSED_LOOP = ["callbacks/sparsity_target.yaml", "callbacks/sparse_finishing.yaml"]
+SCALES = ["scale/ddp.yaml", "scale/fsdp2.yaml", "scale/slurm.yaml"]
 RECIPES = [
     ["quickstart.yaml"],
     [NANO],
@@ -48,7 +49,7 @@ def overlays(config: Any, names: list[str]) -> list[str]:
 def test_no_configuration_is_forgotten(config: Any) -> None:
     root = Path(config("quickstart.yaml")).parent
     shipped = {str(path.relative_to(root)) for path in root.rglob("*.yaml")}
-    fragments = {*FRAGMENTS, *CLOSED_LOOP}
+    fragments = {*FRAGMENTS, *CLOSED_LOOP, *SCALES}
     shipped.remove("upcycle.yaml")  # needs the directory of a model, and has a test of its own
     assert shipped == {name for recipe in RECIPES for name in recipe} | {*fragments, *PAPER}
 
@@ -131,6 +132,28 @@ def test_a_sparsity_target_and_a_sparse_end_over_the_quickstart(
     [path] = tmp_path.rglob("epoch=0-step=2.ckpt")
     state = torch.load(path)["callbacks"]["SparsityTarget"]
     assert state["factors"] == {"experts": 1.0, "attention": 1.0}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_over_the_quickstart(name: str, cli: Any, config: Any) -> None:
+    printed = cli("fit", *overlays(config, ["quickstart.yaml", name]), "--print_config")
+    assert printed.code == 0, printed.err
+    trainer = yaml.safe_load(printed.out)["trainer"]
+    whole = "SparseCompile" in str(trainer["callbacks"])
+    assert whole == (trainer["strategy"] == "ddp")  # the strategy that shards would refuse it
+    # No flag such as find_unused_parameters: all parameters of every recipe have gradients.
+    assert isinstance(trainer["strategy"], str) or "ModelParallel" in str(trainer["strategy"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "+".join(recipe))
+def test_every_parameter_has_a_gradient_as_ddp_without_flags_asks(
+    recipe: list[str], cli: Any, config: Any, tiny: Any, tmp_path: Path
+) -> None:
+    words = [*overlays(config, recipe), *tiny(tmp_path), "--trainer.max_steps=1"]
+    words += ["--trainer.callbacks=tests.commands.every_gradient.EveryGradient"]
+    fitted = cli("fit", *words)
+    assert fitted.code == 0, fitted.err
+    assert fitted.out.count("every parameter has a gradient") == 1
 
 
 @pytest.mark.parametrize("name", PAPER)

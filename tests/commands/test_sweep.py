@@ -97,7 +97,8 @@ def test_a_stopped_sweep_resumes(
         return evaluate(model, plan, *rest)
 
     monkeypatch.setattr(sweep_module, "evaluate_plan", interrupted)
-    assert cli(*words).errors == ["lightning-dsmoe: error: power failure"]
+    [error] = cli(*words).errors
+    assert "power failure" in error
     first = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["plans"]
     assert len(first) == 3
 

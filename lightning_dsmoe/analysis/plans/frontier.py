@@ -201,13 +201,10 @@ def frontier_figure(results: Mapping[str, PlanResult]) -> "Figure":
             shares, losses = zip(*some, strict=True)
             axes.scatter(shares, losses, s=22, label=label, zorder=2)
     number = knee(points)
-    axes.annotate(
-        f"{names[number]}\n{points[number][0]:.1f} % active",
-        points[number],
-        xytext=(18, 28),
-        textcoords="offset points",
-        arrowprops={"arrowstyle": "->"},
-    )
+    # Its name is in the legend: near the knee, where points are dense, a label would cover some.
+    label = f"knee: {names[number]}, {points[number][0]:.1f} % active"
+    x, y = points[number]
+    axes.scatter(x, y, s=110, facecolors="none", edgecolors="black", label=label, zorder=3)
     axes.set(xlabel="active share of the hidden parameters, %", ylabel="loss, nats per token")
     axes.set(xlim=(0, 103))
     axes.legend()

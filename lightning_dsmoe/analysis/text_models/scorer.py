@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.text_models.text_model import Continuing, TextModel
 from lightning_dsmoe.analysis.text_models.windows import Window
-from lightning_dsmoe.metrics import ActiveParameters, ActiveShare
+from lightning_dsmoe.metrics import ActiveShare
 from lightning_dsmoe.routing import SelectionPlan, ThresholdTopK
 
 _MOST_LOGITS = 2**26  # of a batch, 256 MiB in float32
@@ -65,9 +66,9 @@ class Scorer:
         selections = self.plan.experts, self.plan.attention, *self.plan.layers.values()
         alone = any(isinstance(each, ThresholdTopK) for each in selections)
         self.batch_size = 1 if alone else batch_size
-        self._active: ActiveParameters | None = None
+        self._active: metrics.ActiveParameters | None = None
         if model.counts is not None:
-            self._active = ActiveParameters(
+            self._active = metrics.ActiveParameters(
                 model.counts, sync_on_compute=False
             )  # one rank measures
 

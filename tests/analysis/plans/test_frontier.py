@@ -1,8 +1,11 @@
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lightning_dsmoe.analysis import frontier, knee, sweep_plans
+from lightning_dsmoe.analysis.plans.frontier import frontier_figure
 from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.experts import FeedForward, MixtureOfExperts
@@ -52,3 +55,20 @@ def test_layers_without_a_router_run_whole() -> None:
     )
     assert {"all", "threshold 1.5", "all experts, top 3 attention"} <= set(plans)
     assert not any(name.endswith("all attention") for name in plans)
+
+
+def test_the_figure_names_the_knee_where_no_point_is() -> None:
+    losses = {
+        "all": (1.0, 1.0),
+        "top 1": (0.1, 2.0),
+        "top 2": (0.2, 1.05),
+        "top-p 0.5": (0.5, 1.02),
+    }
+    results: Any = {
+        name: SimpleNamespace(active_share_mean=share, loss=loss)
+        for name, (share, loss) in losses.items()
+    }
+    [axes] = frontier_figure(results).axes
+    _, labels = axes.get_legend_handles_labels()
+    assert labels[-1] == "knee: top 2, 20.0 % active"
+    assert not axes.texts

@@ -11,7 +11,7 @@ import pytest
 from lightning_dsmoe import SelectionPlan, TopK, run_plan
 from lightning_dsmoe.analysis.text_models import DecoderText, Scorer, harness_model
 from lightning_dsmoe.analysis.text_models.tasks import Tasks
-from lightning_dsmoe.commands import evaluate
+from lightning_dsmoe.commands.evaluate import evaluate
 from tests.text_models import CONTEXT, llama, small_decoder
 from tests.text_tasks import NAMES, offline, write_tasks
 

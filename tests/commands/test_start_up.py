@@ -1,0 +1,62 @@
+"""Tools that do not train start without what takes seconds to import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_dsmoe.cli import TOOLS, TRAINING
+from lightning_dsmoe.commands.train import DSMoECLI
+
+SLOW = "{'lightning', 'matplotlib', 'scipy', 'torchmetrics', 'torch._dynamo', 'transformers'}"
+CODES = {
+    "tools": """
+from lightning_dsmoe.cli import TOOLS, main
+import importlib
+for name in TOOLS:
+    TOOLS[name]
+""",
+    "a_tool": """
+import contextlib
+from lightning_dsmoe.cli import main
+with contextlib.suppress(SystemExit):
+    main(["sweep", "--ckpt_path=absent.ckpt"])
+main(["configs"])
+""",
+    "tokenizers": """
+from lightning_dsmoe.data import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
+""",
+    "functions": """
+from lightning_dsmoe.metrics import active_parameters, count_parameters, expert_utilization
+from lightning_dsmoe.attention import MixtureOfAttentionHeads
+from lightning_dsmoe.inference import load_sparse
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", CODES)
+def test_nothing_slow_is_imported(code: str) -> None:
+    asked = f"{CODES[code]}\nimport sys\nprint(sorted({SLOW} & set(sys.modules)))"
+    words = [sys.executable, "-c", asked]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr
+
+
+def test_the_commands_that_train_are_those_of_lightning() -> None:
+    assert set(TRAINING) == set(DSMoECLI.subcommands())
+    assert not set(TRAINING) & set(TOOLS)
+
+
+def test_names_that_are_imported_on_use() -> None:
+    from lightning_dsmoe import cli, data, metrics
+    from lightning_dsmoe.data.text import TextDataModule
+    from lightning_dsmoe.metrics.active_parameters import ActiveParameters
+
+    assert cli.DSMoECLI is DSMoECLI
+    assert data.TextDataModule is TextDataModule
+    assert metrics.ActiveParameters is ActiveParameters
+    assert callable(metrics.expert_utilization)  # rather than the module of that name
+    with pytest.raises(AttributeError, match=r"'lightning_dsmoe\.metrics' has no attribute 'Absen"):
+        metrics.Absent  # noqa: B018
