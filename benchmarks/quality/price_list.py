@@ -159,33 +159,48 @@ def table(found: Sequence[Price]) -> str:
 
 
 def figure(found: Sequence[Price]) -> Figure:
-    """Loss over that of the dense twin, and smallest safe share, against the experts' weight."""
-    drawn = Figure(figsize=(9, 5), layout="constrained")
-    left, right = drawn.subplots(1, 2)
-    keys = dict.fromkeys((price.size, price.steps, price.finishing) for price in found)
-    for number, (size, steps, finishing) in enumerate(keys):
-        line = [p for p in found if (p.size, p.steps, p.finishing) == (size, steps, finishing)]
-        weights = [price.weights[0] for price in line]
-        ending = finishing and f", {finishing}"
-        style = {
-            "color": f"C{number}",
-            "marker": "o",
-            "label": f"{size:.1f} M, {steps:,} steps{ending}",
-        }
-        if all(price.over_dense is not None for price in line):
-            left.plot(weights, [100 * (price.over_dense or 0.0) for price in line], **style)
-        right.plot(weights, [100 * price.safe_share for price in line], **style)
-    left.axhline(0, color="black", linestyle="--", linewidth=1)
-    left.set(ylabel="loss with all experts over the dense twin's, %")
-    right.set(ylabel="smallest safe active share, %", ylim=(0, None))
-    ticks = sorted({price.weights[0] for price in found})
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="MI weight of the feed-forward experts")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-    below = {"loc": "outside lower center", "ncols": 2, "fontsize": "small"}
-    drawn.legend(*right.get_legend_handles_labels(), **below)
+    """Loss over that of the dense twin against smallest safe share, a line for each training.
+
+    Lines join plain trainings and are labelled with the experts' MI weight; what was finished under
+    a plan is a star, numbered in the legend.
+    """
+    drawn = Figure(figsize=(9, 7.5), layout="constrained")
+    axes = drawn.subplots()
+    known = [price for price in found if price.over_dense is not None]
+    sizes = list(dict.fromkeys((price.size, price.steps) for price in known))
+    finished = sorted((p for p in known if p.finishing), key=lambda p: p.safe_share)
+    beside = (-12, -4), (-4, -17), (-4, 9), (9, -4)  # by turns: neighbours are close to each other
+    for number, (size, steps) in enumerate(sizes):
+        line = [p for p in known if (p.size, p.steps) == (size, steps) and not p.finishing]
+        points = [_point(price) for price in line]
+        if points:
+            style = {"color": f"C{number}", "label": f"{size:.1f} M, {steps:,} steps"}
+            axes.plot(*zip(*points, strict=True), "o-", **style)
+        for price, point in zip(line, points, strict=True):
+            label = f"{price.weights[0]:g}"
+            axes.annotate(label, point, (5, 6), textcoords="offset points", color=f"C{number}")
+    for number, price in enumerate(finished, start=1):
+        color = f"C{sizes.index((price.size, price.steps))}"
+        label = (
+            f"{number}: {price.size:.1f} M, {price.steps:,} steps, {price.weights[0]:g}, "
+            f"finished under {price.finishing}"
+        )
+        point = _point(price)
+        axes.plot(*point, "*", color=color, markersize=11, label=label)
+        offset = beside[(number - 1) % len(beside)]
+        axes.annotate(f"{number}", point, offset, textcoords="offset points", color=color)
+    axes.axhline(0, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="loss with all experts over the dense twin's, %")
+    axes.margins(0.08)
+    axes.set(xlabel="smallest safe active share, %; at points: MI weights")
+    drawn.legend(loc="outside lower center", fontsize="small")
     return drawn
+
+
+def _point(price: Price) -> tuple[float, float]:
+    """Where a price is drawn, in per cent."""
+    assert price.over_dense is not None
+    return 100 * price.safe_share, 100 * price.over_dense
 
 
 def _loss(run: Run) -> float:

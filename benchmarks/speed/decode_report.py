@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from benchmarks.speed.sparse_models import PLANS, ds_moe, hidden_share
+
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
@@ -53,24 +55,24 @@ def table(results: dict[str, Any]) -> str:
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
-    """Tokens per second against batch size and against active share."""
+    """Speed over the dense twin's against batch size and against active share."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    sizes = [int(size) for size in results["batch_sizes"]]
-    for name in ("twin", "P1", "P2", "P3"):
-        rates = [sides[name]["tokens_per_second"] for sides in results["batch_sizes"].values()]
-        style = "k--" if name == "twin" else "o-"
-        label = "dense twin" if name == "twin" else name
-        left.loglog(sizes, rates, style, base=2, markersize=4, label=label)
-    for axis in (left.xaxis, left.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-    left.set(xlabel="batch size, sequences", ylabel="tokens/s")
-    left.legend()
-    shares = [100 * row["share"] for row in results["shares"]]
-    right.plot(shares, [row["tokens_per_second"] for row in results["shares"]], "o-", markersize=4)
-    dense = results["shares"][-1]["tokens_per_second"] / results["shares"][-1]["over_twin"]
-    right.axhline(dense, color="black", linestyle="--", label="dense twin")
-    right.set(xlabel="active share of the hidden parameters, %", ylabel="tokens/s, one sequence")
-    right.set(xlim=(0, 104), ylim=(0, None))
-    right.legend()
+    batches = results["batch_sizes"]
+    decoder = ds_moe()
+    for name, plan in PLANS.items():
+        ratios = [sides[name]["ratio"] for sides in batches.values()]
+        label = f"{name}: {hidden_share(decoder, plan):.0%} active"
+        left.plot([int(size) for size in batches], ratios, "o-", markersize=4, label=label)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.set(xlabel="batch size, sequences", ylabel="speed over the dense twin's")
+    rows = results["shares"]
+    shares, ratios = [100 * row["share"] for row in rows], [row["over_twin"] for row in rows]
+    right.plot(shares, ratios, "o-", markersize=4, label="one sequence")
+    right.set(xlabel="active share of the hidden parameters, %", xlim=(0, 104))
+    for axes in (left, right):
+        axes.axhline(1, color="black", linestyle="--", label="dense twin")
+        axes.set(ylim=(0, None))
+        axes.legend()
     drawn.savefig(path, dpi=150)

@@ -1,0 +1,1 @@
+"""What training on many GPUs should take: `python -m benchmarks.scale`."""
