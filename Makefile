@@ -14,7 +14,7 @@ NEWEST_STAMP := $(NEWEST)/.installed-$(shell date +%F)
 NEWEST_PIP := $(NEWEST)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-newest docs check format gpu clean
+.PHONY: help demo test test-fast test-newest stress docs check format gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -30,6 +30,9 @@ test-fast: $(STAMP) ## set up, then run the tests that train, compile and start 
 
 test-newest: $(NEWEST_STAMP) ## all tests with the newest of every dependency; downloads gigabytes of CUDA
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+stress: $(STAMP) ## thousands of damaged files for each reader, of which `make test` has a sample
+	STRESS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/stress
 
 docs: $(DOCS_STAMP) ## build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

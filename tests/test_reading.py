@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 
-from lightning_dsmoe.reading import Bounds, Count, ShortText, check_json, check_version
+from lightning_dsmoe.reading import Bounds, Count, ShortText, check_json, check_version, shown
 
 
 class Point(NamedTuple):
@@ -97,3 +97,14 @@ def test_messages_stay_short() -> None:
         with pytest.raises(ValueError, match="text") as raised:
             check_json("it", data, {"text": ShortText})
         assert len(str(raised.value)) < 200
+
+
+def test_values_are_shown_in_one_short_line() -> None:
+    class Matrix:
+        def __repr__(self) -> str:
+            return "[[1,\n  2]]"
+
+    assert shown(Matrix()) == "[[1, 2]]"
+    assert shown("a\nb") == r"'a\nb'"
+    for long in ("x" * 10**5, [["x" * 99] * 99] * 99, {"x" * 10**5: Matrix()}):
+        assert len(shown(long)) <= 200

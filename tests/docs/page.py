@@ -83,7 +83,7 @@ def shortened(words: list[str]) -> list[str]:
     if command == "generate":
         return [*words, "--max_new_tokens=3"]
     if command == "fit":
-        several = DEVICES in words or "sharded.yaml" in words
+        several = DEVICES in words or any("/scale/" in word for word in words)
         rest = ["--print_config"] if several and "--print_config" not in words else []
         own = [] if any("files" in word for word in words) else [FILES]
         phase = [STEPS] if any(word.endswith(PHASES) for word in words) else []

@@ -13,7 +13,7 @@ import torch
 
 from lightning_dsmoe import load_sparse
 from lightning_dsmoe.cli import cli_main
-from lightning_dsmoe.commands import certify
+from lightning_dsmoe.commands.certify import certify
 from lightning_dsmoe.inference import load_decoder
 from lightning_dsmoe.routing import SelectionPlan, Threshold, TopK
 
