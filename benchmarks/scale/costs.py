@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.scale.counts import Counts
 from lightning_dsmoe.peak_flops import peak_flops
+from lightning_dsmoe.training.strategies import stack_placement
 
 GPUS_OF_A_NODE = 8
 KERNELS = 0.6
@@ -85,7 +86,7 @@ def padded(shape: torch.Size, gpus: int) -> int:
     Shards are along the first axis, padded to be equal: 32 experts on 1,024 GPUs are sent as 1,024.
     Stacks of fewer experts than GPUs are sharded along their rows, where these come out even.
     """
-    if len(shape) == 3 and shape[0] < gpus and shape[1] % gpus == 0:
+    if stack_placement(shape, gpus) is not None:
         return prod(shape)
     return ceil(shape[0] / gpus) * gpus * prod(shape[1:])
 

@@ -1,7 +1,6 @@
 """Sparse models from checkpoints and plans."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -29,11 +28,11 @@ def compile(  # a tool has the name of its command
         output: directory of the sparse model; an earlier one there is replaced.
 
     Raises:
-        ValueError: if the checkpoint is invalid, or the plan does not match the model.
+        ValueError: if the checkpoint is invalid, the plan does not match the model, or `output`
+            cannot be written.
         FileExistsError: if something else than a sparse model is at `output`.
-        PermissionError: if `output` cannot be written.
     """
-    _check_place(Path(output))
+    check_free(Path(output))
     loaded = load_decoder(ckpt_path)
     chosen = read_plan(plan, loaded.decoder)
     with Console(stderr=True).status(f"writing {output}"):
@@ -42,14 +41,3 @@ def compile(  # a tool has the name of its command
     size = model.report().n_bytes
     print(f"{output} holds a sparse model of {size / 2**20:.3g} MiB. To try it:")
     print(f"lightning-dsmoe generate --artifact {output}")
-
-
-def _check_place(output: Path) -> None:
-    """Raise an OSError if a directory cannot be written there; before the work, not after it."""
-    check_free(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix="."):
-            pass
-    except OSError as error:
-        raise PermissionError(f"output {output} cannot be written: {error.strerror}") from None
