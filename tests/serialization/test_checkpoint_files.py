@@ -102,6 +102,7 @@ def test_other_checkpoints(changes: dict[str, Any], message: str, forge: Forge) 
         load_decoder(forge(**changes))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # of torch 2.15
 @pytest.mark.parametrize(
     "tensor",
     [

@@ -90,5 +90,6 @@ def sort_on_device(
         expert_P,
         gates_NE[token_P, expert_P],
         place_EN.T.topk(most, dim=1, largest=False).values,
-        counted_EN[:, -1].int(),
+        # Of one expert too the stride must be 1, which PyTorch 2.15 asks for.
+        counted_EN[:, -1].to(torch.int32, memory_format=torch.contiguous_format),
     )

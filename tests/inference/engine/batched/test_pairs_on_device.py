@@ -40,6 +40,7 @@ def test_pairs_are_those_that_run(active: str, n_tokens: int, n_experts: int, ro
     n_pairs = sum(counts) + room
     pairs = sort_on_device(gates_NE, active_NE, n_pairs=n_pairs, most=most)
     assert pairs.ends_E.dtype == torch.int32
+    assert pairs.ends_E.stride() == (1,)
     assert pairs.ends_E.tolist() == torch.tensor(counts).cumsum(0).tolist()
     spare = n_pairs  # one more than there is room for, so that no expert ends at the last
     assert len(pairs.token_P) == len(pairs.expert_P) == len(pairs.gate_P) == spare + 1

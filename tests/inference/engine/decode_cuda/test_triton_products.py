@@ -1,6 +1,5 @@
 """The Triton kernel against a loop over slots: on a GPU, or in Triton's interpreter without one."""
 
-import os
 from types import ModuleType
 
 import pytest
@@ -30,8 +29,6 @@ from ..conftest import (
 from .test_step import in_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 pytest.importorskip("triton")
 
 SIZES = [(1, 1), (8, 16), (40, 20), (33, 70), (130, 600)]
