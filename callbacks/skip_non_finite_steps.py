@@ -13,7 +13,7 @@ from lightning_dsmoe.training.bad_step import (
     StepLosses,
     details,
     gradient_norm,
-    position,
+    of_all_ranks,
     problem_of,
 )
 
@@ -26,10 +26,11 @@ class SkipNonFiniteSteps(Callback):
 
     A step is left out by taking its gradients away, those of all accumulated batches together:
     weights and the states of the optimizer stay as they are. Steps and the schedule of the learning
-    rate count on. All ranks leave out a step, or none. Each is told in a warning, with the position
-    of its batch in the data; one step more than `limit` ends training with an error that shows the
-    values in the layers. `train/skipped_steps` is logged whenever it grows, and is saved in
-    checkpoints, so that the limit holds over all resumed parts of a run.
+    rate count on. All ranks leave out a step, or none. Each is told in a warning, with the ranks
+    whose step is bad and the position of a batch of theirs in the data; one step more than `limit`
+    ends training with an error that shows the values in the layers. `train/skipped_steps` is logged
+    whenever it grows, and is saved in checkpoints, so that the limit holds over all resumed parts
+    of a run.
 
     Where the precision scales gradients (`precision="16-mixed"`), it leaves out steps by itself, as
     a part of finding the scale, and this callback does nothing.
@@ -81,7 +82,7 @@ class SkipNonFiniteSteps(Callback):
             problem = problem_of(pl_module, self._losses, norm)
             # Strategies that average no losses and no gradients of shards let ranks disagree.
             if not trainer.strategy.reduce_boolean_decision(not problem, all=True):
-                self._skip(trainer, pl_module, optimizer, problem or "another rank's step is bad")
+                self._skip(trainer, pl_module, optimizer, problem)
         self._losses.clear()
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -91,6 +92,7 @@ class SkipNonFiniteSteps(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, problem: str
     ) -> None:
         self.skipped += 1
+        problem, where = of_all_ranks(trainer, self._losses, problem)
         if self.skipped > self.limit:
             raise FloatingPointError(
                 f"{problem}; no step was taken, and limit={self.limit} others of this run were "
@@ -99,8 +101,7 @@ class SkipNonFiniteSteps(Callback):
         optimizer.zero_grad(set_to_none=True)
         log_scalars(trainer, {"train/skipped_steps": float(self.skipped)})
         rank_zero_warn(
-            f"{problem}; the step is left out, {self.skipped} of at most {self.limit} "
-            f"({position(trainer)})"
+            f"{problem}; the step is left out, {self.skipped} of at most {self.limit} ({where})"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jsonargparse
 from lightning_dsmoe.commands.console import console_output, stop_quietly
 from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, in_one_line
 from lightning_dsmoe.commands.tools import COMMON_OPTIONS, TOOLS, Help
-from lightning_dsmoe.commands.vulnerable import vulnerable_packages
+from lightning_dsmoe.commands.vulnerable import warn_of_vulnerable_packages
 from lightning_dsmoe.imports import imported_on_use
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         with console_output():
-            for line in vulnerable_packages():
-                print(f"lightning-dsmoe: warning: {line}", file=sys.stderr)
+            warn_of_vulnerable_packages()
             modules = _import_modules(words)
             sys.argv[1:] = words
             _run(words, modules)

@@ -4,6 +4,8 @@ The ranges in pyproject.toml exclude them, but `pip install --no-deps`, or anoth
 installed later, can bring one back.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -51,7 +53,21 @@ VULNERABILITIES = (  # of each package the worst first
     ),
 )
 
-FLOORS = {"lightning": "2.6.6", "pytorch-lightning": "2.6.6", "torch": "2.10"}
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+"""Variables with the number of a process, which torchrun, Lightning and SLURM set."""
+
+
+def floor(package: str) -> str:
+    """The first version of a package without any of its vulnerabilities."""
+    return max((each.before for each in VULNERABILITIES if each.package == package), key=Version)
+
+
+def warn_of_vulnerable_packages() -> None:
+    """Name vulnerable packages, by the first of the processes of a run alone."""
+    if any(int(os.environ.get(name) or 0) for name in _RANKS):
+        return
+    for line in vulnerable_packages():
+        print(f"lightning-dsmoe: warning: {line}", file=sys.stderr)
 
 
 def vulnerable_packages() -> Iterator[str]:
@@ -64,4 +80,4 @@ def vulnerable_packages() -> Iterator[str]:
             continue
         if each.package not in told and each.is_in(installed):
             told.add(each.package)
-            yield f"{each.package} {installed} {each.what}; take {FLOORS[each.package]} or newer"
+            yield f"{each.package} {installed} {each.what}; take {floor(each.package)} or newer"

@@ -1,74 +1,32 @@
 """Folders of sharded checkpoints, as `torch.distributed.checkpoint` writes them, read as data only.
 
 Such a folder has an index, `.metadata`, a file of shards for each process that wrote it, and
-`meta.pt` for all else, which Lightning writes last. The index is a pickle that torch reads without
-any limit, and so are the shards that are no tensors. Here the index is unpickled into stand-ins
-for torch's classes, which do nothing, and its names, sizes and places are checked before any of
-them is used. So a folder of a stranger runs no code and takes no more memory than its files.
+`meta.pt` for all else, which Lightning writes last. Names, sizes and places in the index are
+compared with the files before any of them is used, and values that are no tensors, which torch
+would unpickle, have to be data: a folder of a stranger runs no code, is read nowhere else than in
+itself, and makes no tensors that are larger than its files.
 """
 
 import math
-import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dsmoe.reading import shown
 from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.serialization.sharded_index import Entry, Index, Place, Shard, parse_index
 
 META = "meta.pt"
 """What is in a folder beside shards; a folder without it is incomplete."""
 _INDEX = ".metadata"
 _MAX_INDEX_BYTES = 2**30
 _SHARD_NAME = re.compile(r"__\d+_\d+\.distcp")
-_FOLDERS_OF_DATA = re.compile(r"state_dict|optimizer_\d+")
-Sizes = tuple[int, ...]
-
-
-class Place(NamedTuple):
-    """Where a shard is, with the names that torch's reader of files knows.
-
-    Args:
-        relative_path: name of a file in the folder.
-        offset: first byte of the shard, which is a file of `torch.save` by itself.
-        length: its number of bytes.
-        transform_descriptors: how bytes were compressed; they never are.
-    """
-
-    relative_path: str
-    offset: int
-    length: int
-    transform_descriptors: None = None
-
-
-class Shard(NamedTuple):
-    """A part of a tensor; of a value that is no tensor, all of it, with no offsets and sizes."""
-
-    offsets: Sizes
-    sizes: Sizes
-    place: Place
-
-
-class Entry(NamedTuple):
-    """A value in a folder: where it belongs, and its shards; type and size of a tensor."""
-
-    path: tuple[str | int, ...]
-    shards: tuple[Shard, ...]
-    dtype: torch.dtype | None = None
-    size: Sizes = ()
-
-    def on_meta(self) -> Tensor:
-        """A tensor of this type and size that takes no memory."""
-        return torch.empty(self.size, dtype=self.dtype, device="meta")
-
-
-Index = dict[str, Entry]
-"""The values of a folder by their names."""
 
 
 def is_complete(folder: Path) -> bool:
@@ -141,13 +99,9 @@ def read_index(folder: Path) -> Index:
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise ValueError(f"{_INDEX} is larger than {_MAX_INDEX_BYTES} bytes")
     try:
-        raw = _Unpickler(BytesIO(path.read_bytes())).load()
-        index = dict(_entries(raw.state))
-    except pickle.UnpicklingError as error:
+        index = parse_index(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{_INDEX} {error}") from None
-    except Exception as error:  # whatever a damaged pickle and what it builds may raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{_INDEX} is damaged: {reason:.200}") from None
     _check_places(folder, index)
     return index
 
@@ -173,102 +127,6 @@ def _check_complete(folder: Path) -> None:
         )
 
 
-class _StandIn:
-    """An object of a class that is not imported: what it was made with, and its state."""
-
-    state: Any = None
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    # Also of the class itself, so that no pickle sets an attribute of it.
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Tensors(_StandIn):
-    pass
-
-
-class _Place(_StandIn):
-    pass
-
-
-class _Name(_StandIn):
-    pass
-
-
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-_KNOWN: Mapping[tuple[str, str], Any] = {
-    (_METADATA_MODULE, "Metadata"): _StandIn,
-    (_METADATA_MODULE, "StorageMeta"): _StandIn,
-    (_METADATA_MODULE, "BytesStorageMetadata"): _StandIn,
-    (_METADATA_MODULE, "TensorStorageMetadata"): _Tensors,
-    (_METADATA_MODULE, "TensorProperties"): _StandIn,
-    (_METADATA_MODULE, "ChunkStorageMetadata"): _StandIn,
-    (_METADATA_MODULE, "MetadataIndex"): _Name,
-    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _StandIn,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Place,
-    ("torch.serialization", "_get_layout"): _StandIn,
-    ("torch", "Size"): tuple,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but stand-ins, tuples and types of numbers."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (found := _KNOWN.get((module, name))) is not None:
-            return found
-        if module.partition(".")[0] == "pathlib":
-            return _StandIn
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"holds more than data: {module}.{name}")
-
-
-def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Entry]]:
-    """The entries of an unpickled index; any error means that it is damaged."""
-    places: dict[tuple[str, Sizes | None], Place] = {}
-    for name, place in raw["storage_data"].items():
-        if not (isinstance(name, _Name) and isinstance(place, _Place)):
-            raise TypeError("places of shards")
-        offset = name.state.get("offset")
-        places[name.state["fqn"], None if offset is None else _sizes(offset)] = Place(**place.state)
-    for name, given in raw["state_dict_metadata"].items():
-        path = raw["planner_data"][name]
-        if not (
-            isinstance(path, tuple)
-            and len(path) > 1
-            and all(isinstance(key, str | int) for key in path)
-            and isinstance(path[0], str)
-            and _FOLDERS_OF_DATA.fullmatch(path[0])
-        ):
-            raise ValueError(f"unknown name {name!r:.200}")
-        if not isinstance(given, _Tensors):
-            yield name, Entry(path, (Shard((), (), places[name, None]),))
-            continue
-        dtype, size = given.state["properties"].state[0], _sizes(given.state["size"])
-        shards = []
-        for chunk in given.state["chunks"]:
-            offsets, sizes = _sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])
-            ends = [start + n for start, n in zip(offsets, sizes, strict=True)]
-            if any(end > n for end, n in zip(ends, size, strict=True)):
-                raise ValueError(f"a shard of {name!r:.200} does not fit into it")
-            shards.append(Shard(offsets, sizes, places[name, offsets]))
-        if math.prod(size) != sum(math.prod(shard.sizes) for shard in shards):
-            raise ValueError(f"the shards of {name!r:.200} are not all of it")
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"the type of {name!r:.200}")
-        yield name, Entry(path, tuple(shards), dtype, size)
-
-
-def _sizes(given: Any) -> Sizes:
-    if not isinstance(given, tuple) or not all(isinstance(n, int) and n >= 0 for n in given):
-        raise ValueError(f"sizes {given!r:.200}")
-    return given
-
-
 def _check_places(folder: Path, index: Index) -> None:
     """Raise a ValueError if shards are not where they should be, or need more memory than bytes."""
     used: dict[str, int] = {}
@@ -276,7 +134,7 @@ def _check_places(folder: Path, index: Index) -> None:
         for shard in entry.shards:
             file, offset, length, transforms = shard.place
             if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file) or transforms:
-                raise ValueError(f"{name!r:.200} is in {file!r:.200}, which is no file of shards")
+                raise ValueError(f"{name!r:.200} is in {shown(file)}, which is no file of shards")
             path = folder / file
             if not path.is_file() or path.is_symlink():
                 raise ValueError(f"{file} is missing, with a part of {name!r:.200}")

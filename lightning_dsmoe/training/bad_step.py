@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -89,6 +90,29 @@ def problem_of(module: LightningModule, losses: StepLosses, norm: Tensor) -> str
         f"the gradient is not finite at step {module.global_step}, batch "
         f"{trainer.fit_loop.batch_idx} ({names or 'its norm'})"
     )
+
+
+def of_all_ranks(trainer: Trainer, losses: StepLosses, problem: str) -> tuple[str, str]:
+    """What is not finite on which ranks, and where a batch of theirs stands in the data.
+
+    Call on all ranks, of which at least one has a problem. Gradients may be shared, so ranks whose
+    own loss is not finite are named alone.
+
+    Args:
+        trainer: the Trainer.
+        losses: those of the batches of the step on this rank.
+        problem: what `problem_of` said on this rank.
+    """
+    mine = (problem, position(trainer), losses.all_finite())
+    if trainer.world_size == 1:
+        return mine[:2]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    bad = {rank: each for rank, each in enumerate(told) if each[0]}
+    causes = {rank: each for rank, each in bad.items() if not each[2]} or bad
+    said, where, _ = next(iter(causes.values()))
+    ranks = _listed(map(str, causes))
+    return f"rank{'s' * (len(causes) > 1)} {ranks}: {said}", where
 
 
 def details(module: LightningModule, batch: Any) -> str:

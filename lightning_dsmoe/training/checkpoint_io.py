@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_dsmoe.files import hidden_beside
 from lightning_dsmoe.folders import put_in_place, remove
 from lightning_dsmoe.serialization.checkpoint import read_any
-from lightning_dsmoe.serialization.sharded_folder import check_replaceable
+from lightning_dsmoe.serialization.sharded_folder import META, check_replaceable
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -61,7 +61,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise OSError(reason.errno, message, str(place)) from error
         finally:
             hidden.unlink(missing_ok=True)
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint; a folder is renamed first, so that no part of it keeps its name.
@@ -75,6 +75,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return
         hidden = hidden_beside(place)
         place.rename(hidden)
+        # First, so that a killed process leaves nothing that looks like one about to be renamed.
+        remove(hidden / META)
         remove(hidden)
 
     def load_checkpoint(
@@ -105,8 +107,8 @@ def _is_remote(path: str | Path) -> bool:
     return any(sign in str(path) for sign in ("://", "::"))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a crash of the machine, where the system can sync a folder."""
+def sync_folder(folder: Path) -> None:
+    """Make new names survive a crash of the machine, where the system can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -20,7 +20,8 @@ LAUNCHER = "LIGHTNING_DSMOE_LAUNCHER"
 GRACE = 20.0
 """Seconds in which a process ends by itself after a failure elsewhere or a signal."""
 _POLL = 1.0
-_FAILED = "lightning_dsmoe/failed"
+_FAILED = "lightning_dsmoe/failed/{}"
+"""Key in the store of a group, which one run after another may use, with the number of a run."""
 _NOTE = "another process of this run failed first"
 _PEER_GONE = re.compile(
     r"gloo.*Connection (closed|reset) by peer|nccl.*remote process exit", re.DOTALL | re.IGNORECASE
@@ -42,12 +43,16 @@ class EndTogether(Callback):
     seconds, as in a long validation, ends the process.
     """
 
+    _runs = 0
+    """Those of this process, which other ranks have begun as many of."""
+
     def __init__(self) -> None:
         self._signal = 0
         self._signal_time: float | None = None
         self._failure_time: float | None = None
         self._handlers: dict[int, Any] = {}
         self._group: dist.ProcessGroup | None = None
+        self._failed = _FAILED.format(0)
         self._done = threading.Event()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -55,10 +60,14 @@ class EndTogether(Callback):
         self._done.set()  # for the watch of an earlier run
         self._done = threading.Event()
         if trainer.world_size > 1 and dist.is_initialized():
+            EndTogether._runs += 1
+            self._failed = _FAILED.format(EndTogether._runs)
             # On the host: a GPU would be waited for at the end of each batch.
             self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
             watch = threading.Thread(
-                target=self._watch, args=(default_store().clone(), self._done), daemon=True
+                target=self._watch,
+                args=(default_store().clone(), self._failed, self._done),
+                daemon=True,
             )
             watch.start()
 
@@ -98,7 +107,10 @@ class EndTogether(Callback):
             return
         self._signal, self._signal_time = 0, None
         if agreed != signal.SIGTERM:
-            self._handlers[agreed](agreed, None)  # Lightning's: saves, and asks for the queue
+            # Saves on all ranks, and asks for the queue; that of Lightning, if it is not the one
+            # that was there. Off the main thread nothing is registered, and others wait to save.
+            connector: Any = trainer._signal_connector  # type: ignore[attr-defined]
+            self._handlers.get(agreed, connector._slurm_sigusr_handler_fn)(agreed, None)
             return
         error = SIGTERMException()
         for callback in trainer.checkpoint_callbacks:
@@ -118,7 +130,7 @@ class EndTogether(Callback):
             return
         mine = f"rank {trainer.global_rank}"
         try:
-            first = default_store().compare_set(_FAILED, "", mine).decode()
+            first = default_store().compare_set(self._failed, "", mine).decode()
         except RuntimeError:  # the process with the store is gone
             first = ""
         if first != mine:
@@ -127,7 +139,7 @@ class EndTogether(Callback):
         # Callbacks that come next, such as one that saves the weights, then wait for nobody.
         dist.destroy_process_group()
 
-    def _watch(self, store: Any, done: threading.Event) -> None:
+    def _watch(self, store: Any, failed_key: str, done: threading.Event) -> None:
         parent = os.getppid() if _parent_is_of_this_run() else None
         while not done.wait(_POLL):
             now = time.monotonic()
@@ -135,7 +147,7 @@ class EndTogether(Callback):
                 os._exit(1)
             if self._failure_time is None:
                 try:
-                    failed = store.check([_FAILED])
+                    failed = store.check([failed_key])
                 except RuntimeError:
                     failed = True
                 self._failure_time = now if failed else None

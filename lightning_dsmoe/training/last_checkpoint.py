@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.serialization.archive import check_archive
-from lightning_dsmoe.serialization.sharded_folder import META, is_complete, read_index
-from lightning_dsmoe.training.leftovers import leftovers
+from lightning_dsmoe.serialization.sharded_folder import META, read_index
+from lightning_dsmoe.training.leftovers import is_written, leftovers
 
 _SHOWN = 3
 
@@ -103,7 +103,7 @@ def _earlier_versions(trainer: Trainer) -> list[Path]:
 def _candidates(folder: Path) -> list[Path]:
     """Checkpoints of a folder, with those that a killed run was about to put into their places."""
     names = list(folder.glob(f"[!.]*{ModelCheckpoint.FILE_EXTENSION}"))
-    names += [path for path in leftovers(folder) if path.is_dir() and is_complete(path)]
+    names += [path for path in leftovers(folder) if is_written(path)]
     return [path for path in names if path.exists()]
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dsmoe.folders import remove
+from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.serialization.sharded_folder import META, read_index
 
 _NAME = re.compile(r"\..+\.ckpt\.[0-9a-f]{32}(\.old)?")
 """As `files.hidden_beside` names what takes the place of a checkpoint."""
@@ -26,10 +29,26 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.glob(".*") if _NAME.fullmatch(path.name)]
 
 
+def is_written(path: Path) -> bool:
+    """Whether a hidden checkpoint is written to its end, so that only its name was missing.
+
+    Args:
+        path: the file or folder.
+    """
+    try:
+        if path.is_dir():
+            read_index(path)
+        check_archive(path / META if path.is_dir() else path, checksums=False)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def remove_leftovers(trainer: Trainer) -> None:
     """Delete leftovers from the folders of a run, but for the one that it was resumed from.
 
-    What changed in the last hour stays, and an earlier checkpoint that nothing has replaced.
+    What changed in the last hour stays, an earlier checkpoint that nothing has replaced, and, with
+    a warning, one that is whole and newer than all others: it may be all of a run's last hours.
 
     Args:
         trainer: has begun to train.
@@ -37,13 +56,30 @@ def remove_leftovers(trainer: Trainer) -> None:
     if not trainer.is_global_zero:
         return
     resumed = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).resolve()
-    for callback in trainer.checkpoint_callbacks:
-        dirpath = str(getattr(callback, "dirpath", None) or "")
-        if not isinstance(callback, ModelCheckpoint) or not dirpath or "://" in dirpath:
-            continue
-        for path in leftovers(Path(dirpath).expanduser()):
-            if path.resolve() != resumed and not _is_needed(path):
-                remove(path)
+    places = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    # Under SLURM, checkpoints for the next run of a job are in the last one.
+    for place in {str(each) for each in (*places, trainer.default_root_dir) if each}:
+        if "://" not in place:
+            _clean(Path(place).expanduser(), resumed)
+
+
+def _clean(folder: Path, resumed: Path | None) -> None:
+    found = [path for path in leftovers(folder) if path.resolve() != resumed]
+    if not found:
+        return
+    others = [*folder.glob(f"[!.]*{ModelCheckpoint.FILE_EXTENSION}")]
+    if resumed is not None and resumed.parent == folder.resolve():
+        others.append(resumed)
+    latest = max((path.stat().st_mtime_ns for path in others if path.exists()), default=0)
+    kept = [path for path in found if path.stat().st_mtime_ns > latest and is_written(path)]
+    if kept:
+        rank_zero_warn(
+            f"{', '.join(map(str, kept))} is a whole checkpoint, which a run that was killed could "
+            "not rename, newer than all others there: resume from it with ckpt_path, or delete it"
+        )
+    for path in found:
+        if path not in kept and not _is_needed(path):
+            remove(path)
 
 
 def _is_needed(path: Path) -> bool:

@@ -32,7 +32,8 @@ from lightning_dsmoe.files import hidden_beside
 from lightning_dsmoe.folders import put_in_place, remove
 from lightning_dsmoe.serialization import sharded_folder
 from lightning_dsmoe.serialization.checkpoint import check_state, read_any
-from lightning_dsmoe.serialization.sharded_folder import Index
+from lightning_dsmoe.serialization.sharded_index import Index
+from lightning_dsmoe.training.checkpoint_io import sync_folder
 from lightning_dsmoe.training.rank_zero import on_rank_zero
 
 _FULL = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -108,12 +109,20 @@ class SafeModelParallelStrategy(ModelParallelStrategy):
 
 
 def _finish(checkpoint: dict[str, Any], hidden: Path, place: Path) -> None:
-    """Complete a folder of shards, and put it into its place."""
+    """Complete a folder of shards, and put it into its place if all of them are in it."""
     with (hidden / sharded_folder.META).open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+    try:
+        sharded_folder.read_index(hidden)
+    except ValueError as error:  # such as shards of another machine, on a disk of its own
+        raise OSError(
+            f"no checkpoint was written: {error}; all machines have to see {place.parent}"
+        ) from None
+    sync_folder(hidden)
     put_in_place(hidden, place)
+    sync_folder(place.parent)
 
 
 def _load_file(

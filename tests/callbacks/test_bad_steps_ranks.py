@@ -1,6 +1,7 @@
 """Two processes leave out the same steps, and measure routers as one does."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def make_trainer(strategy: Any, devices: int, *callbacks: Callback) -> Trainer:
 def skip(strategy: Any) -> dict[str, Any]:
     spoil, skipping = SpoilOneRank(), SkipNonFiniteSteps(limit=1)
     trainer = make_trainer(strategy(), 2, spoil, skipping)
-    trainer.fit(make_model(), UnevenData())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(make_model(), UnevenData())
     stopped = ""
     try:
         make_trainer(strategy(), 2, SpoilOneRank(), SkipNonFiniteSteps(limit=0)).fit(
@@ -74,6 +77,7 @@ def skip(strategy: Any) -> dict[str, Any]:
         "changed": changed,
         "finite": bool(spoil.weights[-1].isfinite().all()),
         "stopped": stopped,
+        "warned": [str(each.message) for each in told if "is left out" in str(each.message)],
     }
 
 
@@ -105,5 +109,10 @@ def test_two_ranks_leave_out_the_same_steps_and_share_their_tokens(tmp_path: Pat
             assert f"rank {rank} of 2" in stopped
             assert "largest outputs: decoder.embedding" in stopped
         assert found["effective"] == pytest.approx(one, rel=1e-6)
-    assert "the loss is nan at step 1, batch 1" in ranks[1]["ddp"]["stopped"]
-    assert "another rank" in ranks[0]["ddp"]["stopped"]
+    for strategy in ("ddp", "fsdp2"):
+        for found in ranks:
+            stopped = found[strategy]["stopped"]
+            assert stopped.startswith("rank 1: the loss is nan at step 1, batch 1; no step")
+        [warned] = ranks[0][strategy]["warned"]
+        assert warned.startswith("rank 1: the loss is nan at step 1, batch 1; the step is left")
+        assert "(epoch 0, batch 1 of the epoch, rank 1 of 2" in warned

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from lightning_dsmoe.commands import vulnerable
-from lightning_dsmoe.commands.vulnerable import VULNERABILITIES, vulnerable_packages
+from lightning_dsmoe.commands.vulnerable import VULNERABILITIES, floor, vulnerable_packages
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> list[str]:
@@ -58,8 +58,8 @@ def test_the_ranges_of_the_package_exclude_all_of_them() -> None:
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     ranges = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
     for each in VULNERABILITIES:
-        assert vulnerable.FLOORS[each.package] in ranges[each.package]
-        assert not each.is_in(vulnerable.FLOORS[each.package])
+        assert floor(each.package) in ranges[each.package]
+        assert not each.is_in(floor(each.package))
         assert not any(bad in ranges[each.package] for bad in (*each.only, "1.0"))
 
 
@@ -70,3 +70,13 @@ def test_the_command_line_says_so(cli: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert [line for line in outcome.err.splitlines() if "2.6.5" in line] == [
         f"lightning-dsmoe: warning: {line}" for line in vulnerable_packages()
     ]
+
+
+def test_of_several_processes_only_the_first_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vulnerable, "version", lambda package: "2.6.5")
+    for rank, n_lines in (("0", len(list(vulnerable_packages()))), ("3", 0)):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        vulnerable.warn_of_vulnerable_packages()
+        assert capsys.readouterr().err.count("lightning-dsmoe: warning: ") == n_lines

@@ -7,11 +7,16 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from lightning_dsmoe.training.end_together import is_follow_up, plainly
+from lightning_dsmoe.torch_private import default_store
+from lightning_dsmoe.training import end_together
+from lightning_dsmoe.training.end_together import EndTogether, is_follow_up, plainly
 
 FAILING = """
 import os
@@ -132,3 +137,52 @@ def test_only_what_was_noted_follows_from_another_error() -> None:
     assert not is_follow_up(error)
     error.add_note("another process of this run failed first")
     assert is_follow_up(error)
+
+
+@pytest.fixture
+def of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A Trainer that takes a group of one process for one of two."""
+    monkeypatch.setattr(end_together, "GRACE", 0.2)
+    monkeypatch.setattr(end_together, "_POLL", 0.05)
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    yield SimpleNamespace(world_size=2, global_rank=0, checkpoint_callbacks=[])
+    monkeypatch.undo()
+    dist.destroy_process_group()
+
+
+def test_a_run_after_one_that_failed_is_not_ended(
+    of_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same process, where the store of a group may still be in use."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    module: Any = torch.nn.Module()
+    first, second = EndTogether(), EndTogether()
+    error = ValueError("of the first run")
+    first.setup(of_two, module, "fit")
+    first.on_exception(of_two, module, error)
+    assert not is_follow_up(error)
+    second.setup(of_two, module, "fit")
+    time.sleep(2 * end_together.GRACE)
+    assert ended == []
+    default_store().set(second._failed, "rank 1")
+    deadline = time.monotonic() + 30
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second.teardown(of_two, module, "fit")
+    assert set(ended) == {1}
+
+
+def test_a_rank_without_a_handler_takes_part_where_another_is_to_be_queued_again(
+    of_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where `fit` runs outside of the main thread, in which signals are handled."""
+    called: list[int] = []
+    of_two._signal_connector = SimpleNamespace(
+        _slurm_sigusr_handler_fn=lambda number, frame: called.append(number)
+    )
+    monkeypatch.setattr(dist, "all_reduce", lambda noted, **_: noted.fill_(signal.SIGUSR1))
+    EndTogether().on_train_batch_end(of_two, torch.nn.Module())  # type: ignore[arg-type]
+    assert called == [signal.SIGUSR1]

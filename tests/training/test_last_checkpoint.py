@@ -109,12 +109,17 @@ def test_a_folder_of_shards_is_complete_with_all_of_its_files(write: Write, find
     shutil.rmtree(part)
     hidden = whole.rename(whole.with_name(f"{hidden_beside(whole).name}.old"))
     assert find() == folder + hidden.name  # a run was killed before the new one took its place
-    next(hidden.glob("*.distcp")).unlink()
-    with (
-        pytest.warns(UserWarning, match="is damaged and skipped: .* is missing"),
-        pytest.raises(FileNotFoundError, match="no complete checkpoint"),
-    ):
+    next(hidden.glob("*.distcp")).unlink()  # one was killed that deleted it
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         find()
+
+
+def test_a_file_that_only_had_to_be_renamed_counts(write: Write, find: Any) -> None:
+    folder = "quickstart/version_0/checkpoints/"
+    place = write(folder + "last.ckpt", age=20)
+    hidden = write(folder + hidden_beside(place).name, age=10)
+    write(folder + hidden_beside(place).name, damaged=True)  # one was killed while it was written
+    assert find() == folder + hidden.name
 
 
 def test_nothing_to_find(find: Any, tmp_path: Path) -> None:
