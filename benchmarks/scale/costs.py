@@ -84,7 +84,7 @@ def padded(shape: torch.Size, gpus: int) -> int:
     """Numbers of a parameter in equal shards, as FSDP2 sends them.
 
     Shards are along the first axis, padded to be equal: 32 experts on 1,024 GPUs are sent as 1,024.
-    Stacks of fewer experts than GPUs are sharded along their rows, where these come out even.
+    Stacks whose experts do not come out even are sharded along their rows, where these do.
     """
     if stack_placement(shape, gpus) is not None:
         return prod(shape)

@@ -39,25 +39,26 @@ class ResumableRandomState:
 
         Of another number of processes each begins anew, with a seed that the state of the first
         one draws, plus its own rank: the same in every resumption, and unlike those of the start.
+        Of another number of GPUs, theirs are left as they are, which is said too.
 
         The first batch restores it, not earlier, since what runs until then draws numbers too:
         workers of loaders, a sanity check, other callbacks.
         """
-        saved = checkpoint.get("random_state", [None] * trainer.world_size)
-        states = saved if isinstance(saved, list) else [saved]  # a single one in older files
+        saved = checkpoint.get("random_state")
+        given = saved if isinstance(saved, list) else [saved]  # a single one in older files
+        states = [state for state in given if state is not None]
         for state in states:
-            if state is not None:
-                check_random_state(state)
-        if saved is not None and len(states) == trainer.world_size:
+            check_random_state(state)
+        if len(states) == trainer.world_size:
             self._restored = states[trainer.global_rank]
+            _tell_of_devices(states[0], trainer)
             return
-        known = None if saved is None or not states else states[0]
-        if known is not None:
-            self._restored = derived_state(known, trainer.global_rank)
+        if states:
+            self._restored = derived_state(states[0], trainer.global_rank)
         rank_zero_warn(
-            f"the checkpoint holds the random states of {0 if saved is None else len(states)} "
-            f"processes and this run has {trainer.world_size}: random numbers, as of dropout, "
-            + ("start anew from the seed" if known is None else "are seeded anew on each")
+            f"the checkpoint holds the random states of {len(states)} processes and this run has "
+            f"{trainer.world_size}: random numbers, as of dropout, "
+            + ("are seeded anew on each" if states else "start anew from the seed")
         )
 
     def begin_batch(self) -> None:
@@ -67,7 +68,11 @@ class ResumableRandomState:
             self._restored = None
         self._at_batch_start = random_state()
 
-    def of_all_ranks(self, trainer: Trainer | None) -> list[dict[str, Any] | None] | None:
+    def end_batch(self) -> None:
+        """Drop the state that a batch began with: the next one may fail before it is noted."""
+        self._at_batch_start = None
+
+    def of_all_ranks(self, trainer: Trainer) -> list[dict[str, Any] | None] | None:
         """The state of each rank from which training continues.
 
         In the middle of a batch that is the state of its beginning, since a resumed run repeats it.
@@ -75,16 +80,25 @@ class ResumableRandomState:
         saving, and waiting for them would lose the checkpoint.
         """
         unfinished = unfinished_batches(trainer)
-        mine = self._at_batch_start if unfinished else random_state()
+        mine = (self._at_batch_start if unfinished else None) or random_state()
         if self._restored is not None:
             mine = self._restored
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return [mine]
-        if unfinished or (trainer is not None and trainer.interrupted):
+        if unfinished or trainer.interrupted:
             return None
         states: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(states, mine)
         return states
+
+
+def _tell_of_devices(state: dict[str, Any], trainer: Trainer) -> None:
+    kept, there = len(state["cuda"]), torch.cuda.device_count()
+    if trainer.strategy.root_device.type == "cuda" and kept != there:
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {kept} GPUs and {there} are visible here: "
+            "random numbers of GPUs, as of dropout, start anew from the seed"
+        )
 
 
 def random_state() -> dict[str, Any]:

@@ -89,6 +89,11 @@ class Resumption(Callback):
         pl_module._random_state.begin_batch()
 
     @_for_its_module
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Forget how a batch began, which is not taken again."""
+        pl_module._random_state.end_batch()
+
+    @_for_its_module
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin the mean over the split, with state that later runs may change too."""
         pl_module.val_loss.begin()

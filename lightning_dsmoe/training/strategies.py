@@ -89,8 +89,9 @@ def shard(decoder: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
 def stack_placement(shape: Sequence[int], n_ranks: int) -> Shard | None:
     """Along which axis a stack of matrices is sharded; None for FSDP2's own choice, the first.
 
-    The first axis of stacked weights are the experts. With fewer experts than ranks some ranks
-    would hold nothing and others a whole expert, so rows are dealt out where they are enough.
+    The first axis of stacked weights are the experts. Where these cannot be dealt out evenly, FSDP2
+    pads them: 12 experts are held and sent as 16 on 8 ranks, and 4 as 8. Rows are dealt out then,
+    which FSDP2 does only evenly.
 
     Args:
         shape: of a parameter.
@@ -100,11 +101,11 @@ def stack_placement(shape: Sequence[int], n_ranks: int) -> Shard | None:
         >>> from lightning_dsmoe.training.strategies import stack_placement
         >>> stack_placement((8, 64, 16), 8) is None
         True
-        >>> stack_placement((4, 64, 16), 8)
+        >>> stack_placement((12, 64, 16), 8)
         Shard(dim=1)
     """
-    few = len(shape) == _STACK and shape[0] < n_ranks
-    return Shard(1) if few and shape[1] % n_ranks == 0 else None
+    uneven = len(shape) == _STACK and shape[0] % n_ranks != 0
+    return Shard(1) if uneven and shape[1] % n_ranks == 0 else None
 
 
 def precision_policy(trainer: Trainer) -> MixedPrecisionPolicy:

@@ -1,5 +1,7 @@
 import random
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.training.random_state import (
+    ResumableRandomState,
     check_random_state,
     random_state,
     restore_random_state,
@@ -134,3 +137,34 @@ def test_generators_of_the_device_repeat_too() -> None:
     expected = torch.rand(5, device="cuda")
     restore_random_state(state)
     assert torch.equal(torch.rand(5, device="cuda"), expected)
+
+
+@pytest.mark.parametrize(
+    ("saved", "n_ranks", "told"),
+    [
+        (None, 1, "of 0 processes and this run has 1: .* start anew from the seed"),
+        ([None, None], 2, "of 0 processes and this run has 2: .* start anew from the seed"),
+        ("one", 1, ""),
+        ("list", 1, ""),
+        ("list", 2, "of 1 processes and this run has 2: .* are seeded anew on each"),
+    ],
+)
+def test_whatever_is_not_restored_is_said(saved: Any, n_ranks: int, told: str) -> None:
+    state = random_state()
+    given = {"one": state, "list": [state]}.get(saved, saved) if isinstance(saved, str) else saved
+    device = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=n_ranks, global_rank=0, strategy=device)
+    kept = ResumableRandomState()
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        kept.load({} if given is None else {"random_state": given}, trainer)
+
+
+def test_states_of_another_number_of_gpus_are_said_to_be_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    device = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, strategy=device)
+    states = [torch.zeros(16, dtype=torch.uint8)] * 8
+    with pytest.warns(UserWarning, match="of 8 GPUs and 1 are visible here"):
+        ResumableRandomState().load({"random_state": {**random_state(), "cuda": states}}, trainer)

@@ -118,9 +118,19 @@ def test_resumed_anywhere_it_ends_bitwise_alike(
     assert rates[0] == rates[1]
 
 
-@pytest.mark.parametrize("step", [1, 5, 6])  # of 6 batches in an epoch
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [
+        (1, "on_after_backward"),
+        (5, "on_after_backward"),  # of 6 batches in an epoch
+        (6, "on_after_backward"),
+        (2, "on_train_batch_start"),
+        (2, "on_train_batch_end"),
+    ],
+)
 def test_a_step_that_was_interrupted_is_taken_again(
     step: int,
+    hook: str,
     make_one_model: MakeModel,
     make_trainer: Callable[..., Trainer],
     data: TextDataModule,
@@ -136,7 +146,7 @@ def test_a_step_that_was_interrupted_is_taken_again(
     path = tmp_path / "middle.ckpt"
     straight = run(1)
     with pytest.raises(RuntimeError, match="interrupted"):
-        run(1, callbacks=[InterruptAt(step, path)])
+        run(1, callbacks=[InterruptAt(step, path, hook)])
     assert torch.load(path)["global_step"] == step
     with pytest.raises(RuntimeError, match="interrupted"):
         run(3, path, callbacks=[InterruptAt(step, path, hook="on_train_start")])

@@ -1,6 +1,7 @@
 """Strategies of Lightning, in one process."""
 
 from collections.abc import Callable
+from math import ceil, prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from lightning_dsmoe.training.language_model import DSMoELanguageModel
-from lightning_dsmoe.training.strategies import check_strategy
+from lightning_dsmoe.training.strategies import check_strategy, stack_placement
 
 
 class TheirDDP(DDPStrategy):
@@ -55,3 +56,23 @@ def test_the_refusal_comes_before_any_step(
     with pytest.raises(ValueError, match="SingleDeviceStrategy is not supported"):
         trainer.fit(make_one_model(), make_loader(), make_loader())
     assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("n_experts", [1, 3, 4, 8, 12])
+@pytest.mark.parametrize("rows", [24, 60])
+def test_stacks_are_padded_no_more_than_they_have_to_be(
+    n_ranks: int, n_experts: int, rows: int
+) -> None:
+    def padded(axis: int) -> int:
+        """Numbers in equal shards along an axis; FSDP2 pads the first one, and no other."""
+        size = [n_experts, rows, 5]
+        assert axis == 0 or size[axis] % n_ranks == 0
+        size[axis] = ceil(size[axis] / n_ranks) * n_ranks
+        return prod(size)
+
+    placement = stack_placement((n_experts, rows, 5), n_ranks)
+    chosen = padded(0 if placement is None else placement.dim)
+    assert chosen == min(padded(axis) for axis in (0, 1) if axis == 0 or rows % n_ranks == 0)
+    assert (placement is None) == (padded(0) == chosen)
+    assert stack_placement((n_experts, rows), n_ranks) is None
