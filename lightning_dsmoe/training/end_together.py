@@ -1,5 +1,6 @@
 """Several processes that end together: after a failure of one, and when a signal asks for it."""
 
+import math
 import os
 import re
 import signal
@@ -112,6 +113,9 @@ class EndTogether(Callback):
             connector: Any = trainer._signal_connector  # type: ignore[attr-defined]
             self._handlers.get(agreed, connector._slurm_sigusr_handler_fn)(agreed, None)
             return
+        # Saving may take as long as it does, also if this process is told once more: the processes
+        # of a job are told one after another.
+        self._signal_time = math.inf
         error = SIGTERMException()
         for callback in trainer.checkpoint_callbacks:
             # Before the exception, with which random states of all ranks could not be gathered.

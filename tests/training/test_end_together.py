@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dsmoe.torch_private import default_store
 from lightning_dsmoe.training import end_together
@@ -186,3 +187,24 @@ def test_a_rank_without_a_handler_takes_part_where_another_is_to_be_queued_again
     monkeypatch.setattr(dist, "all_reduce", lambda noted, **_: noted.fill_(signal.SIGUSR1))
     EndTogether().on_train_batch_end(of_two, torch.nn.Module())  # type: ignore[arg-type]
     assert called == [signal.SIGUSR1]
+
+
+def test_a_second_signal_does_not_cut_what_is_saved_after_the_first(
+    of_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(dist, "all_reduce", lambda noted, **_: noted.fill_(signal.SIGTERM))
+    module: Any = torch.nn.Module()
+    together = EndTogether()
+    together.setup(of_two, module, "fit")
+
+    def save(*_: Any) -> None:
+        together._note(signal.SIGTERM, None)
+        time.sleep(3 * end_together.GRACE)
+
+    of_two.checkpoint_callbacks = [SimpleNamespace(on_exception=save)]
+    with pytest.raises(SIGTERMException) as stop:
+        together.on_train_batch_end(of_two, module)
+    assert ended == []
+    together.on_exception(of_two, module, stop.value)
