@@ -25,7 +25,7 @@ import lightning_dsmoe.routing
 import lightning_dsmoe.schedules
 import lightning_dsmoe.training.language_model
 import lightning_dsmoe.training.upcycled_language_model  # noqa: F401
-from lightning_dsmoe.commands.errors import OneLineErrors
+from lightning_dsmoe.commands.errors import OneLineErrors, one_line
 from lightning_dsmoe.commands.tools import COMMON_OPTIONS, Help, tools_in_words
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.serialization.sharded_folder import read_index
@@ -88,8 +88,9 @@ class DSMoECLI(LightningCLI):
         look_into(options.ckpt_path, weights_only=options.weights_only)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        self.together = EndTogether()
         return super()._instantiate_trainer(
-            with_console_callbacks(config), [*callbacks, EndTogether()]
+            with_console_callbacks(config), [*callbacks, self.together]
         )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -122,11 +123,18 @@ class DSMoECLI(LightningCLI):
             if subcommand == "fit":
                 stop.add_note(self._to_go_on())
             raise stop from None
-        except Exception as error:
+        except Exception as last:
+            first = self.together.error
+            error = first if isinstance(first, Exception) else last
             if is_follow_up(error):
                 sys.exit(1)
+            if error is not last and str(error) in str(last):
+                error = last  # which says both
+            if error is not last:  # such as of a full disk, when the run was to be saved at its end
+                reason = one_line(plainly(str(last)))
+                print(f"lightning-dsmoe: warning: while the run ended: {reason}", file=sys.stderr)
             error.args = tuple(plainly(arg) if isinstance(arg, str) else arg for arg in error.args)
-            raise
+            raise error from error.__cause__
 
     def _to_go_on(self) -> str:
         """The command that resumes this run."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dsmoe.torch_private import default_store
@@ -48,6 +50,8 @@ class EndTogether(Callback):
     """Those of this process, which other ranks have begun as many of."""
 
     def __init__(self) -> None:
+        self.error: BaseException | None = None
+        """What ended the run; another error may follow, such as of saving what there is."""
         self._signal = 0
         self._signal_time: float | None = None
         self._failure_time: float | None = None
@@ -58,6 +62,7 @@ class EndTogether(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._signal, self._signal_time, self._failure_time = 0, None, None
+        self.error = None
         self._done.set()  # for the watch of an earlier run
         self._done = threading.Event()
         if trainer.world_size > 1 and dist.is_initialized():
@@ -125,6 +130,7 @@ class EndTogether(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self.error = exception
         if trainer.world_size == 1 or not dist.is_initialized():
             return
         # This process ends by itself, after it has written what it may have to: for that there is
@@ -140,6 +146,11 @@ class EndTogether(Callback):
         if first != mine:
             exception.add_note(_NOTE)
             exception.args = (_NOTE,)  # for those that print it: it says no more than this
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            # Without the others there are no weights to save.
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.save_on_exception = False
         # Callbacks that come next, such as one that saves the weights, then wait for nobody.
         dist.destroy_process_group()
 

@@ -159,3 +159,21 @@ def test_last_is_the_newest_whole_checkpoint(
         outcome = cli("test", *words)
     assert outcome.code == 0, outcome.err
     assert f"from the checkpoint at {folder}/version_0/checkpoints/last.ckpt" in caplog.text
+
+
+def test_the_first_error_is_shown_where_saving_fails_after_it(
+    cli: Any, config: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("the first")
+
+    def save(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "last.ckpt")
+
+    monkeypatch.setattr(DSMoELanguageModel, "training_step", fail)
+    monkeypatch.setattr("lightning.pytorch.callbacks.ModelCheckpoint.on_exception", save)
+    outcome = cli("fit", "-c", config("shakespeare_nano.yaml"), *tiny(tmp_path))
+    assert outcome.code == 1
+    [error] = outcome.errors
+    assert "the first" in error
+    assert "warning: while the run ended: [Errno 28] No space left on device" in outcome.err

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dsmoe.torch_private import default_store
@@ -147,9 +149,10 @@ def of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(end_together, "_POLL", 0.05)
     rendezvous = f"file://{tmp_path}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
-    yield SimpleNamespace(world_size=2, global_rank=0, checkpoint_callbacks=[])
+    yield SimpleNamespace(world_size=2, global_rank=0, checkpoint_callbacks=[], strategy=None)
     monkeypatch.undo()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_a_run_after_one_that_failed_is_not_ended(
@@ -208,3 +211,15 @@ def test_a_second_signal_does_not_cut_what_is_saved_after_the_first(
         together.on_train_batch_end(of_two, module)
     assert ended == []
     together.on_exception(of_two, module, stop.value)
+
+
+def test_sharded_weights_are_not_saved_after_a_failure(of_two: Any) -> None:
+    """That would need the others, and its error would be shown in place of the first."""
+    saving = ModelCheckpoint(save_on_exception=True)
+    of_two.checkpoint_callbacks = [saving]
+    of_two.strategy = ModelParallelStrategy()
+    together, error = EndTogether(), ValueError("the first")
+    together.on_exception(of_two, torch.nn.Module(), error)  # type: ignore[arg-type]
+    assert together.error is error
+    assert not saving.save_on_exception
+    assert not dist.is_initialized()
