@@ -115,7 +115,7 @@ class EndTogether(Callback):
         if agreed != signal.SIGTERM:
             # Saves on all ranks, and asks for the queue; that of Lightning, if it is not the one
             # that was there. Off the main thread nothing is registered, and others wait to save.
-            connector: Any = trainer._signal_connector  # type: ignore[attr-defined]
+            connector: Any = trainer._signal_connector
             self._handlers.get(agreed, connector._slurm_sigusr_handler_fn)(agreed, None)
             return
         # Saving may take as long as it does, also if this process is told once more: the processes

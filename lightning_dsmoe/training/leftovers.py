@@ -74,8 +74,8 @@ def _clean(folder: Path, resumed: Path | None) -> None:
     kept = [path for path in found if path.stat().st_mtime_ns > latest and is_written(path)]
     if kept:
         rank_zero_warn(
-            f"{', '.join(map(str, kept))} is a whole checkpoint, which a run that was killed could "
-            "not rename, newer than all others there: resume from it with ckpt_path, or delete it"
+            "a run was killed before it could rename a whole checkpoint, newer than all others "
+            f"there; resume from it with ckpt_path, or delete it: {', '.join(map(str, kept))}"
         )
     for path in found:
         if path not in kept and not _is_needed(path):

@@ -12,6 +12,10 @@ from lightning_dsmoe.training.leftovers import remove_leftovers
 from lightning_dsmoe.training.same_batches import check_same_batches
 
 
+_MARK = "_beside_resumption"
+"""Attribute of a `configure_callbacks` that gives a `Resumption`."""
+
+
 def _for_its_module(hook: Callable[..., None]) -> Callable[..., None]:
     """Let a hook run for one module alone: a Trainer keeps its callbacks for the next."""
 
@@ -142,9 +146,6 @@ def beside_resumption(configure: Callable[[Any], Any]) -> Callable[[Any], list[C
 def is_beside_resumption(configure: object) -> bool:
     """Whether a function is one of `beside_resumption`."""
     return hasattr(configure, _MARK)
-
-
-_MARK = "_beside_resumption"
 
 
 def _log_split(pl_module: Any, metric: EvaluationLoss, split: str) -> None:
