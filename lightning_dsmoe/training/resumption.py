@@ -11,7 +11,6 @@ from lightning_dsmoe.training.evaluation_loss import EvaluationLoss
 from lightning_dsmoe.training.leftovers import remove_leftovers
 from lightning_dsmoe.training.same_batches import check_same_batches
 
-
 _MARK = "_beside_resumption"
 """Attribute of a `configure_callbacks` that gives a `Resumption`."""
 
