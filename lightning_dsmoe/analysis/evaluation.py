@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.held_out import HeldOut
 from lightning_dsmoe.analysis.measured import (
     Measured,
@@ -16,7 +15,7 @@ from lightning_dsmoe.analysis.measured import (
     SampleLoss,
 )
 from lightning_dsmoe.inference import SparseModel
-from lightning_dsmoe.metrics import ParameterCounts
+from lightning_dsmoe.metrics import ActiveSums, ParameterCounts
 from lightning_dsmoe.moved import renamed_attributes
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -171,7 +170,7 @@ def measured(
 
 def evaluate(on: Measured, plan: SelectionPlan) -> PlanResult:
     """Measure a model on data under a plan."""
-    active = metrics.ActiveParameters(on.counts, sync_on_compute=False)  # one rank measures
+    active = ActiveSums(on.counts)
     losses: list[float] = []
     seconds, n_counted = 0.0, 0
     for reading in on.read(plan):
@@ -181,12 +180,11 @@ def evaluate(on: Measured, plan: SelectionPlan) -> PlanResult:
         masks = reading.active()
         if not masks and reading.mask is None:  # nothing says which tokens there were
             raise ValueError("no routed layer was called, so there is no active share")
-        first = next(iter(masks.values())) if reading.mask is None else reading.mask
-        active.to(first.device).update(masks, reading.mask)
+        active.add(masks, reading.mask)
     if not n_counted:
         raise ValueError("there is no token or sample to measure a loss on")
     loss = sum(losses) / n_counted
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
-    mean, p50, p95 = (share.item() for share in active.compute())
+    mean, p50, p95 = (share.item() for share in active.share())
     return PlanResult(loss, mean, p50, p95, n_counted / seconds, tuple(losses))

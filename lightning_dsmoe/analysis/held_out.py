@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_dsmoe.data.windows import IGNORED
+from lightning_dsmoe.data.splits import check_fractions, check_length, open_splits
+from lightning_dsmoe.data.windows import IGNORED, EvaluationWindows
 from lightning_dsmoe.tokenizers import Tokenizer
 
 
@@ -134,19 +136,15 @@ def held_out(
             raise ValueError(f"{name} must be at least 1, got {number}")
     if split == "test" and not test_fraction:
         raise ValueError("split=test needs a test_fraction above 0, the size of that split")
-    from lightning_dsmoe.data import TextDataModule  # Lightning takes seconds to import
-
-    data = TextDataModule(
-        files,
-        tokenizer=tokenizer,
-        context=context,
-        batch_size=max(1, batch_tokens // context),
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-    )
-    data.setup("validate" if split == "val" else "test")
+    check_fractions(val_fraction, test_fraction)
+    # Without a data module: Lightning takes seconds to import.
+    tokens = open_splits(files, tokenizer, val_fraction=val_fraction, test_fraction=test_fraction)
+    check_length(tokens, split, context)
+    windows = EvaluationWindows(tokens.span(split), context)
+    size = max(1, batch_tokens // context)
     batches, n_tokens = [], 0
-    for batch in data.val_dataloader() if split == "val" else data.test_dataloader():
+    # A loader draws a seed: without its own generator, one of the caller's random numbers.
+    for batch in DataLoader(windows, batch_size=size, generator=torch.Generator()):
         if n_tokens >= max_tokens:
             break
         batches.append((batch["input_ids"], batch["labels"]))

@@ -7,18 +7,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_dsmoe.data.corpus import find_corpus
 from lightning_dsmoe.data.loader import Batch, ResumableLoader, unfinished_batches
 from lightning_dsmoe.data.position import MovedPosition, Position, Share, move, tell_change
-from lightning_dsmoe.data.token_cache import open_token_file
-from lightning_dsmoe.data.token_file import (
-    Split,
-    SplitSize,
-    TokenFile,
-    check_options,
-    find_tokens,
-    read_tokens,
-)
+from lightning_dsmoe.data.splits import check_fractions, check_length, open_splits
+from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile
 from lightning_dsmoe.data.windows import (
     EvaluationSampler,
     EvaluationWindows,
@@ -93,13 +85,7 @@ class TextDataModule(LightningDataModule):
         for name, least in {"context": 1, "batch_size": 1, "seed": 0, "num_workers": 0}.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-        if not 0 <= test_fraction < 1 - val_fraction:
-            raise ValueError(
-                f"test_fraction must be at least 0 and leave text for training beside "
-                f"val_fraction={val_fraction}, got {test_fraction}"
-            )
+        check_fractions(val_fraction, test_fraction)
         self._given_tokenizer = _given_tokenizer(tokenizer)
         self._token_file: TokenFile | None = None
         self._train_loader: ResumableLoader | None = None
@@ -152,19 +138,14 @@ class TextDataModule(LightningDataModule):
             ValueError: If the corpus is missing, empty or not text, a split that the stage needs
                 is too short for one window, or the model's vocabulary is too small.
         """
-        sizes = self._tokens().sizes
+        tokens = self._tokens()
         needed: dict[str | None, tuple[Split, ...]] = {
             None: ("train", "val", self._test_split),
             "fit": ("train", "val"),
             "validate": ("val",),
         }
         for split in needed.get(stage, (self._test_split,)):
-            if sizes[split].tokens <= self.context:
-                raise ValueError(
-                    f"the {split} split has {sizes[split].tokens} tokens, but context="
-                    f"{self.context} needs at least {self.context + 1}: use more text or a "
-                    "smaller context"
-                )
+            check_length(tokens, split, self.context)
         module = self.trainer.lightning_module if self.trainer is not None else None
         vocab_size = getattr(module, "vocab_size", None)
         if isinstance(vocab_size, int) and vocab_size < self.vocab_size:
@@ -260,19 +241,14 @@ class TextDataModule(LightningDataModule):
 
     def _tokens(self) -> TokenFile:
         if self._token_file is None:
-            fractions = self.val_fraction, self.test_fraction
-            if (folder := find_tokens(self.files)) is not None:
-                self._token_file = read_tokens(folder)
-                check_options(self._token_file, self._given_tokenizer, fractions)
-            else:
-                self._token_file = open_token_file(
-                    find_corpus(self.files),
-                    self._given_tokenizer,
-                    val_fraction=self.val_fraction,
-                    test_fraction=self.test_fraction,
-                    cache_dir=self.cache_dir,
-                    num_workers=self.num_workers,
-                )
+            self._token_file = open_splits(
+                self.files,
+                self._given_tokenizer,
+                val_fraction=self.val_fraction,
+                test_fraction=self.test_fraction,
+                cache_dir=self.cache_dir,
+                num_workers=self.num_workers,
+            )
         return self._token_file
 
     def _size(self, split: Split) -> SplitSize:

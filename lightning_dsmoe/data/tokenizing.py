@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,6 +59,8 @@ def tokenize(
         parts += map(_Part, paths, edges[:-1], edges[1:])
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1).name
     if len(parts) > len(SPLITS):
+        from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
+
         rank_zero_info(
             f"tokenizing {corpus.size / 1e9:.2f} GB of text in {len(parts)} parts into {folder}; "
             "parts that are finished are kept if this is stopped"

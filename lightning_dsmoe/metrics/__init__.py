@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_dsmoe.imports import imported_on_use
 from lightning_dsmoe.metrics.active_parameters import ActiveShare as ActiveShare
+from lightning_dsmoe.metrics.active_parameters import ActiveSums as ActiveSums
 from lightning_dsmoe.metrics.active_parameters import active_masks as active_masks
 from lightning_dsmoe.metrics.active_parameters import active_parameters as active_parameters
 from lightning_dsmoe.metrics.expert_utilization import DEAD_SHARE as DEAD_SHARE

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dsmoe.attention import RopeScaling
 from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.placement import WithoutDrawing
 from lightning_dsmoe.reading import MAX_LAYERS, Bounds, check_json, shown
 from lightning_dsmoe.serialization.class_paths import (
     MAX_SIZE,
@@ -118,7 +119,7 @@ def build_decoder(description: Description) -> Decoder:
         options |= {
             part: [_factory(of_layer, part) for of_layer in description[part]] for part in lists
         }
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutDrawing():
             decoder = Decoder(**options).eval()
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"not an architecture: {error}") from None

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,41 @@ def test_nothing_slow_is_imported(code: str) -> None:
     words = [sys.executable, "-c", asked]
     run = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_tools_measure_without_what_trains(measuring: Any, trained: Any) -> None:
+    [files] = [word for word in measuring("report", "page.html") if word.startswith("--files=")]
+    commands = [
+        measuring("report", "page.html"),
+        [*measuring("calibrate", "plan.json"), "--budget=0.5"],
+        [*measuring("prune", "pruned"), f"--plan={trained.artifact}/plan.json"],
+        ["certify", f"--artifact={trained.artifact}", "--renew=true", files],
+        ["evaluate", f"--artifact={trained.artifact}", f"--text={files.partition('=')[2]}"],
+    ]
+    code = f"""
+import sys
+from lightning_dsmoe.cli import main
+for words in {commands}:
+    main(words)
+print(sorted({{"lightning", "torchmetrics", "transformers"}} & set(sys.modules)))
+"""
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_a_model_is_read_without_the_compiler(trained: Any) -> None:
+    code = f"""
+import sys
+from lightning_dsmoe.inference import load_sparse
+load_sparse({trained.artifact!r})
+print("torch._dynamo" in sys.modules)
+"""
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout == "False\n", run.stdout + run.stderr
 
 
 def test_the_commands_that_train_are_those_of_lightning() -> None:

@@ -147,6 +147,8 @@ def test_fit_says_the_command_that_goes_on_and_keeps_the_rows(
     after = rows(run / "metrics.csv")
     assert [row["step"] for row in after[: len(before)]] == [row["step"] for row in before]
     assert len(after) > len(before)
+    taken = [row["step"] for row in after if row["train/loss"]]
+    assert taken == sorted({*taken}, key=int)  # each step once, although some were taken twice
     assert "will be deleted" not in resumed.stderr
 
 

@@ -9,6 +9,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import Remaining, prune
 from lightning_dsmoe.metrics import (
     ActiveParameters,
+    ActiveSums,
     ParameterCounts,
     RoutedParameters,
     active_masks,
@@ -150,3 +151,12 @@ def test_plot() -> None:
     figure, axes = metric.plot()
     assert isinstance(figure, Figure)
     assert sum(bar.get_height() for bar in axes.patches) == 30
+
+
+def test_sums_of_batches_are_those_of_the_metric() -> None:
+    metric, sums = ActiveParameters(COUNTS), ActiveSums(COUNTS)
+    for seed in range(3):
+        masks, mask = random_masks(5, 7, seed=seed), torch.arange(7).expand(5, 7) < 3 + seed
+        metric.update(masks, mask)
+        sums.add(masks, mask)
+    assert sums.share() == metric.compute()

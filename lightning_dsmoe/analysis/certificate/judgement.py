@@ -87,7 +87,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
     """
     device = model.decoder.embedding.weight.device
     counts = metrics.count_parameters(build_decoder(model.architecture))
-    active = metrics.ActiveParameters(counts, sync_on_compute=False).to(device)  # one rank measures
+    active = metrics.ActiveSums(counts)
     all_experts = SelectionPlan()
     totals: dict[str, ErrorTotals] = defaultdict(ErrorTotals)
     trained = None if decoder is None else _Trained(decoder, model)
@@ -100,7 +100,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
         if trained is not None:
             dense_BTV = trained.add(inputs_BT, labels_BT, dense_BTV, routings)
         windows.append(compare_windows(dense_BTV, sparse_BTV, labels_BT))
-        active.update(metrics.active_masks(routings, model.plan, model.decoder), mask_BT)
+        active.add(metrics.active_masks(routings, model.plan, model.decoder), mask_BT)
         if counts.layers:
             run = partial(model.decoder, inputs_BT)
             for name, errors in token_errors(model.decoder, model.plan, run).items():
@@ -113,7 +113,7 @@ def judge(model: SparseModel, text: HeldOut, decoder: Decoder | None = None) -> 
     if not torch.tensor([dense_loss, sparse_loss, kl]).isfinite().all():
         raise FloatingPointError(f"the loss is {dense_loss}, of the sparse model {sparse_loss}")
     counted_W = sums.tokens > 0
-    share = active.compute()
+    share = active.share()
     mixtures = {name: total.compute() for name, total in totals.items()}
     blocks = range(model.decoder.n_layers)
     quantized = None if trained is None or not trained.quantized else trained

@@ -17,6 +17,7 @@ from lightning_dsmoe.data.windows import IGNORED
 from lightning_dsmoe.decoder import Routings
 from lightning_dsmoe.inference import SparseModel
 from lightning_dsmoe.losses.cross_entropy import summed_cross_entropy
+from lightning_dsmoe.metrics.expert_utilization import utilization_of_sums, utilization_sums
 from lightning_dsmoe.routing import Routing, Selection, SelectionPlan, routed_layers
 
 _MOST_PAIRS = 2**27  # 1 GiB of counts in float64
@@ -99,9 +100,7 @@ def utilization(
         name: _RouterTotals(each.n_experts, len(frequent.numbers_U), text.device)
         for name, each in counts.layers.items()
     }
-    active = metrics.ActiveParameters(counts, sync_on_compute=False).to(
-        text.device
-    )  # one rank measures
+    active = metrics.ActiveSums(counts)
     losses = [0.0, 0.0]
     for inputs_BT, labels_BT in text.batches:
         mask_BT = labels_BT != IGNORED
@@ -110,7 +109,7 @@ def utilization(
         losses[0] += nll
         losses[1] += plan_nll
         running = metrics.active_masks(plan_routings, plan, model.decoder)
-        active.update(running, mask_BT)
+        active.add(running, mask_BT)
         for name, layer in routings.by_name().items():
             totals[name].update(layer.routing, running[name], mask_BT, row_V[inputs_BT])
         on_batch()
@@ -118,7 +117,7 @@ def utilization(
     loss, plan_loss = (nll / text.n_tokens for nll in losses)
     if not math.isfinite(loss + plan_loss):
         raise FloatingPointError(f"the loss is {loss}, under the plan {plan_loss}")
-    return ModelUse(layers, selections, loss, plan_loss, active.cpu().compute())
+    return ModelUse(layers, selections, loss, plan_loss, active.share())
 
 
 def check_mixtures(counts: metrics.ParameterCounts) -> None:
@@ -141,7 +140,8 @@ class _RouterTotals:
     """Sums over tokens of what one router gives."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
-        self.gates = metrics.ExpertUtilization(n_experts, sync_on_compute=False).to(device)
+        zero = torch.zeros((), device=device)
+        self.gates = zero.expand(n_experts), zero, zero.long()
         # In float32 a count would stop growing at 2**24 tokens.
         self.together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64, device=device)
         # The last row: all other tokens.
@@ -153,7 +153,8 @@ class _RouterTotals:
     ) -> None:
         probs_NE = routing.probs[mask_BT].float()
         running_NE = running_BTE[mask_BT].float()
-        self.gates.update(probs_NE)
+        gates_E, entropies, tokens = utilization_sums(probs_NE, None)
+        self.gates = (self.gates[0] + gates_E, self.gates[1] + entropies, self.gates[2] + tokens)
         self.together_EE += running_NE.T @ running_NE
         self.token_gates_UE.index_add_(0, row_BT[mask_BT], probs_NE)
         # Kept for every token, to compare checkpoints; `check_mixtures` bounds E far below 2**15.
@@ -162,7 +163,7 @@ class _RouterTotals:
     def compute(self, counts_U: Tensor) -> RouterUse:
         best_N = torch.cat(self.best)
         return RouterUse(
-            self.gates.cpu().compute(),
+            utilization_of_sums(*(each.cpu() for each in self.gates), metrics.DEAD_SHARE),
             (self.together_EE / len(best_N)).cpu(),
             self.token_gates_UE[:-1].cpu() / counts_U[:, None],
             best_N.cpu(),

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dsmoe import metrics
 from lightning_dsmoe.analysis.text_models.text_model import Continuing, TextModel
 from lightning_dsmoe.analysis.text_models.windows import Window
-from lightning_dsmoe.metrics import ActiveShare
+from lightning_dsmoe.metrics import ActiveShare, ActiveSums
 from lightning_dsmoe.routing import SelectionPlan, ThresholdTopK
 
 _MOST_LOGITS = 2**26  # of a batch, 256 MiB in float32
@@ -66,11 +65,7 @@ class Scorer:
         selections = self.plan.experts, self.plan.attention, *self.plan.layers.values()
         alone = any(isinstance(each, ThresholdTopK) for each in selections)
         self.batch_size = 1 if alone else batch_size
-        self._active: metrics.ActiveParameters | None = None
-        if model.counts is not None:
-            self._active = metrics.ActiveParameters(
-                model.counts, sync_on_compute=False
-            )  # one rank measures
+        self._active = None if model.counts is None else ActiveSums(model.counts)
 
     def scores(self, windows: Sequence[Window]) -> list[Score]:
         """Score the targets of windows."""
@@ -109,10 +104,9 @@ class Scorer:
 
         None if the model's experts are not known, or nothing was read.
         """
-        if self._active is None or not self._active.update_called:
+        if self._active is None or not self._active.histogram.any():
             return None
-        share: ActiveShare = self._active.compute()
-        return share
+        return self._active.share()
 
     def _scores_of_batch(self, windows: Sequence[Window]) -> list[Score]:
         logits_BTV = self._read([window.inputs for window in windows])
@@ -135,7 +129,7 @@ class Scorer:
         mask_BT = torch.arange(longest, device=tokens_BT.device) < n_tokens_B1
         logits_BTV, active = self.model.read(tokens_BT, self.plan)
         if self._active is not None:
-            self._active.to(tokens_BT.device).update(active, mask_BT)
+            self._active.add(active, mask_BT)
         return logits_BTV
 
     def _in_batches(
