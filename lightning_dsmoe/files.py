@@ -58,11 +58,11 @@ def naming(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_of_it = (
-            error.errno in _FULL if error.filename is None else f"{temporary}" in error.filename
-        )
-        if is_of_it:
-            error.filename, error.filename2 = f"{path}", None
+        names = [f"{name}" for name in (error.filename, error.filename2) if name is not None]
+        if any(f"{temporary}" in name for name in names) if names else error.errno in _FULL:
+            error.filename = f"{path}"
+            if error.filename2 is not None:
+                del error.filename2  # None would be shown, too
         raise
 
 
@@ -77,11 +77,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_file(output: str) -> None:
-    """Raise a ValueError if the file to write is a folder, or cannot be written."""
-    if Path(output).is_dir():
+def check_file(output: str, *read: str | None) -> None:
+    """Raise a ValueError if the file to write cannot be written, or is one that is read.
+
+    Args:
+        output: the file to write.
+        read: files that the same command reads.
+    """
+    path = Path(output)
+    if path.is_dir():
         raise ValueError(f"output must be a file, {output or repr('')} is a folder")
-    check_place(Path(output))
+    for other in read:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise ValueError(f"output must be another file than {other}, which would be lost")
+    check_place(path)
 
 
 def check_place(path: Path) -> None:
@@ -89,6 +98,11 @@ def check_place(path: Path) -> None:
 
     Nothing is left behind, folders above it neither.
     """
+    if path.parts[:1] and path.parts[0].startswith("~"):  # whoever deletes a folder "~" loses more
+        raise ValueError(
+            f"{path} would be a folder here that is called {path.parts[0]}: shells know ~ only at "
+            "the beginning of a word, so put a space before it, or write the whole path"
+        )
     place = path.absolute()
     folder = next(each for each in (*place.parents, place) if each.exists())
     try:

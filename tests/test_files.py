@@ -63,11 +63,27 @@ def test_an_output_that_is_a_folder_or_nothing(tmp_path: Path) -> None:
             check_file(output)
 
 
-@pytest.mark.parametrize("has_name", [True, False])
-def test_a_full_disk_names_what_was_asked_for(has_name: bool, tmp_path: Path) -> None:
+def test_a_folder_that_is_called_tilde_is_never_made() -> None:
+    for output in ("~/plan.json", "~"):
+        with pytest.raises(ValueError, match="would be a folder here that is called ~"):
+            check_file(output)
+
+
+def test_an_output_that_is_also_read(tmp_path: Path) -> None:
+    path, link = tmp_path / "last.ckpt", tmp_path / "link.ckpt"
+    path.write_text("weights")
+    link.symlink_to(path)
+    with pytest.raises(ValueError, match=r"another file than \S+last\.ckpt, which would be lost"):
+        check_file(str(link), None, str(tmp_path / "absent"), str(path))
+    check_file(str(tmp_path / "plan.json"), str(path))
+
+
+@pytest.mark.parametrize("names", ["none", "one", "copied"])
+def test_a_full_disk_names_what_was_asked_for(names: str, tmp_path: Path) -> None:
     def fill(temporary: Path) -> None:
-        name = [str(temporary / "part")] if has_name else []
-        raise OSError(errno.ENOSPC, "No space left on device", *name)
+        part = str(temporary / "part")
+        given = {"none": [], "one": [part], "copied": ["source", None, part]}[names]
+        raise OSError(errno.ENOSPC, "No space left on device", *given)
 
     def of_file() -> None:
         with atomic_path(tmp_path / "plan.json") as temporary:
@@ -80,7 +96,9 @@ def test_a_full_disk_names_what_was_asked_for(has_name: bool, tmp_path: Path) ->
     for write in (of_file, of_folder):
         with pytest.raises(OSError, match="No space left") as caught:
             write()
-        assert caught.value.filename == str(tmp_path / "plan.json")
+        assert str(caught.value).endswith(
+            f"No space left on device: {str(tmp_path / 'plan.json')!r}"
+        )
         assert not list(tmp_path.iterdir())
 
 

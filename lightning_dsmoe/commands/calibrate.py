@@ -47,7 +47,7 @@ def calibrate(
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(f"budget must be a share above 0 and at most 1, got {budget:g}")
-    check_file(output)
+    check_file(output, ckpt_path)
     increase = None if max_loss_increase is None else _share(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)
     with Console(stderr=True).status("reading the text") as status:

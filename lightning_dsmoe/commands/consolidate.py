@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lightning_dsmoe.files import check_file
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.serialization.sharded_folder import read_index
 
@@ -22,15 +23,14 @@ def consolidate(ckpt_path: str, output: str = "consolidated.ckpt") -> None:
 
     Raises:
         FileNotFoundError: if the folder is incomplete or not that of a sharded checkpoint.
-        FileExistsError: if a folder is at `output`.
-        ValueError: if a file of the folder is damaged or holds more than data.
+        ValueError: if a folder is at `output` or it cannot be written, or a file of the folder is
+            damaged or holds more than data.
         OSError: if there is not enough space for the file.
     """
     from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO  # loads Lightning
 
     place = Path(output).expanduser()
-    if place.is_dir():
-        raise FileExistsError(f"output must be a file, {output} is a folder")
+    check_file(str(place) if output else output)
     folder = Path(ckpt_path).expanduser()
     _check_space(place, _bytes(folder))
     with Console(stderr=True).status(f"reading {ckpt_path}") as status:

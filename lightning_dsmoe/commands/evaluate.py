@@ -76,7 +76,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if output is not None:
-        check_file(output)
+        check_file(output, ckpt_path, text, *_several(plans))
     harness = Tasks(tasks_dir) if names else None
     if harness is not None:
         harness.check(names)

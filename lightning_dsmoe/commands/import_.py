@@ -60,9 +60,9 @@ def import_(
         ValueError: if the model is not supported, a file is not whole or does not match, or the
             tokenizer is of a larger vocabulary.
     """
+    check_file(output, text)
     plan_path = Path(output).with_suffix(".plan.json")
-    check_file(output)
-    check_file(str(plan_path))
+    check_file(str(plan_path), text)
     directory = Path(from_)
     source = read_source(directory)
     check_experts(source, n_experts)

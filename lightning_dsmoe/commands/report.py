@@ -58,7 +58,7 @@ def report(
         ValueError: if a checkpoint, the plan, the sample or the text is invalid, or the other
             checkpoint belongs to another model.
     """
-    check_file(output)
+    check_file(output, ckpt_path, other, plan)
     model, counts, text, tokenizer = evaluation_setup.open_trained(ckpt_path, **options)
     check_mixtures(counts)
     selections = _plan(plan, model)

@@ -46,6 +46,8 @@ def sweep(
         ValueError: if the checkpoint or the text is invalid, or the folder holds a sweep of
             something else.
     """
+    if not output:
+        raise ValueError("output must name a folder, got ''")
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, {output} is a file")

@@ -282,6 +282,8 @@ def test_a_budget_out_of_range_is_refused_before_anything_is_read(cli: Any) -> N
 PLACES = {
     "calibrate": ["--ckpt_path=absent.ckpt", "--budget=0.5"],
     "prune": ["--ckpt_path=absent.ckpt", "--plan=absent.json"],
+    "compile": ["--ckpt_path=absent.ckpt", "--plan=absent.json"],
+    "consolidate": ["--ckpt_path=absent.ckpt"],
     "report": ["--ckpt_path=absent.ckpt"],
     "export": ["--ckpt_path=absent.ckpt"],
     "sweep": ["--ckpt_path=absent.ckpt"],
@@ -299,6 +301,29 @@ def test_a_place_that_cannot_be_written_is_found_first(
     output = f"{tmp_path}/file/folder/result"
     words = [*PLACES[command], f"--output={output}"]
     check(cli(command, *words), [f"{output} cannot be written: {tmp_path}/file: Not a directory"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sweep", "output must name a folder, got ''"),
+        ("import", "output must be a file, '' is a folder"),
+        ("consolidate", "output must be a file, '' is a folder"),
+        ("prune", ". exists and is not a sparse model"),
+    ],
+)
+def test_an_output_without_a_name(
+    command: str, message: str, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check(cli(command, *PLACES[command], "--output="), [message])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_read_is_refused(cli: Any, trained: Any) -> None:
+    words = ["calibrate", f"--ckpt_path={trained.checkpoint}", "--budget=0.5"]
+    check(cli(*words, f"--output={trained.checkpoint}"), ["last.ckpt, which would be lost"])
+    assert Path(trained.checkpoint).stat().st_size > 10_000
 
 
 def test_unknown_command(cli: Any) -> None:
