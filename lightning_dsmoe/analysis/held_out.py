@@ -108,7 +108,7 @@ def held_out(
         split: "val" or "test".
         val_fraction: share of the text in the validation split.
         test_fraction: share of the text in the test split.
-        max_tokens: most tokens, rounded up to whole batches.
+        max_tokens: most tokens, rounded up to whole windows, or to whole batches if there are more.
         batch_tokens: batch size in tokens.
 
     Returns:
@@ -141,7 +141,8 @@ def held_out(
     tokens = open_splits(files, tokenizer, val_fraction=val_fraction, test_fraction=test_fraction)
     check_length(tokens, split, context)
     windows = EvaluationWindows(tokens.span(split), context)
-    size = max(1, batch_tokens // context)
+    # No more windows in a batch than are asked for, since whole batches are read.
+    size = max(1, min(batch_tokens // context, -(-max_tokens // context)))
     batches, n_tokens = [], 0
     # A loader draws a seed: without its own generator, one of the caller's random numbers.
     for batch in DataLoader(windows, batch_size=size, generator=torch.Generator()):

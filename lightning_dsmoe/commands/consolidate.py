@@ -23,16 +23,18 @@ def consolidate(ckpt_path: str, output: str = "consolidated.ckpt") -> None:
 
     Raises:
         FileNotFoundError: if the folder is incomplete or not that of a sharded checkpoint.
-        ValueError: if a folder is at `output` or it cannot be written, or a file of the folder is
-            damaged or holds more than data.
+        ValueError: if the checkpoint is a file already, `output` cannot be written, or a file of
+            the folder is damaged or holds more than data.
         OSError: if there is not enough space for the file.
     """
-    from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO  # loads Lightning
-
     place = Path(output).expanduser()
     check_file(str(place) if output else output)
     folder = Path(ckpt_path).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{ckpt_path} is one file already; there is nothing to consolidate")
     _check_space(place, _bytes(folder))
+    from lightning_dsmoe.training.checkpoint_io import SafeCheckpointIO  # loads Lightning
+
     with Console(stderr=True).status(f"reading {ckpt_path}") as status:
         checkpoint = read_checkpoint(folder)
         status.update(f"writing {output}")

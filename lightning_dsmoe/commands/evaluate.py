@@ -133,8 +133,10 @@ def evaluate(
 def _content(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"there is no text {file} in UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"there is no text {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from None
 
 
 def _several(given: str | list[str] | None) -> list[str]:

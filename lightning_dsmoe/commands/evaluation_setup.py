@@ -1,5 +1,6 @@
 """A trained model and held-out text, for the commands that measure."""
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from lightning_dsmoe.analysis import HeldOut, held_out
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference import SparseModel, SwitchPoints, compile_sparse, load_decoder
+from lightning_dsmoe.inference.artifact.hashes import PLAN
 from lightning_dsmoe.metrics import ParameterCounts, count_parameters
 from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.serialization.checkpoint import LoadedDecoder
@@ -74,8 +76,13 @@ def read_plan(path: str, decoder: Decoder) -> SelectionPlan:
     """Read a plan from its file.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is not a plan, or one of another model.
     """
+    if not Path(path).is_file():
+        inside = Path(path, PLAN)
+        there = f"{path} is a folder; its plan is {inside}" if inside.is_file() else ""
+        raise FileNotFoundError(there or f"no plan at {path}")
     plan = SelectionPlan.load(path)
     try:
         decoder.selections(plan)

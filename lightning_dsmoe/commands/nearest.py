@@ -10,6 +10,7 @@ _FEW = 12
 """Up to so many names are all listed."""
 _NEAREST = 3
 _NO_OPTION = re.compile(r"(?:unrecognized arguments: --|does not accept option \')([\w.]+)")
+_NO_NAME = re.compile(r"unrecognized arguments: (?!-)")
 
 
 def among(given: str, names: Sequence[str]) -> str:
@@ -36,6 +37,9 @@ def nearest_options(message: str, parser: jsonargparse.ArgumentParser) -> str:
         message: of jsonargparse.
         parser: the one that wrote it.
     """
+    if _NO_NAME.search(message):
+        names = [name for name in _options(parser) if not re.search(r"\.|config$", name)]
+        return f"; each value follows its option, such as --{names[0]}" if names else ""
     if (found := _NO_OPTION.search(message)) is None:
         return ""
     near = get_close_matches(found[1], sorted({*_options(parser)}), _NEAREST)

@@ -112,6 +112,18 @@ def read_checkpoint(
     return checkpoint
 
 
+def _check_is_one(folder: Path) -> None:
+    """Raise a FileNotFoundError that says what a folder is that is not a checkpoint itself."""
+    if (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} is a sparse model or one of transformers, not a checkpoint of fit"
+        )
+    if inside := [*folder.glob("checkpoints/*.ckpt"), *folder.glob("*.ckpt")]:
+        raise FileNotFoundError(
+            f"{folder} is a folder with checkpoints, such as {sorted(inside)[-1]}: name one of them"
+        )
+
+
 def read_any(
     path: str | Path | IO[Any],
     *,
@@ -135,6 +147,7 @@ def read_any(
         ValueError: if the file is damaged, compressed, holds more than data, or is something else.
     """
     if is_folder := isinstance(path, str | Path) and Path(path).is_dir():
+        _check_is_one(Path(path))
         from lightning_dsmoe.serialization.sharded_folder import read_folder
     elif isinstance(path, str | Path) and not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

@@ -40,6 +40,12 @@ def test_windows_are_those_of_training(
     assert text.n_tokens == data._size(split).tokens - 1
 
 
+@pytest.mark.parametrize(("most", "read"), [(1, 16), (40, 48), (64, 64), (65, 128)])
+def test_hardly_more_is_read_than_was_asked_for(most: int, read: int, data: TextDataModule) -> None:
+    text = held_out(ByteTokenizer(), data.files, context=16, max_tokens=most, batch_tokens=64)  # type: ignore[arg-type]
+    assert text.n_tokens == read
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -273,6 +273,34 @@ def test_tools_name_required_options_as_they_are_typed(cli: Any) -> None:
     check(cli("calibrate", "--budgt=1"), ["--budgt=1; did you mean budget?"])
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["sweep", "last.ckpt"], ["each value follows its option, such as --ckpt_path"]),
+        (["configs", "quickstart.yaml"], ["each value follows its option, such as --name"]),
+        (["compile", "--ckpt_path={checkpoint}", "--plan=absent"], ["no plan at absent"]),
+        (
+            ["compile", "--ckpt_path={checkpoint}", "--plan={artifact}"],
+            ["is a folder; its plan is", "plan.json"],
+        ),
+        (["sweep", "--ckpt_path={folder}"], ["a folder with checkpoints, such as ", "last.ckpt"]),
+        (["sweep", "--ckpt_path={artifact}"], ["a sparse model or one of transformers, not"]),
+        (["consolidate", "--ckpt_path={checkpoint}"], ["is one file already"]),
+    ],
+)
+def test_what_was_meant(
+    words: list[str], named: list[str], cli: Any, trained: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "checkpoint": trained.checkpoint,
+        "artifact": trained.artifact,
+        "folder": trained.folder,
+    }
+    check(cli(*(word.format(**given) for word in words)), named)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_budget_out_of_range_is_refused_before_anything_is_read(cli: Any) -> None:
     for budget in ("2", "0", "-1"):
         outcome = cli("calibrate", "--ckpt_path=absent.ckpt", f"--budget={budget}")
