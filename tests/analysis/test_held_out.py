@@ -10,7 +10,7 @@ from lightning_dsmoe import TextDataModule
 from lightning_dsmoe.analysis import held_out
 from lightning_dsmoe.tokenizers import ByteTokenizer
 
-FRACTIONS = {"val_fraction": 0.2, "test_fraction": 0.3}
+FRACTIONS: Any = {"val_fraction": 0.2, "test_fraction": 0.3}
 
 
 @pytest.fixture

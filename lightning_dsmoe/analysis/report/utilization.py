@@ -140,8 +140,9 @@ class _RouterTotals:
     """Sums over tokens of what one router gives."""
 
     def __init__(self, n_experts: int, n_frequent: int, device: torch.device) -> None:
-        zero = torch.zeros((), device=device)
-        self.gates = zero.expand(n_experts), zero, zero.long()
+        self.gates_E = torch.zeros(n_experts, device=device)
+        self.entropies = torch.zeros((), device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         # In float32 a count would stop growing at 2**24 tokens.
         self.together_EE = torch.zeros(n_experts, n_experts, dtype=torch.float64, device=device)
         # The last row: all other tokens.
@@ -154,7 +155,9 @@ class _RouterTotals:
         probs_NE = routing.probs[mask_BT].float()
         running_NE = running_BTE[mask_BT].float()
         gates_E, entropies, tokens = utilization_sums(probs_NE, None)
-        self.gates = (self.gates[0] + gates_E, self.gates[1] + entropies, self.gates[2] + tokens)
+        self.gates_E += gates_E
+        self.entropies += entropies
+        self.tokens += tokens
         self.together_EE += running_NE.T @ running_NE
         self.token_gates_UE.index_add_(0, row_BT[mask_BT], probs_NE)
         # Kept for every token, to compare checkpoints; `check_mixtures` bounds E far below 2**15.
@@ -162,8 +165,9 @@ class _RouterTotals:
 
     def compute(self, counts_U: Tensor) -> RouterUse:
         best_N = torch.cat(self.best)
+        sums = self.gates_E.cpu(), self.entropies.cpu(), self.tokens.cpu()
         return RouterUse(
-            utilization_of_sums(*(each.cpu() for each in self.gates), metrics.DEAD_SHARE),
+            utilization_of_sums(*sums, metrics.DEAD_SHARE),
             (self.together_EE / len(best_N)).cpu(),
             self.token_gates_UE[:-1].cpu() / counts_U[:, None],
             best_N.cpu(),
