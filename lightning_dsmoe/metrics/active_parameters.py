@@ -139,6 +139,16 @@ class ActiveSums:
 
     Args:
         counts: parameter counts of the model, from `count_parameters`.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_dsmoe.metrics import ActiveSums, ParameterCounts, RoutedParameters
+        >>> layers = {"mlp": RoutedParameters(n_experts=4, per_expert=20)}
+        >>> sums = ActiveSums(ParameterCounts(outside=100, always=20, layers=layers))
+        >>> for n_experts in (1, 3):
+        ...     sums.add({"mlp": (torch.arange(4) < n_experts).expand(5, 4)})
+        >>> sums.share().mean
+        tensor(0.6000)
     """
 
     def __init__(self, counts: ParameterCounts) -> None:
