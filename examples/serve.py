@@ -3,15 +3,16 @@
     pip install -e '.[serve]'
     python examples/serve.py --artifact sparse_model
 
-Requests join the batch that is being decoded, up to 16 at a time, and leave it when they end.
+Requests join the batch that is being decoded, up to 16 at a time, and leave it when they end; as
+many as `--max_waiting` wait for that, and more are refused.
 """
 
 import asyncio
 import json
-import queue
+import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -22,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from lightning_dsmoe import SparseModel, load_sparse
 from lightning_dsmoe.inference.continuous_batch import MOST_TEXTS, Continuation, ContinuousBatch
@@ -41,14 +43,17 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 """What a request may have. A field of null counts as not given."""
 MOST_BYTES = 2**20
-MOST_TOKENS = 4096  # new ones, of a model without a context length
+MOST_STOP_CHARACTERS = 1000  # all of them are compared with the end of a text at each token
+MOST_TOKENS = 4096  # of a text, if the model has no context length
+SECONDS_BETWEEN_LOOKS = 1.0  # whether a client is still there
 SECONDS_TO_END = 30  # that running requests have when the server is stopped
+LOG = logging.getLogger("uvicorn.error")
 
 
-class BadRequest(Exception):
-    """What is wrong with which field of a request."""
+class Refusal(Exception):
+    """An answer that is no text: why, its status, and which field of the request is wrong."""
 
-    def __init__(self, message: str, field: str | None, status: int = 400) -> None:
+    def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.field, self.status = field, status
 
@@ -60,27 +65,28 @@ class Job:
         self.continuation, self.stops = continuation, stops
         self.is_wanted = True
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Queue[tuple[str, bool] | Exception]()
+        self._news = asyncio.Queue[tuple[str, bool] | Refusal]()
 
-    def tell(self, error: Exception | None = None) -> None:
-        """Say from the thread of the model what the text is now, or that it failed."""
+    def tell(self, refusal: Refusal | None = None) -> None:
+        """Say from the thread of the model what the text is now, or that there will be none."""
         text = shown(self.continuation, self.stops)
         has_ended = self.continuation.finish_reason is not None
-        self._loop.call_soon_threadsafe(self._news.put_nowait, error or (text, has_ended))
+        self._loop.call_soon_threadsafe(self._news.put_nowait, refusal or (text, has_ended))
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text as it grows, without the stop text that ends it."""
+        """The text as it grows, without the stop text that ends it; "" if there is nothing new."""
         sent, has_ended = 0, False
-        try:
-            while not has_ended:
-                news = await self._news.get()
-                if isinstance(news, Exception):
-                    raise news
-                text, has_ended = news
-                yield text[sent:]
-                sent = len(text)
-        finally:
-            self.is_wanted = False  # also where the client has gone
+        while not has_ended:
+            try:
+                news = await asyncio.wait_for(self._news.get(), SECONDS_BETWEEN_LOOKS)
+            except TimeoutError:
+                yield ""
+                continue
+            if isinstance(news, Refusal):
+                raise news
+            text, has_ended = news
+            yield text[sent:]
+            sent = len(text)
 
 
 def shown(continuation: Continuation, stops: list[str]) -> str:
@@ -99,50 +105,58 @@ def shown(continuation: Continuation, stops: list[str]) -> str:
 
 
 class Worker:
-    """The thread in which the model runs."""
+    """The thread in which the model runs, and the requests that wait for it."""
 
-    def __init__(self, model: SparseModel) -> None:
+    def __init__(self, model: SparseModel, max_waiting: int) -> None:
         self._batch, self._jobs = ContinuousBatch(model), list[Job]()
-        self._waiting = queue.SimpleQueue[Job | None]()
-        self._thread, self._is_stopped = threading.Thread(target=self._run), False
+        self._waiting, self._max_waiting = list[Job](), max_waiting
+        self._is_stopped = False
+        self._news = threading.Condition()  # with its lock: what waits, and whether to stop
+        # A daemon does not hold up a server that is told twice to stop, and so at once.
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the token that it is at."""
-        self._is_stopped = True
-        self._waiting.put(None)  # which wakes it
+        """End the thread after the token that it is at, and all requests that it has."""
+        with self._news:
+            self._is_stopped = True
+            self._news.notify()
         self._thread.join()
 
     def put(self, job: Job) -> None:
-        """Let a request wait for its turn."""
-        self._waiting.put(job)
+        """Let a request wait for its turn, unless too many do."""
+        with self._news:
+            if self._is_stopped:
+                raise stopping()
+            self._waiting = [each for each in self._waiting if each.is_wanted]
+            if len(self._waiting) >= self._max_waiting:
+                raise Refusal(f"{len(self._waiting)} requests wait already: try later", status=429)
+            self._waiting.append(job)
+            self._news.notify()
 
     def _run(self) -> None:
         while (new := self._new_jobs()) is not None:
             try:
                 self._go_on(new)
             except Exception as error:  # such as logits that are not finite: the next may go well
-                for job in (*self._jobs, *new):
-                    job.tell(error)
+                failed({*self._jobs, *new}, error)
                 self._batch.keep([])
                 self._jobs = []
+        for job in (*self._jobs, *self._waiting):
+            job.tell(stopping())
 
     def _new_jobs(self) -> list[Job] | None:
         """Requests that there is room for; waits if there is nothing to do. None to end."""
-        new: list[Job] = []
-        while len(new) < self._batch.n_free:
-            try:
-                job = self._waiting.get(block=not self._jobs and not new)
-            except queue.Empty:
-                break
-            if job is not None and job.is_wanted:
-                new.append(job)
+        with self._news:
+            self._news.wait_for(lambda: self._jobs or self._waiting or self._is_stopped)
             if self._is_stopped:
-                break
-        return None if self._is_stopped else new
+                return None
+            wanted = [job for job in self._waiting if job.is_wanted]
+            new, self._waiting = wanted[: self._batch.n_free], wanted[self._batch.n_free :]
+            return new
 
     def _go_on(self, new: list[Job]) -> None:
         wanted = [row for row, job in enumerate(self._jobs) if job.is_wanted]
@@ -153,12 +167,23 @@ class Worker:
                 self._batch.add([job.continuation for job in new])
                 self._jobs += new
             except Exception as error:  # such as too little memory for a prompt: others go on
-                for job in new:
-                    job.tell(error)
+                failed(new, error)
         self._batch.step()
         for job in self._jobs:
             job.tell()
         self._jobs = [job for job in self._jobs if job.continuation.finish_reason is None]
+
+
+def failed(jobs: Iterable[Job], error: Exception) -> None:
+    """End requests that the model has failed at."""
+    LOG.error("the model has failed", exc_info=error)
+    for job in jobs:
+        job.tell(Refusal(str(error), status=500))
+
+
+def stopping() -> Refusal:
+    """The answer of a server that is being stopped."""
+    return Refusal("the server is being stopped", status=503)
 
 
 async def read_request(request: Request, name: str) -> dict[str, Any]:
@@ -167,55 +192,82 @@ async def read_request(request: Request, name: str) -> dict[str, Any]:
     async for part in request.stream():
         body += part
         if len(body) > MOST_BYTES:
-            raise BadRequest(f"a request has at most {MOST_BYTES:,} bytes", None, 413)
+            raise Refusal(f"a request has at most {MOST_BYTES:,} bytes", status=413)
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the request is not JSON: {error}", None) from None
+        raise Refusal(f"the request is not JSON: {error}") from None
     if not isinstance(given, dict):
-        raise BadRequest("the request must be a JSON object", None)
+        raise Refusal("the request must be a JSON object")
     fields = {field: value for field, value in given.items() if value is not None}
     for field, value in fields.items():
         if field not in FIELDS:
-            raise BadRequest(f"no field {field!r}; there are {', '.join(FIELDS)}", field)
+            raise Refusal(f"no field {field!r}; there are {', '.join(FIELDS)}", field)
         # In Python, true and false are whole numbers.
         if not isinstance(value, FIELDS[field]) or (
             isinstance(value, bool) and FIELDS[field] != (bool,)
         ):
             kinds = " or ".join(kind.__name__ for kind in FIELDS[field])
-            raise BadRequest(f"{field} must be {kinds}, got {value!r:.80}", field)
+            raise Refusal(f"{field} must be {kinds}, got {value!r:.80}", field)
     if fields.get("model", name) != name:
-        raise BadRequest(f"no model {fields['model']!r:.80}; there is {name!r}", "model", 404)
+        raise Refusal(f"no model {fields['model']!r:.80}; there is {name!r}", "model", 404)
     if fields.get("n", 1) != 1:
-        raise BadRequest("n must be 1: ask once for each text", "n")
+        raise Refusal("n must be 1: ask once for each text", "n")
     if "prompt" not in fields:
-        raise BadRequest("prompt is missing", "prompt")
+        raise Refusal("prompt is missing", "prompt")
     if not -(2**63) <= fields.get("seed", 0) < 2**63:
-        raise BadRequest("seed must have 64 bits or fewer", "seed")
+        raise Refusal("seed must have 64 bits or fewer", "seed")
     return fields
 
 
-def job_of(model: SparseModel, fields: dict[str, Any]) -> Job:
-    """The work that a request asks for."""
-    options = {
-        key: fields[key] for key in ("temperature", "top_p", "top_k", "seed") if key in fields
-    }
-    stop = fields.get("stop") or []
-    most = fields.get("max_tokens", 16)
-    if not 1 <= most <= (model.context_length or MOST_TOKENS):
-        allowed = f"from 1 to {model.context_length or MOST_TOKENS}"
-        raise BadRequest(f"max_tokens must be {allowed}, got {most}", "max_tokens")
+def continuation_of(model: SparseModel, fields: dict[str, Any]) -> Continuation:
+    """The text that a request asks for."""
+    names = ("temperature", "top_p", "top_k", "seed")
+    options = {name: fields[name] for name in names if name in fields}
+    options["stop"] = fields.get("stop") or []
+    most, limit = fields.get("max_tokens", 16), model.context_length or MOST_TOKENS
+    if not 1 <= most <= limit:
+        raise Refusal(f"max_tokens must be from 1 to {limit}, got {most}", "max_tokens")
+    if len(str(options["stop"])) > MOST_STOP_CHARACTERS:
+        raise Refusal(f"stop must have at most {MOST_STOP_CHARACTERS:,} characters", "stop")
     try:
-        continuation = Continuation(model, fields["prompt"], most, stop=stop, **options)
+        continuation = Continuation(model, fields["prompt"], most, **options)
     except ValueError as error:
-        named = (field for field in (*options, "stop") if str(error).startswith(field))
-        raise BadRequest(str(error), next(named, "prompt")) from None
-    return Job(continuation, [stop] if isinstance(stop, str) else stop)
+        named = (field for field in options if str(error).startswith(field))
+        raise Refusal(str(error), next(named, "prompt")) from None
+    if (n_tokens := continuation.n_prompt_tokens + most) > limit:
+        raise Refusal(f"{n_tokens} tokens with the prompt, at most {limit}", "prompt")
+    return continuation
 
 
-def app_of(model: SparseModel, name: str = "sparse") -> Starlette:
+class Events(StreamingResponse):
+    """Pieces of a text as server-sent events."""
+
+    def __init__(self, job: Job, answer: Callable[[str, str | None], dict[str, Any]]) -> None:
+        super().__init__(self._events(), media_type="text/event-stream")
+        self._job, self._answer = job, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them until they end or the client leaves, which may be before the first."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.is_wanted = False
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            async for piece in self._job.pieces():
+                if piece:
+                    yield f"data: {json.dumps(self._answer(piece, None))}\n\n"
+            last = self._answer("", self._job.continuation.finish_reason)
+        except Refusal as refusal:  # the answer has begun, so its status is sent
+            last = content_of(refusal)
+        yield f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
+
+
+def app_of(model: SparseModel, name: str = "sparse", max_waiting: int = 64) -> Starlette:
     """The application, for any ASGI server."""
-    worker = Worker(model)
+    worker = Worker(model, max_waiting)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -225,77 +277,77 @@ def app_of(model: SparseModel, name: str = "sparse") -> Starlette:
         finally:
             await asyncio.to_thread(worker.stop)
 
-    def answer(identity: str, text: str, reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-        head = {"id": identity, "object": "text_completion", "created": int(time.time())}
-        return {**head, "model": name, "choices": [choice]}
-
     async def complete(request: Request) -> Response:
         fields = await read_request(request, name)
-        job, identity = job_of(model, fields), f"cmpl-{uuid4().hex}"
+        stops = fields.get("stop") or []
+        # In a thread: the tokens of a long prompt take a while, and other requests go on.
+        continuation = await asyncio.to_thread(continuation_of, model, fields)
+        job = Job(continuation, [stops] if isinstance(stops, str) else stops)
+        head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "model": name}
+        head["created"] = int(time.time())
+
+        def answer(text: str, reason: str | None) -> dict[str, Any]:
+            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+            return {**head, "choices": [choice]}
+
         worker.put(job)
-        continuation = job.continuation
         if fields.get("stream"):
-            return StreamingResponse(events(job, identity), media_type="text/event-stream")
+            return Events(job, answer)
         text = ""
-        async for piece in job.pieces():
-            text += piece
-            if await request.is_disconnected():
-                return Response(status_code=499)  # that nobody reads
+        try:
+            async for piece in job.pieces():
+                text += piece
+                if await request.is_disconnected():
+                    return Response(status_code=499)  # that nobody reads
+        finally:
+            job.is_wanted = False
         n_prompt, n_new = continuation.n_prompt_tokens, continuation.n_new_tokens
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new}
         usage["total_tokens"] = n_prompt + n_new
-        return JSONResponse({**answer(identity, text, continuation.finish_reason), "usage": usage})
-
-    async def events(job: Job, identity: str) -> AsyncIterator[str]:
-        try:
-            async for piece in job.pieces():
-                if piece:
-                    yield f"data: {json.dumps(answer(identity, piece, None))}\n\n"
-            last = answer(identity, "", job.continuation.finish_reason)
-        except Exception as error:  # the answer has begun, so its status is sent
-            last = content_of(error, None)
-        yield f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
+        return JSONResponse({**answer(text, continuation.finish_reason), "usage": usage})
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"}]})
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/models", models),
         ],
         exception_handlers={
-            BadRequest: bad_request,
+            Refusal: refused,
             HTTPException: no_such_place,
-            Exception: failed,
+            Exception: broken,
         },
         lifespan=lifespan,
     )
+    app.state.worker = worker
+    return app
 
 
-def content_of(error: Exception, field: str | None, kind: str = "server_error") -> dict[str, Any]:
+def content_of(refusal: Refusal) -> dict[str, Any]:
     """An error as clients of OpenAI read it."""
-    return {"error": {"message": str(error), "type": kind, "param": field, "code": None}}
+    kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if refusal.status == 429 else kind
+    return {"error": {"message": str(refusal), "type": kind, "param": refusal.field, "code": None}}
 
 
-async def bad_request(request: Request, error: Exception) -> Response:
-    """What is wrong with a request."""
-    assert isinstance(error, BadRequest)
-    content = content_of(error, error.field, "invalid_request_error")
-    return JSONResponse(content, error.status)
+async def refused(request: Request, refusal: Exception) -> Response:
+    """Why there is no text; clients of OpenAI try again after the seconds that it says."""
+    assert isinstance(refusal, Refusal)
+    headers = {"Retry-After": "1"} if refusal.status in (429, 503) else {}
+    return JSONResponse(content_of(refusal), refusal.status, headers)
 
 
 async def no_such_place(request: Request, error: Exception) -> Response:
     """What is not found, or not asked for in this way."""
     assert isinstance(error, HTTPException)
-    content = content_of(Exception(error.detail), None, "invalid_request_error")
-    return JSONResponse(content, error.status_code)
+    return await refused(request, Refusal(error.detail, status=error.status_code))
 
 
-async def failed(request: Request, error: Exception) -> Response:
-    """What went wrong in the server."""
-    return JSONResponse(content_of(error, None), 500)
+async def broken(request: Request, error: Exception) -> Response:
+    """A mistake in this file, which Starlette hands on to the server's log."""
+    return await refused(request, Refusal(str(error), status=500))
 
 
 def main(
@@ -303,6 +355,7 @@ def main(
     name: str = "sparse",
     host: str = "127.0.0.1",
     port: int = 8000,
+    max_waiting: int = 64,
     warm_up: bool = False,
 ) -> None:
     """Serve a sparse model.
@@ -312,17 +365,21 @@ def main(
         name: its name in requests.
         host: address to listen at; requests are not authenticated.
         port: port to listen at.
+        max_waiting: most requests that wait for a place; others get status 429.
         warm_up: compile for all numbers of texts first, rather than beside the first requests.
     """
     import uvicorn
 
+    if max_waiting < 1:
+        raise SystemExit(f"max_waiting must be 1 or more, got {max_waiting}")
     model = load_sparse(artifact)
     if model.tokenizer is None:
         raise SystemExit(f"{artifact} has no tokenizer, so it continues no text")
     if warm_up:
         for n_texts in range(1, MOST_TEXTS + 1):
             model.warm_up(n_texts)
-    uvicorn.run(app_of(model, name), host=host, port=port, timeout_graceful_shutdown=SECONDS_TO_END)
+    app = app_of(model, name, max_waiting)
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SECONDS_TO_END)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from lightning_dsmoe.reading import Bounds, check_json, shown
 MAX_JSON_CHARACTERS = 256 * 1024**2
 _Text = Annotated[str, Bounds(1, MAX_JSON_CHARACTERS)]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A tokenizer JSON does not say which of its special tokens ends a text. These are the ends of base
+# models: GPT-2 and its like, Llama 3 and Granite, Llama 2 and Mistral, Gemma.
+_ENDS = {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"}
 
 
 class Tokenizer(ABC):
@@ -54,6 +57,11 @@ class Tokenizer(ABC):
     @property
     def beginning(self) -> list[int]:
         """Special tokens that belong before a text, which `encode` does not add; often none."""
+        return []
+
+    @property
+    def ends(self) -> list[int]:
+        """Special tokens that end a text, known by their usual names; often none."""
         return []
 
     def piece(self, token: int) -> str:
@@ -234,6 +242,11 @@ class HuggingFaceTokenizer(Tokenizer):
             for special in (True, False)
         )
         return tokens_before(marked, plain)
+
+    @property
+    def ends(self) -> list[int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return [token for token, each in added if each.special and each.content in _ENDS]
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": "huggingface", "json": self._tokenizer.to_str()}

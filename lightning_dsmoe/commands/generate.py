@@ -73,21 +73,23 @@ def _errors_afterwards() -> Iterator[None]:
     """Hold back what is written to standard error until the text is complete.
 
     Warnings of libraries, which come when kernels are loaded, would land inside the text, and a
-    progress bar would erase its last line. Some are written by C++, past Python.
+    progress bar would erase its last line. Some are written by C++, past Python. Where standard
+    error is no terminal it does not land there, and nothing is held back.
     """
     try:
-        terminal = os.dup(2)
-    except OSError:  # closed
+        held = TemporaryFile() if os.isatty(2) else None  # noqa: SIM115
+    except OSError:  # no place for it
+        held = None
+    if held is None:
         yield
         return
-    with TemporaryFile() as held:
+    with held, open(os.dup(2), "wb") as terminal:
         os.dup2(held.fileno(), 2)
         try:
             yield
         finally:
             if sys.stderr is not None:
                 sys.stderr.flush()
-            os.dup2(terminal, 2)
+            os.dup2(terminal.fileno(), 2)
             held.seek(0)
-            os.write(terminal, held.read())
-            os.close(terminal)
+            terminal.write(held.read())

@@ -37,7 +37,7 @@ class Continuation:
     """
 
     finish_reason: Literal["stop", "length"] | None = None
-    """Why it has ended: a stop text, or its length; None until then."""
+    """Why it has ended: a stop text or a token of `Tokenizer.ends`, or its length; else None."""
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class Continuation:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         self.text = TextStream(model.tokenizer, prompt, stop)
+        self._ends = frozenset(model.tokenizer.ends)
         self.n_prompt_tokens, self.n_left = len(self.text.tokens), max_new_tokens
         most = model.context_length
         if most is not None and self.n_prompt_tokens + max_new_tokens > most:
@@ -70,11 +71,15 @@ class Continuation:
         return len(self.text.tokens) - self.n_prompt_tokens
 
     def take(self, logits_1V: Tensor) -> int:
-        """Add the next token, from its logits, and return it."""
+        """Add the next token, from its logits, and return it; one that ends a text adds none."""
         token = int(self._sampler(logits_1V))
-        self.text.add(token)
+        is_end = token in self._ends
+        if is_end:
+            self.text.tokens.append(token)
+        else:
+            self.text.add(token)
         self.n_left -= 1
-        if self.text.ended:
+        if is_end or self.text.ended:
             self.finish_reason = "stop"
         elif self.n_left == 0:
             self.finish_reason = "length"
@@ -128,9 +133,9 @@ class ContinuousBatch:
         logits_BV = reader.read(prompts_BT, padding)
         both = [reader] if self._reader is None else [self._reader, reader]
         running = [*self.running, *new]
-        self._reader = engine.join(both, max(each.n_left for each in running))
         if self.running:
             logits_BV = torch.cat([self._logits_BV, logits_BV])
+        self._reader = engine.join(both, max(each.n_left for each in running))
         self.running, self._logits_BV = running, logits_BV
 
     @torch.inference_mode()
@@ -150,7 +155,7 @@ class ContinuousBatch:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the running texts only, by their numbers."""
-        if len(rows) == len(self.running):
+        if list(rows) == list(range(len(self.running))):
             return
         self.running = [self.running[row] for row in rows]
         self._logits_BV = self._logits_BV[list(rows)]

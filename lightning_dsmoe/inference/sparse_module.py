@@ -112,6 +112,7 @@ class SparseModule(OnHub, nn.Module):
         """
         sources = {layer.few_tokens for layer in packed_layers(self.model)}
         for few_tokens in sources:
+            few_tokens.forget_failures()
             few_tokens.waits = True
         try:
             self(*args, **kwargs)

@@ -118,6 +118,16 @@ def test_hugging_face_json_and_path_agree(bpe: str, tmp_path: Path) -> None:
         assert Tokenizer.from_dict(tokenizer.to_dict()).encode(text).tolist() == tokens.tolist()
 
 
+def test_the_end_of_a_text_is_known_by_its_name(bpe: str) -> None:
+    made = tokenizers.Tokenizer.from_str(bpe)
+    made.add_special_tokens(["<|endoftext|>", "<other>"])
+    made.add_tokens(["</s>"])  # which a text may have
+    tokenizer = HuggingFaceTokenizer(made.to_str())
+    assert tokenizer.ends == [made.token_to_id("<|endoftext|>")]
+    assert Tokenizer.from_dict(tokenizer.to_dict()).ends == tokenizer.ends
+    assert HuggingFaceTokenizer(bpe).ends == ByteTokenizer().ends == []
+
+
 @pytest.mark.parametrize(
     ("decoder", "vocabulary", "pieces"),
     [

@@ -6,7 +6,7 @@ import socket
 import string
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,7 +49,7 @@ def model() -> SparseModel:
 class Server:
     """A server in a thread of its own, and what its model is doing."""
 
-    def __init__(self, model: SparseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, model: SparseModel, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.batches: list[ContinuousBatch] = []
         self.sizes: set[int] = set()
         server = self
@@ -67,9 +67,9 @@ class Server:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        config = uvicorn.Config(
-            serve.app_of(model), port=self.port, log_level="error", timeout_graceful_shutdown=1
-        )
+        app = serve.app_of(model, **options)
+        self.worker: serve.Worker = app.state.worker
+        config = uvicorn.Config(app, port=self.port, log_level="error", timeout_graceful_shutdown=1)
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run)
         self.thread.start()
@@ -94,9 +94,13 @@ class Server:
         connection.close()
         return answer.status, json.loads(content)
 
-    def stream(self, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    def start(self, fields: dict[str, Any]) -> http.client.HTTPConnection:
         connection = self.open()
-        connection.request("POST", "/v1/completions", json.dumps({**fields, "stream": True}))
+        connection.request("POST", "/v1/completions", json.dumps(fields))
+        return connection
+
+    def stream(self, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        connection = self.start({**fields, "stream": True})
         answer = connection.getresponse()
         assert answer.status == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -111,6 +115,37 @@ def server(model: SparseModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
     running = Server(model, monkeypatch)
     yield running
     running.stop()
+
+
+def leave(connection: http.client.HTTPConnection) -> None:
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+class Held:
+    """Keeps the model, which takes one text at a time, at its next token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        step = ContinuousBatch.step
+
+        def held(batch: ContinuousBatch) -> None:
+            self.started.set()
+            assert self.go_on.wait(30)
+            step(batch)
+
+        monkeypatch.setattr(ContinuousBatch, "step", held)
+        monkeypatch.setattr(
+            ContinuousBatch, "n_free", property(lambda batch: 1 - len(batch.running))
+        )
+        monkeypatch.setattr(serve, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def alone(model: SparseModel, fields: dict[str, Any]) -> str:
@@ -185,6 +220,7 @@ def test_a_stream_ends_with_its_reason(server: Server) -> None:
         ({"top_k": 0}, "top_k", "top_k must be at least 1, got 0"),
         ({"seed": 2**64}, "seed", "seed must have 64 bits or fewer"),
         ({"stop": [3]}, "stop", "stop must be one text or several"),
+        ({"stop": ["a"] * 999}, "stop", "stop must have at most 1,000 characters"),
         ({"n": 2}, "n", "n must be 1"),
         ({"stream": 1}, "stream", "stream must be bool, got 1"),
         ({"best_of": 3}, "best_of", "no field 'best_of'; there are model, prompt, max_tokens"),
@@ -231,13 +267,10 @@ def test_a_client_that_leaves_frees_its_place(
         step(self)
 
     monkeypatch.setattr(ContinuousBatch, "step", slow)
-    connection = server.open()
-    fields = {"prompt": "a", "max_tokens": 63, "stream": stream}
-    connection.request("POST", "/v1/completions", json.dumps(fields))
+    connection = server.start({"prompt": "a", "max_tokens": 63, "stream": stream})
     while len(steps) < 3:
         time.sleep(0.005)
-    connection.sock.shutdown(socket.SHUT_RDWR)
-    connection.close()
+    leave(connection)
     assert server.ask({"prompt": "a", "max_tokens": 40})[0] == 200
     assert not server.batches[0].running
     assert max(map(min, steps[-10:])) <= 10
@@ -251,6 +284,8 @@ def test_a_failure_of_the_model_ends_the_requests_that_it_has_met(
     def fail(self: ContinuousBatch) -> None:
         raise FloatingPointError("the logits are not finite")
 
+    logged: list[Any] = []
+    monkeypatch.setattr(serve.LOG, "error", lambda text, exc_info: logged.append(exc_info))
     with monkeypatch.context() as patch:
         patch.setattr(ContinuousBatch, "step", fail)
         status, answer = server.ask({"prompt": "a", "max_tokens": 3})
@@ -258,6 +293,8 @@ def test_a_failure_of_the_model_ends_the_requests_that_it_has_met(
         assert answer["error"]["message"] == "the logits are not finite"
         events = server.stream({"prompt": "a"})
         assert events[-1]["error"]["message"] == "the logits are not finite"
+    assert list(map(str, logged)) == ["the logits are not finite"] * 2
+    assert logged[0].__traceback__ is not None
     assert server.ask({"prompt": "a", "max_tokens": 3})[0] == 200
 
 
@@ -276,11 +313,120 @@ def test_stopping_does_not_wait_for_long_texts(
         step(self)
 
     monkeypatch.setattr(ContinuousBatch, "step", endless)
-    connection = server.open()
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "stream": True}))
+    connection = server.start({"prompt": "a", "stream": True})
     assert started.wait(30)
     server.stop()
     connection.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_requests_than_may_wait_are_told_to_come_again(
+    stream: bool, model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, server = Held(monkeypatch), Server(model, monkeypatch, max_waiting=2)
+    fields = {"prompt": "a", "max_tokens": 3, "stream": stream}
+    asked = [server.start(fields)]
+    assert held.started.wait(30)
+    for n in (1, 2):
+        asked.append(server.start(fields))
+        wait_for(lambda n=n: len(server.worker._waiting) == n)  # type: ignore[misc]
+    answer = (refused := server.start(fields)).getresponse()
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+    error = json.loads(answer.read())["error"]
+    assert error["message"] == "2 requests wait already: try later"
+    assert error["type"] == "rate_limit_error"
+    refused.close()
+    left = server.worker._waiting[0]
+    leave(asked.pop(1))  # whose place is free again
+    wait_for(lambda: not left.is_wanted)
+    asked.append(server.start(fields))
+    wait_for(lambda: left not in server.worker._waiting)
+    held.go_on.set()
+    for connection in asked:
+        answer = connection.getresponse()
+        assert (answer.status, b'"length"' in answer.read()) == (200, True)
+        connection.close()
+    server.stop()
+
+
+def test_a_stopped_server_answers_those_that_wait(
+    model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, server = Held(monkeypatch), Server(model, monkeypatch)
+    fields = {"prompt": "a", "max_tokens": 63}
+    asked = [server.start(fields)]
+    assert held.started.wait(30)
+    asked += [server.start(fields), server.start({**fields, "stream": True})]
+    wait_for(lambda: len(server.worker._waiting) == 2)
+    stopping = threading.Thread(target=server.worker.stop)
+    stopping.start()
+    wait_for(lambda: server.worker._is_stopped)
+    held.go_on.set()
+    asked.append(server.start(fields))  # too late
+    for status, connection in zip((503, 503, 200, 503), asked, strict=True):
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["Retry-After"]) in ((503, "1"), (200, None))
+        assert answer.status == status  # that of a stream was sent before
+        assert b"the server is being stopped" in answer.read()
+        connection.close()
+    stopping.join()
+    server.stop()
+
+
+def test_a_client_that_leaves_before_its_stream_begins(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, gone, step = threading.Event(), threading.Event(), ContinuousBatch.step
+    made = serve.continuation_of
+
+    def slow(model: SparseModel, fields: dict[str, Any]) -> Continuation:
+        if fields.get("stream"):
+            asked.set()
+            assert gone.wait(30)
+            time.sleep(0.2)  # so that the server notices
+        return made(model, fields)
+
+    def slow_step(self: ContinuousBatch) -> None:
+        time.sleep(0.02)
+        step(self)
+
+    monkeypatch.setattr(ContinuousBatch, "step", slow_step)
+    monkeypatch.setattr(serve, "continuation_of", slow)
+    connection = server.start({"prompt": "a", "max_tokens": 63, "stream": True})
+    assert asked.wait(30)
+    assert server.ask({"prompt": "a", "max_tokens": 1})[0] == 200  # while tokens are found
+    leave(connection)
+    gone.set()
+    wait_for(lambda: 1 in server.sizes)
+    time.sleep(0.3)
+    assert server.ask({"prompt": "a", "max_tokens": 3})[0] == 200
+    assert not server.batches[0].running
+
+
+def test_a_token_that_ends_a_text_ends_it(
+    server: Server, model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model.generate("a", 9, temperature=0)
+    end = int(LETTERS.encode(whole[4])[0])
+    monkeypatch.setattr(CharTokenizer, "ends", property(lambda _: [end]))
+    status, answer = server.ask({"prompt": "a", "max_tokens": 9, "temperature": 0})
+    assert status == 200
+    [choice] = answer["choices"]
+    assert choice["text"] == whole[1 : whole.index(whole[4], 1)]
+    assert choice["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(choice["text"]) + 1
+
+
+def test_a_prompt_is_limited_without_a_context_length(
+    model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "context_length", None)
+    monkeypatch.setattr(serve, "MOST_TOKENS", 20)
+    server = Server(model, monkeypatch)
+    status, answer = server.ask({"prompt": "a" * 16, "max_tokens": 5})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert answer["error"]["message"] == "21 tokens with the prompt, at most 20"
+    server.stop()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,33 @@ def test_a_stop_text_ends_one_and_one_can_be_taken_out() -> None:
     assert third.n_new_tokens == 0
 
 
+def test_a_token_that_ends_a_text_adds_nothing_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(tokenizer=LETTERS)
+    whole = model.generate("a", 12, temperature=0)
+    end = whole[4]
+    monkeypatch.setattr(CharTokenizer, "ends", property(lambda _: LETTERS.encode(end).tolist()))
+    text, batch = Continuation(model, "a", 12, temperature=0), ContinuousBatch(model)
+    batch.add([text])
+    while batch.running:
+        batch.step()
+    assert text.text.added == whole[1 : whole.index(end, 1)]
+    assert (text.finish_reason, text.n_new_tokens) == ("stop", len(text.text.added) + 1)
+
+
+def test_texts_keep_the_order_that_is_given() -> None:
+    model = made(tokenizer=LETTERS)
+    texts = [Continuation(model, prompt, 9, temperature=0) for prompt in ("a", "the end")]
+    batch = ContinuousBatch(model)
+    batch.add(texts)
+    batch.step()
+    batch.keep([1, 0])
+    assert batch.running == texts[::-1]
+    while batch.running:
+        batch.step()
+    for prompt, text in zip(("a", "the end"), texts, strict=True):
+        assert text.text.text == model.generate(prompt, 9, temperature=0)
+
+
 @pytest.mark.parametrize(
     ("prompt", "most", "options", "message"),
     [

@@ -127,7 +127,12 @@ class DecoderCache:
         rows = self._sequences(n_rows)
         *layers, seen_SB = (each.index_select(1, rows) for each in self._all.tensors)
         half = len(layers) // 2
-        self._take(Slots(layers[:half], layers[half:], seen_SB, self._all.at_1))
+        # Its own number of the new slot, too: memory that it leaves is another cache's next.
+        self._take(Slots(layers[:half], layers[half:], seen_SB, self._all.at_1.clone()))
+
+    def is_in(self, memory: Slots) -> bool:
+        """Whether it is where `move_to` moved it: padding takes it elsewhere."""
+        return self._all.at_1 is memory.at_1
 
     def _sequences(self, n_rows: int) -> Tensor:
         rows = torch.arange(n_rows, device=self._all.at_1.device)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Decoder, DecoderOutput
-from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.inference.engine.batched.forward import forward_tokens
 from lightning_dsmoe.inference.engine.cache import DecoderCache, gathered
 from lightning_dsmoe.inference.engine.decode.beside import leave_a_core
 from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    COMPILING,
     CannotCompile,
     CompiledStep,
     NotReady,
@@ -28,8 +28,6 @@ from lightning_dsmoe.inference.engine.decode_cuda.step import CudaStep
 from lightning_dsmoe.inference.engine.switch_points import SwitchPoints, here
 from lightning_dsmoe.inference.engine.weights.packing import tile_weights
 from lightning_dsmoe.routing import SelectionPlan
-
-_COMPILING = ForkSafeLock()  # PyTorch exports one program at a time
 
 
 class Engine:
@@ -58,6 +56,7 @@ class Engine:
         self.given_points = switch_points
         self.max_tokens = max_tokens
         self.can_compile = True
+        self._failure: str | None = None
         self._steps: dict[tuple[SelectionPlan, int], CompiledStep | CudaStep | None] = {}
         self._kernels = KernelSource()
         self._layouts: dict[bool, Decoder] = {}
@@ -93,11 +92,12 @@ class Engine:
     ) -> CompiledStep | CudaStep | None:
         """The step compiled for a plan, at its first use; None where it cannot be compiled.
 
-        It is that of the next larger number of sequences for which steps are made.
+        It is that of the next larger number of sequences for which steps are made. One that has
+        failed is tried again.
         """
         key = plan, sizes_for(plan, n_sequences)[0]
-        if key not in self._steps:
-            with _COMPILING:
+        if self._steps.get(key) is None:
+            with COMPILING:
                 self._prepare(key, wait=True)
         return self._steps[key]
 
@@ -110,16 +110,17 @@ class Engine:
         """
         keys = [(plan, size) for size in sizes_for(plan, n_sequences)]
         key = keys[0]
-        if key not in self._steps and _COMPILING.acquire(blocking=False):
+        if key not in self._steps and COMPILING.acquire(blocking=False):
             try:
-                self._prepare(key, wait=False)
+                if key not in self._steps:
+                    self._prepare(key, wait=False)
             finally:
-                _COMPILING.release()
+                COMPILING.release()
         return next((step for each in keys if (step := self._steps.get(each))), None)
 
     def _prepare(self, key: tuple[SelectionPlan, int], *, wait: bool) -> None:
         """Add a step to `_steps`, None if it cannot be compiled; without waiting perhaps later."""
-        if key in self._steps:
+        if self._steps.get(key) is not None:
             return
         on_cpu = self.decoder.embedding.weight.device.type == "cpu"
         if on_cpu and not wait and self._kernels.is_waiting(key):
@@ -130,10 +131,23 @@ class Engine:
             pass
         except CannotCompile as error:
             self._steps[key] = None
-            if self.can_compile:
-                message = f"decoding runs uncompiled, more slowly: {error}"
-                warnings.warn(message, stacklevel=2)
+            self._fail(key[1], str(error))
+
+    def _fail(self, n_sequences: int, reason: str) -> None:
+        """Tell why a step was not compiled; one of another shape, or at another time, may be.
+
+        A reason that comes twice is one of the machine: nothing more is tried until `warm_up`.
+        """
+        if reason == self._failure:
             self.can_compile = False
+            return
+        self._failure = reason
+        sequences = "1 sequence" if n_sequences == 1 else f"{n_sequences} sequences"
+        warnings.warn(
+            f"decoding of {sequences} runs uncompiled, more slowly: {reason}; once that is mended, "
+            "warm_up compiles it, and so does a new process",
+            stacklevel=3,
+        )
 
     def _new_step(self, key: tuple[SelectionPlan, int], *, wait: bool) -> CompiledStep | CudaStep:
         plan, n_sequences = key
@@ -161,7 +175,8 @@ class Engine:
         return self._layouts[several]
 
     def warm_up(self, plan: SelectionPlan, n_sequences: int) -> None:
-        """Compile now what decoding so many sequences needs."""
+        """Compile now what decoding so many sequences needs, also if that has failed before."""
+        self.can_compile, self._failure = True, None
         if self.gathers(n_sequences):
             for size in set(group_sizes(plan, n_sequences)):
                 self.compiled_step(plan, size)
@@ -170,8 +185,10 @@ class Engine:
         """Begin to compile that, and say whether decoding runs uncompiled until it is ready."""
         if not self.gathers(n_sequences):
             return False
-        steps = [self.ready_step(plan, size) for size in set(group_sizes(plan, n_sequences))]
-        return self.can_compile and None in steps
+        keys = {(plan, sizes_for(plan, n)[0]) for n in group_sizes(plan, n_sequences)}
+        for key in keys:
+            self.ready_step(*key)
+        return not keys <= self._steps.keys()
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
         """Start sequences under a plan, with room for `capacity` tokens each.
@@ -284,7 +301,10 @@ class EngineReader:
             step = self._engine.ready_step(self.plan, batch_size)
             if step is not None:
                 cache.pad_to(step.n_sequences)
-                return step(tokens_BT[cache.sequence_of_row, 0], cache)[:batch_size]
+                tokens_B = tokens_BT[:, 0]
+                if step.n_sequences > batch_size:
+                    tokens_B = tokens_B[cache.sequence_of_row]
+                return step(tokens_B, cache)[:batch_size]
         cache.pad_to(batch_size)
         chunk = max(1, self._engine.max_tokens // batch_size)
         for start in range(0, length, chunk):

@@ -440,22 +440,51 @@ def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
     assert seen == [batch * length >= first for batch, length in shapes]
 
 
-def test_what_cannot_be_compiled_warns_once_and_is_not_tried_again(
+def test_a_reason_not_to_compile_is_told_once_and_no_more_is_tried_after_the_second_time(
     one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = []
 
     def refuse(*args: Any, **options: Any) -> None:
-        attempts.append(args)
+        attempts.append(args[2])
         raise CannotCompile("no compiler here")
 
     monkeypatch.setattr(engine_module, "CompiledStep", refuse)
     engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
-    with pytest.warns(UserWarning, match="runs uncompiled, more slowly: no compiler here"):
-        actual = [decoded(engine, plan, 1)]
-    actual += [decoded(engine, uniform(TopK(2)), 1), decoded(engine, plan, 2)]
-    assert actual == [False] * 3
-    assert len(attempts) == 1
+    message = "of 1 sequence runs uncompiled, more slowly: no compiler here; once .* warm_up"
+    with pytest.warns(UserWarning, match=message):
+        assert not decoded(engine, plan, 1)
+    assert not any(decoded(engine, plan, n) for n in (1, 2, 4, 8))
+    assert not decoded(engine, uniform(TopK(2)), 1)
+    assert not engine.start_warm_up(plan, 16)
+    assert attempts == [1, 2]
+
+
+def test_what_was_mended_is_compiled(
+    one_decoder: Decoder,
+    compilations: list[tuple[SelectionPlan, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = {1, 2, 4}
+
+    class Breaking(FakeStep):
+        def __init__(self, decoder: Decoder, plan: SelectionPlan, n: int, **options: Any) -> None:
+            if n in broken:
+                raise CannotCompile("a full disk" if n < 4 else "too little memory")
+            super().__init__(decoder, plan, n)
+
+    monkeypatch.setattr(engine_module, "CompiledStep", Breaking)
+    engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
+    for n, reason in ((4, "too little memory"), (1, "a full disk")):  # other shapes, other reasons
+        with pytest.warns(UserWarning, match=f"of {n} sequences? runs .*: {reason};"):
+            assert not decoded(engine, plan, n)
+        assert not engine.start_warm_up(plan, n)
+    assert decoded(engine, plan, 8)
+    assert decoded(engine, plan, 4)  # by the larger step
+    broken.clear()
+    engine.warm_up(plan, 1)
+    assert decoded(engine, plan, 1)
+    assert compilations == [(plan, 8), (plan, 1)]
 
 
 def test_threads_that_meet_a_plan_together_compile_one_step(
@@ -477,7 +506,7 @@ def test_threads_that_meet_a_plan_together_compile_one_step(
     monkeypatch.setattr(Engine, "ready_step", Engine.compiled_step)
     engine = Engine(packed(one_decoder), SwitchPoints())
     ready = engine.compiled_step(uniform(TopK(1)), 3)
-    with engine_module._COMPILING:  # nobody waits for what is there
+    with engine_module.COMPILING:  # nobody waits for what is there
         assert engine.compiled_step(uniform(TopK(1)), 3) is ready
 
     def decode(n_sequences: int) -> bool:

@@ -94,7 +94,10 @@ class Compilation:
             answer = json.loads(self._done.stdout.splitlines()[-1])
         except (IndexError, ValueError):
             status = self._done.returncode
-            raise RuntimeError(f"the process that compiles ended with status {status}") from None
+            memory = ", which too little memory may be the reason for" if status == -9 else ""
+            raise RuntimeError(
+                f"the process that compiles ended with status {status}{memory}"
+            ) from None
         if "error" in answer:
             raise RuntimeError(answer["error"])
         paths = [kernel_folder() / name for name in answer["kernels"]]

@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_dsmoe.decoder import Block, Decoder
+from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode import aot_cache, kernel_index
 from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part, tensors_of
@@ -25,7 +26,8 @@ from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, P
 from lightning_dsmoe.routing import SelectionPlan
 
 EXAMPLE_CAPACITY = 64  # of the cache that graphs are traced with; they take any
-
+COMPILING = ForkSafeLock()
+"""Held by whoever traces or compiles: PyTorch exports one program at a time."""
 
 GetKernels = Callable[[dict[object, Part], str, torch.device], dict[object, Kernel]]
 

@@ -16,7 +16,11 @@ from torch.export import Dim
 from lightning_dsmoe.decoder import Block, Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.aot_cache import compile_kernel
-from lightning_dsmoe.inference.engine.decode.compiled_step import EXAMPLE_CAPACITY, compiling
+from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    COMPILING,
+    EXAMPLE_CAPACITY,
+    compiling,
+)
 from lightning_dsmoe.inference.engine.decode.step import BlockStep, EmbedStep, PredictStep
 from lightning_dsmoe.routing import SelectionPlan
 
@@ -76,7 +80,7 @@ def export_step(decoder: Decoder, plan: SelectionPlan, path: Path, n_sequences: 
         CannotCompile: if there is no working compiler, or a layer is not one of this library.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with compiling(), Console(stderr=True).status("Compiling the whole decode step"):
+    with COMPILING, compiling(), Console(stderr=True).status("Compiling the whole decode step"):
         slots = DecoderCache(decoder, n_sequences, EXAMPLE_CAPACITY).next_slots()
         tokens_B = torch.zeros(n_sequences, dtype=torch.long, device=slots.at_1.device)
         size = {0: Dim("capacity", min=2, max=2**30)}

@@ -14,6 +14,7 @@ from lightning_dsmoe.inference.engine.weights.row_major import RowMajorWeights
 _GB = 1e9
 _HALF = 2  # bytes
 _SCALE = 4  # bytes
+_FEWEST_FOR_BFLOAT16 = 8, 0  # compute capability
 
 
 class Numbers(NamedTuple):
@@ -63,7 +64,9 @@ def numbers_of(decoder: Decoder, n_sequences: int, capacity: int) -> Numbers:
     return Numbers(experts, rows, others, channels * n_sequences * capacity)
 
 
-def advice(numbers: Numbers, room: int, *, size: int, int8: bool) -> str:
+def advice(
+    numbers: Numbers, room: int, *, size: int, int8: bool, half: torch.dtype = torch.bfloat16
+) -> str:
     """One sentence: what is needed, what there is, and what would fit.
 
     A plan changes nothing about it: every expert is in memory, whichever run.
@@ -73,6 +76,7 @@ def advice(numbers: Numbers, room: int, *, size: int, int8: bool) -> str:
         room: bytes free or taken by these numbers already.
         size: bytes of a floating-point number now.
         int8: whether the weights of experts are in 8 bits now.
+        half: the type of 16 bits that the GPU computes in.
 
     Examples:
         >>> model = Numbers(6_000_000_000, 10_000_000, 400_000_000, 100_000_000)
@@ -81,7 +85,7 @@ def advice(numbers: Numbers, room: int, *, size: int, int8: bool) -> str:
         >>> advice(model, 3_000_000_000, size=2, int8=True)
         '7.0 GB are needed and 3.0 GB there; no type fits: try fewer or shorter sequences'
     """
-    halves, eights = ".to(torch.bfloat16)", "quantization='int8'"
+    halves, eights = f".to({half})", "quantization='int8'"
     ways: list[tuple[str, int, bool]] = []
     if size > _HALF:
         ways.append((halves, _HALF, int8))
@@ -92,8 +96,10 @@ def advice(numbers: Numbers, room: int, *, size: int, int8: bool) -> str:
     needs = [(way, numbers.bytes_in(some, int8=eight)) for way, some, eight in ways]
     fitting = [f"{way} needs {need / _GB:.1f} GB" for way, need in needs if need <= room]
     needed = numbers.bytes_in(size, int8=int8)
-    fits = fitting[0] if fitting else "no type fits: try fewer or shorter sequences"
-    return f"{needed / _GB:.1f} GB are needed and {room / _GB:.1f} GB there; {fits}"
+    fits_now = needed <= room
+    beside, found = (" beside what kernels take", "") if fits_now else ("", "no type fits: ")
+    fits = fitting[0] if fitting else f"{found}try fewer or shorter sequences"
+    return f"{needed / _GB:.1f} GB are needed{beside} and {room / _GB:.1f} GB there; {fits}"
 
 
 def what_would_fit(decoder: Decoder, n_sequences: int, capacity: int, free: int) -> str:
@@ -109,4 +115,13 @@ def what_would_fit(decoder: Decoder, n_sequences: int, capacity: int, free: int)
     size = torch.finfo(decoder.embedding.weight.dtype).bits // 8
     int8 = any(buffer.dtype == torch.int8 for buffer in decoder.buffers())
     in_memory = numbers._replace(cache=0).bytes_in(size, int8=int8)
-    return "out of memory: " + advice(numbers, free + in_memory, size=size, int8=int8)
+    half = half_of(decoder.embedding.weight.device)
+    return "out of memory: " + advice(numbers, free + in_memory, size=size, int8=int8, half=half)
+
+
+def half_of(device: torch.device) -> torch.dtype:
+    """The type of 16 bits for a device: float16 on GPUs that do not compute in bfloat16."""
+    is_old = device.type == "cuda" and (
+        torch.cuda.get_device_capability(device) < _FEWEST_FOR_BFLOAT16
+    )
+    return torch.float16 if is_old else torch.bfloat16

@@ -49,7 +49,8 @@ class Seat:
     @property
     def cache(self) -> DecoderCache | None:
         """The cache that lies here, if any does and is still in use."""
-        return self._cache()
+        cache = self._cache()
+        return cache if cache is not None and cache.is_in(self.memory) else None
 
     def seat(self, cache: DecoderCache) -> None:
         """Move a cache here."""

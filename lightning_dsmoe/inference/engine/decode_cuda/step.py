@@ -16,14 +16,13 @@ from torch import Tensor
 from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.inference.engine.cache import DecoderCache, empty_slots
 from lightning_dsmoe.inference.engine.decode.compiled_step import CannotCompile, compiling
-from lightning_dsmoe.inference.engine.decode_cuda.memory import what_would_fit
+from lightning_dsmoe.inference.engine.decode_cuda.memory import half_of, what_would_fit
 from lightning_dsmoe.inference.engine.decode_cuda.products import Products, products_for
 from lightning_dsmoe.inference.engine.decode_cuda.seats import Run, Seat, bucket, captured
 from lightning_dsmoe.inference.engine.decode_cuda.static_step import StaticStep
 from lightning_dsmoe.precision import without_autocast
 from lightning_dsmoe.routing import SelectionPlan
 
-_FEWEST_FOR_BFLOAT16 = 8, 0  # compute capability
 _EXAMPLE_CAPACITY = 64
 
 
@@ -152,8 +151,8 @@ def _check_card(weight: Tensor) -> None:
         return
     if find_spec("triton") is None:
         raise RuntimeError("Triton is missing: pip install triton")
-    capability = torch.cuda.get_device_capability(weight.device)
-    if weight.dtype == torch.bfloat16 and capability < _FEWEST_FOR_BFLOAT16:
+    if weight.dtype == torch.bfloat16 and half_of(weight.device) == torch.float16:
+        capability = torch.cuda.get_device_capability(weight.device)
         raise RuntimeError(
             f"{torch.cuda.get_device_name(weight.device)} does not compute in bfloat16 "
             f"(compute capability {'.'.join(map(str, capability))}, 8.0 does): "

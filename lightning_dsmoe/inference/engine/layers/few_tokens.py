@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dsmoe.experts import MixtureOfExperts
-from lightning_dsmoe.fork_safe_lock import ForkSafeLock
 from lightning_dsmoe.inference.engine.decode.aot_cache import Kernel, Part
 from lightning_dsmoe.inference.engine.decode.compiled_step import (
+    COMPILING,
     CannotCompile,
     NotReady,
     compiling,
@@ -29,7 +29,6 @@ from lightning_dsmoe.routing import MixtureOutput, Routing, Selection
 
 MAX_TOKENS = 16
 """A kernel is unrolled over its tokens, of which more together leave fewer experts idle."""
-_COMPILING = ForkSafeLock()  # PyTorch exports one program at a time
 
 
 def gather_tokens(layer: MixtureOfExperts, selection: Selection, x_ND: Tensor) -> MixtureOutput:
@@ -122,6 +121,11 @@ class FewTokens:
         y_ND, *routing = compiled.kernel([x_ND, *weights])
         return of_shape(x, MixtureOutput(y_ND, Routing(*routing)))
 
+    def forget_failures(self) -> None:
+        """Compile what has failed once more when it is met."""
+        self._compiled = {key: each for key, each in self._compiled.items() if each is not None}
+        self._refused, self._warned = [], False
+
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: nothing compiled."""
         return {"switch_points": self.switch_points}
@@ -135,7 +139,7 @@ class FewTokens:
         layer, selection, n_tokens, _ = key
         if self._source.is_waiting(key) and not self.waits:
             return None
-        if not _COMPILING.acquire(blocking=self.waits):
+        if not COMPILING.acquire(blocking=self.waits):
             return None
         try:
             if key not in self._compiled:
@@ -149,7 +153,7 @@ class FewTokens:
         except NotReady:
             return None
         finally:
-            _COMPILING.release()
+            COMPILING.release()
 
     def _made(self, key: tuple[Any, ...], part: Part) -> _Compiled | None:
         """The kernel of a part, and what it takes; None if it cannot be compiled."""
@@ -163,7 +167,11 @@ class FewTokens:
         except CannotCompile as error:
             self._refused.append(Known.of(part, _no_kernel))
             if not self._warned:
-                warnings.warn(f"layers run uncompiled, more slowly: {error}", stacklevel=2)
+                warnings.warn(
+                    f"layers run uncompiled, more slowly: {error}; once that is mended, warm_up "
+                    "compiles them, and so does a new process",
+                    stacklevel=2,
+                )
             self._warned = True
             return None
         places = _places(step)

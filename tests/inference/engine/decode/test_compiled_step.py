@@ -239,7 +239,7 @@ def test_without_a_compiler_it_says_so_once_and_gives_the_same(
 ) -> None:
     decoder = rotary_mlp()
     model = compile_sparse(decoder, TOP_K)
-    message = "decoding runs uncompiled, more slowly: no C\\+\\+ compiler was found"
+    message = "decoding of 1 sequence runs uncompiled, more slowly: no C\\+\\+ compiler was found"
     with pytest.warns(UserWarning, match=message):
         first = drawn(model, long_tokens[:1, :6])
     for prompts, found in (

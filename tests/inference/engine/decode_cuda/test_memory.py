@@ -8,6 +8,7 @@ from lightning_dsmoe.inference.engine.cache import empty_slots
 from lightning_dsmoe.inference.engine.decode_cuda.memory import (
     Numbers,
     advice,
+    half_of,
     numbers_of,
     what_would_fit,
 )
@@ -44,10 +45,20 @@ def test_bytes_are_those_in_memory(int8: bool, dtype: torch.dtype, decoder: Deco
         (2, False, 9, "12.0 GB are needed and 9.0 GB there; quantization='int8' needs 8.0 GB"),
         (2, False, 8, "no type fits: try fewer or shorter sequences"),
         (2, True, 7, "8.0 GB are needed and 7.0 GB there; no type fits"),
+        (2, True, 9, "8.0 GB are needed beside what kernels take and 9.0 GB there; try fewer or"),
     ],
 )
 def test_what_is_recommended(size: int, int8: bool, room: float, expected: str) -> None:
     assert expected in advice(MODEL, int(room * GB), size=size, int8=int8)
+
+
+def test_a_gpu_is_told_of_a_type_that_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "; .to(torch.float16) needs 12.0 GB"
+    assert message in advice(MODEL, 12 * GB, size=4, int8=False, half=torch.float16)
+    for capability, half in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        assert half_of(torch.device("cuda")) == half
+        assert half_of(torch.device("cpu")) == torch.bfloat16
 
 
 def test_weights_in_memory_count_as_room(one_decoder: Decoder) -> None:

@@ -181,6 +181,26 @@ def test_prompts_go_on_in_a_cache_that_moved(one_decoder: Decoder, tokens: Tenso
     assert_near(found, token_by_token(twin, plan, tokens, 0)[:, :10], 4e-6)
 
 
+def test_a_cache_that_was_filled_up_anew_is_moved_again(one_decoder: Decoder) -> None:
+    """Reading several tokens drops the rows that fill a step up, and so moves the cache."""
+    twin, plan, tokens = packed(one_decoder), uniform(TopK(2)), torch.randint(V, (3, 6))
+    step, cache = CudaStep(twin, plan, 4), DecoderCache(twin, 3, 20)
+
+    def one(at: int) -> Tensor:
+        cache.pad_to(4)
+        return step(tokens[cache.sequence_of_row, at], cache)[:3, None]
+
+    first = one(0)
+    at_1 = cache._all.at_1
+    cache.pad_to(3)
+    assert cache._all.at_1 is not at_1  # which the next cache in that place writes to
+    with torch.no_grad():
+        middle = forward_tokens(twin, tokens[:, 1:4], plan, grouped=False, caches=cache.layers)
+    found = torch.cat([first, middle.logits, one(4), one(5)], 1)
+    assert_near(found, token_by_token(twin, plan, tokens, 0), 4e-6)
+    assert len(step._seats) == 1
+
+
 def test_a_full_cache(one_decoder: Decoder) -> None:
     twin = packed(one_decoder)
     step, cache = CudaStep(twin, uniform(TopK(1)), 1), DecoderCache(twin, 1, 2)

@@ -101,6 +101,10 @@ def test_without_a_compiler_layers_run_more_slowly(monkeypatch: pytest.MonkeyPat
         y = twin(x).output
     assert_near(y, layer(x, TopK(1)).output)
     assert_near(twin(x).output, y)  # without another warning
+    assert not twin.few_tokens._source._beside
+    twin.few_tokens.forget_failures()
+    with pytest.warns(UserWarning, match="no compiler; once that is mended, warm_up compiles them"):
+        twin(x)
 
 
 @pytest.mark.slow
