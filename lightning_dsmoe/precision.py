@@ -13,6 +13,14 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Switch autocast off inside the block, on any type of device."""
-    if torch.amp.is_autocast_available(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether a type of device has autocast; "meta" has not."""
+    if device_type == "meta":
+        return False
+    # Where code is compiled for, there is one; PyTorch 2.10 breaks the graph where it is asked.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_dsmoe.precision import at_least_float32, without_autocast
+from lightning_dsmoe.precision import at_least_float32, has_autocast, without_autocast
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,19 @@ def test_switches_autocast_off_inside_alone() -> None:
         with without_autocast("cpu"):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_no_graph_is_broken_by_asking_for_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = torch.compiler.disable(torch.amp.is_autocast_available)  # as it is in PyTorch 2.10
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def product(x: torch.Tensor) -> torch.Tensor:
+        with without_autocast(x.device.type):
+            return x @ x
+
+    assert product(torch.ones(2, 2)).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert [has_autocast(device) for device in ("cpu", "cuda", "meta")] == [True, True, False]
 
 
 def test_devices_without_autocast_are_fine() -> None:

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_dsmoe.precision import has_autocast
 from lightning_dsmoe.torch_private import in_function_transform
 
 
@@ -25,7 +26,7 @@ def gated_projection(hidden_NEF: Tensor, gates_NE: Tensor, weight_EFD: Tensor) -
         hidden_NEF: hidden units a; gates_NE: gates g; weight_EFD: W; result: `[N, D]`.
     """
     device = hidden_NEF.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_NEF, weight_EFD = hidden_NEF.to(dtype), weight_EFD.to(dtype)
     if gates_NE.dtype != hidden_NEF.dtype:

@@ -165,7 +165,10 @@ class Mixture(nn.Module):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
+    # PyTorch 2.10 breaks the graph where it is asked whether a device has autocast.
+    if device_type != "meta" and (
+        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    ):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -19,7 +19,7 @@ from lightning_dsmoe.inference.engine.batched.mixtures import add_attention, add
 from lightning_dsmoe.inference.engine.layers.few_tokens import FewTokens, gather_tokens, of_shape
 from lightning_dsmoe.inference.engine.weights.packing import Quantizer, pack_weights
 from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
-from lightning_dsmoe.precision import without_autocast
+from lightning_dsmoe.precision import has_autocast, without_autocast
 from lightning_dsmoe.routing import (
     AllExperts,
     MixtureOutput,
@@ -152,7 +152,7 @@ def _inference(x: Tensor, weight: nn.Module) -> Iterator[Tensor]:
             "that it was compiled from"
         )
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         x = x.to(as_row_major(weight).out_dtype)
     with torch.no_grad(), without_autocast(device):
         yield x
