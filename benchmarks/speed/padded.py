@@ -23,6 +23,7 @@ from benchmarks.timing import Comparison, compare, machine, rounds_of
 from lightning_dsmoe import SelectionPlan, compile_sparse
 from lightning_dsmoe.inference.engine.cache import DecoderCache
 from lightning_dsmoe.inference.engine.decode.compiled_step import CompiledStep
+from lightning_dsmoe.inference.engine.decode.kernel_source import KernelSource
 from lightning_dsmoe.inference.engine.engine import Engine
 
 FILLED_UP = (3, 4), (5, 8), (6, 8), (9, 16), (12, 16)
@@ -69,7 +70,11 @@ def main() -> None:
 def measured(engine: Engine, plan: SelectionPlan, *, rounds: int) -> dict[str, Comparison]:
     """Compare the ways of decoding some numbers of sequences."""
     counts = {n for pair in FILLED_UP for n in pair} | {n for _, two in IN_TWO for n in two}
-    steps = {n: CompiledStep(engine.layout(n), plan, n) for n in sorted(counts)}
+    source = KernelSource()
+    steps = {
+        n: CompiledStep(engine.layout(n), plan, n, get_kernels=partial(source.get, n, True))
+        for n in sorted(counts)
+    }
 
     def side(n: int, size: int) -> Callable[[], float]:
         torch.manual_seed(0)

@@ -4,7 +4,9 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lightning_dsmoe.routing import SelectionPlan
 from lightning_dsmoe.tokenizers import ByteTokenizer, CharTokenizer
 
 pytestmark = pytest.mark.slow
+generate_command: Any = import_module("lightning_dsmoe.commands.generate")
 
 PROMPT = "--prompt=def f"
 GREEDY = (PROMPT, "--temperature=0", "--max_new_tokens=30")
@@ -101,6 +104,51 @@ def test_stop_ends_the_text(cli: Any, trained: Any) -> None:
     assert cli(*words, "--max_new_tokens=60", f"--stop={stop}").out == text[:end] + "\n"
     longer = text[end - 1 : end + 2]
     assert cli(*words, "--max_new_tokens=60", f"--stop={longer}").out == text[: end + 2] + "\n"
+
+
+@contextlib.contextmanager
+def standard_error() -> Iterator[Callable[[], bytes]]:
+    """What has arrived at standard error, which is a pipe."""
+    before, (here, there) = os.dup(2), os.pipe()
+    os.dup2(there, 2)
+    os.close(there)
+    os.set_blocking(here, False)
+
+    def arrived() -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(here, 99)
+        return b""
+
+    try:
+        yield arrived
+    finally:
+        os.dup2(before, 2)
+        for number in (before, here):
+            os.close(number)
+
+
+def test_errors_come_after_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    with standard_error() as arrived:
+        with contextlib.suppress(KeyboardInterrupt), generate_command._errors_afterwards():
+            os.write(2, b"late")
+            assert arrived() == b""
+            raise KeyboardInterrupt
+        assert arrived() == b"late"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_errors_are_not_held_back_without_need_or_place(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    monkeypatch.setattr(os, "isatty", lambda _: is_terminal)
+    monkeypatch.setattr(generate_command, "TemporaryFile", full)
+    with standard_error() as arrived, generate_command._errors_afterwards():
+        os.write(2, b"at once")
+        assert arrived() == b"at once"
 
 
 ON_A_TERMINAL = """
