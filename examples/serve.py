@@ -283,8 +283,8 @@ def app_of(model: SparseModel, name: str = "sparse", max_waiting: int = 64) -> S
         # In a thread: the tokens of a long prompt take a while, and other requests go on.
         continuation = await asyncio.to_thread(continuation_of, model, fields)
         job = Job(continuation, [stops] if isinstance(stops, str) else stops)
-        head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "model": name}
-        head["created"] = int(time.time())
+        head: dict[str, Any] = {"id": f"cmpl-{uuid4().hex}"}
+        head |= {"object": "text_completion", "created": int(time.time()), "model": name}
 
         def answer(text: str, reason: str | None) -> dict[str, Any]:
             choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
