@@ -12,7 +12,8 @@ import jsonargparse
 
 from lightning_dsmoe.commands.console import console_output, stop_quietly
 from lightning_dsmoe.commands.errors import DEBUG, OneLineErrors, fail, in_one_line
-from lightning_dsmoe.commands.tools import COMMON_OPTIONS, TOOLS, Help
+from lightning_dsmoe.commands.overview import COMMON_OPTIONS, TRAINING, overview
+from lightning_dsmoe.commands.tools import TOOLS, Help
 from lightning_dsmoe.commands.vulnerable import warn_of_vulnerable_packages
 from lightning_dsmoe.imports import imported_on_use
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lightning_dsmoe.commands.train import TrainingParser as TrainingParser
     from lightning_dsmoe.commands.train import cli_main as cli_main
 
-TRAINING = ("fit", "validate", "test", "predict")
 _IMPORTS = "LIGHTNING_DSMOE_IMPORTS"  # read by the processes that a distributed strategy starts
 
 # Imported when first used: a tool starts without Lightning, which takes seconds.
@@ -71,8 +71,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str], modules: list[str]) -> None:
+    if words in (["-h"], ["--help"]):
+        print(overview())
+        return
     commands = [*TRAINING, *TOOLS]
-    if words and not words[0].startswith("-") and words[0] not in commands:
+    if not words:
+        fail(f"a command is missing: {', '.join(commands)}; --help describes them", code=2)
+    if not words[0].startswith("-") and words[0] not in commands:
         fail(f"no command {words[0]!r}; there are {', '.join(commands)}", code=2)
     if words in [[command] for command in TRAINING]:
         fail(
@@ -80,7 +85,7 @@ def _run(words: list[str], modules: list[str]) -> None:
             "those that come with this library",
             code=2,
         )
-    if words and words[0] in TOOLS:
+    if words[0] in TOOLS:
         tool = words.pop(0)
         jsonargparse.auto_cli(
             TOOLS[tool],

@@ -1,18 +1,11 @@
-"""The tools for trained models by name, and what the help says of them."""
+"""The tools for trained models by name, and the format of their help."""
 
 import argparse
 import keyword
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from textwrap import fill
 
 import jsonargparse
-
-COMMON_OPTIONS = """\
-options of every command:
-  --import MODULE       Import your own routers, experts or other classes first;
-                        may be repeated.
-  --debug               Show the traceback of an error."""
 
 
 class _Tools(Mapping[str, Callable[..., None]]):
@@ -59,13 +52,3 @@ TOOLS = _Tools()
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the text below the options."""
-
-
-def tools_in_words() -> str:
-    """Each tool with the first line of its docstring, as argparse lists subcommands."""
-    words = {name: (tool.__doc__ or "").partition("\n")[0] for name, tool in TOOLS.items()}
-    indent = " " * 24
-    return "\n".join(
-        fill(text, 79, initial_indent=f"    {name:20}", subsequent_indent=indent)
-        for name, text in words.items()
-    )

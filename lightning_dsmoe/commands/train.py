@@ -26,7 +26,8 @@ import lightning_dsmoe.schedules
 import lightning_dsmoe.training.language_model
 import lightning_dsmoe.training.upcycled_language_model  # noqa: F401
 from lightning_dsmoe.commands.errors import OneLineErrors, one_line
-from lightning_dsmoe.commands.tools import COMMON_OPTIONS, Help, tools_in_words
+from lightning_dsmoe.commands.overview import COMMON_OPTIONS
+from lightning_dsmoe.commands.tools import Help
 from lightning_dsmoe.serialization.checkpoint import read_checkpoint
 from lightning_dsmoe.serialization.sharded_folder import read_index
 from lightning_dsmoe.training.console import with_console_callbacks
@@ -196,7 +197,7 @@ def cli_main(args: ArgsType = None) -> LightningCLI:
                 "Train DS-MoE language models: all experts are trained on every token;\n"
                 "at inference only those that matter run."
             ),
-            "epilog": f"tools for trained models:\n{tools_in_words()}\n\n{COMMON_OPTIONS}",
+            "epilog": COMMON_OPTIONS,
             "formatter_class": Help,
         },
         args=args,

@@ -24,6 +24,7 @@ from lightning_dsmoe.cli import main
 with contextlib.suppress(SystemExit):
     main(["sweep", "--ckpt_path=absent.ckpt"])
 main(["configs"])
+main(["--help"])
 """,
     "tokenizers": """
 from lightning_dsmoe.data import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
