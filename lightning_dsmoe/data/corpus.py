@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import IO
 
 from lightning_dsmoe.files import check_mark
 
@@ -76,12 +77,40 @@ class Corpus:
         Raises:
             ValueError: On a NUL byte or invalid UTF-8, naming the file and the byte offset.
         """
+        for file, first, last, _ in self._in_files(start, stop):
+            with file.open("rb") as stream:
+                for begin, end in _pieces(stream, first, last):
+                    stream.seek(begin)
+                    data = stream.read(end - begin)
+                    if len(data) < end - begin:
+                        raise ValueError(
+                            f"{file} is shorter than it was: it changed while being read"
+                        )
+                    yield _decode(data, file, begin)
+
+    def piece_ends(self, start: int, stop: int) -> Iterator[int]:
+        """Yield where the pieces of `read` end, which reads the lines there and nothing else.
+
+        Args:
+            start: First byte offset.
+            stop: One past the last byte offset.
+        """
+        for file, first, last, before in self._in_files(start, stop):
+            if last - first <= PIECE_BYTES:  # a corpus of a million small files is not opened
+                yield before + last
+                continue
+            with file.open("rb") as stream:
+                for _, end in _pieces(stream, first, last):
+                    yield before + end
+
+    def _in_files(self, start: int, stop: int) -> Iterator[tuple[Path, int, int, int]]:
+        """Yield files, what to read of each, and what of the corpus is before its first byte."""
         index = bisect_right(self._ends, start)
         while start < stop:
-            end, mark = min(stop, self._ends[index]), self.marks[index]
-            offset = mark - self._ends[index] + self.sizes[index]
+            end = min(stop, self._ends[index])
+            before = self._ends[index] - self.sizes[index] - self.marks[index]
             if start < end:
-                yield from _read_file(self.files[index], offset + start, offset + end)
+                yield self.files[index], start - before, end - before, before
             start, index = end, index + 1
 
 
@@ -156,19 +185,16 @@ def _standard_library() -> list[Path]:
     return sorted(sources)
 
 
-def _read_file(file: Path, start: int, stop: int) -> Iterator[str]:
-    with file.open("rb") as stream:
-        stream.seek(start)
-        while start < stop:
-            data = stream.read(min(PIECE_BYTES, stop - start))
-            data += stream.readline(min(LINE_BYTES, stop - start - len(data)))
-            if not data:
-                raise ValueError(f"{file} is shorter than it was: it changed while being read")
-            if start + len(data) < stop and not data.endswith(b"\n"):
-                data = _whole_characters(data)
-                stream.seek(start + len(data))
-            yield _decode(data, file, start)
-            start += len(data)
+def _pieces(stream: IO[bytes], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield where pieces of a file begin and end."""
+    while start < stop:
+        end = min(start + PIECE_BYTES, stop)
+        stream.seek(end)
+        line = stream.readline(min(LINE_BYTES, stop - end))
+        if end + len(line) < stop and not line.endswith(b"\n"):
+            line = _whole_characters(line)
+        yield start, end + len(line)
+        start = end + len(line)
 
 
 def _whole_characters(data: bytes) -> bytes:

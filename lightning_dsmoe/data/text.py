@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dsmoe.data.loader import Batch, ResumableLoader, unfinished_batches
 from lightning_dsmoe.data.position import MovedPosition, Position, Share, move, tell_change
+from lightning_dsmoe.data.resuming import check_same_data, saved_position
 from lightning_dsmoe.data.splits import check_fractions, check_length, open_splits
 from lightning_dsmoe.data.token_file import Split, SplitSize, TokenFile
 from lightning_dsmoe.data.windows import (
@@ -218,21 +219,9 @@ class TextDataModule(LightningDataModule):
             ValueError: If the data differ from those of the checkpoint, with every difference.
         """
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
-        differences = [
-            f"{name} was {_format(state_dict.get(name))}, is {_format(value)}"
-            for name, value in self._identity().items()
-            if (fitting or name == "tokenizer") and state_dict.get(name) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"the checkpoint was made with other data settings: {'; '.join(differences)}"
-            )
+        check_same_data(state_dict, self._identity(), fitting=fitting)
         if fitting:
-            saved = Share(int(state_dict["ranks"]), int(state_dict["batch_size"]))
-            epoch, batches = int(state_dict["epoch"]), int(state_dict["batches"])
-            # Checkpoints of version 0.1 count batches alone.
-            windows = int(state_dict.get("windows", batches * saved.windows))
-            self._position, self._saved_share = Position(epoch, batches, windows), saved
+            self._position, self._saved_share = saved_position(state_dict)
             self._train_loader = None
 
     @property
@@ -288,10 +277,3 @@ def _given_tokenizer(given: str | Tokenizer) -> Tokenizer | None:
     if given == "char":
         return None
     return ByteTokenizer() if given == "byte" else load_tokenizer(given)
-
-
-def _format(value: object) -> str:
-    if not isinstance(value, dict):
-        return repr(value)
-    vocabulary = f" of {len(value['alphabet'])} characters" if "alphabet" in value else ""
-    return f"{value.get('kind')}{vocabulary}"

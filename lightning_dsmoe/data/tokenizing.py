@@ -53,7 +53,7 @@ def tokenize(
     parts: list[_Part] = []
     n_shards: dict[Split, int] = {}
     for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
-        edges = [*map(corpus.boundary, range(start, stop, step)), stop]
+        edges = _edges(corpus, start, stop, step)
         n_shards[split] = len(edges) - 1
         paths = shard_paths(folder, split, n_shards[split])
         parts += map(_Part, paths, edges[:-1], edges[1:])
@@ -69,6 +69,19 @@ def tokenize(
     _remove_leftovers(folder)
     shards = {split: [sizes.pop(0) for _ in range(n)] for split, n in n_shards.items()}
     return TokenFile(folder, dtype, tokenizer, fractions, shards)
+
+
+def _edges(corpus: Corpus, start: int, stop: int, step: int) -> list[int]:
+    """Where parts begin and end: where pieces do, so that tokens are the same in any parts.
+
+    A tokenizer sees one piece at a time. Cut elsewhere, words at the edge would have other tokens
+    than before there were parts, and runs of that time could not be resumed.
+    """
+    edges = [start]
+    for end in corpus.piece_ends(start, stop):
+        if end - edges[-1] >= step or end == stop:
+            edges.append(end)
+    return edges
 
 
 def _remove_leftovers(folder: Path) -> None:

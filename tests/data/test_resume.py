@@ -10,6 +10,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 
 from lightning_dsmoe.data import TextDataModule
+from lightning_dsmoe.data.resuming import check_same_data
 from lightning_dsmoe.data.windows import TrainingWindows
 
 pytestmark = pytest.mark.slow
@@ -175,10 +176,10 @@ def test_early_loaders_and_workers_continue_too(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 4}, "context was 8, is 4$"),
-        ({"batch_size": 3, "seed": 7}, "settings: seed was 1234, is 7$"),
-        ({"tokenizer": "char"}, "tokenizer was byte, is char of 33 characters$"),
-        ({"val_fraction": 0.2}, r"train_tokens was 180, is \d+$"),
+        ({"context": 4}, "context was 8, is 4\\. Resume with the same data, or begin a new run"),
+        ({"batch_size": 3, "seed": 7}, "settings: seed was 1234, is 7\\. Resume"),
+        ({"tokenizer": "char"}, "tokenizer was 'byte', is 'char' of 33 characters\\. Resume"),
+        ({"val_fraction": 0.2}, r"train_tokens was 180, is \d+ \(of other files, val_fraction or"),
     ],
 )
 def test_resuming_with_other_data_is_refused(
@@ -209,8 +210,26 @@ def test_evaluation_of_a_checkpoint_only_needs_its_tokenizer(
     other = data(context=4, batch_size=2)
     validate(other)
     assert other.state_dict()["batches"] == 0
-    with pytest.raises(ValueError, match="tokenizer was byte, is char"):
+    with pytest.raises(ValueError, match=r"tokenizer was 'byte', is 'char' of 33 characters$"):
         validate(data(tokenizer="char"))
+
+
+def test_another_tokenizer_of_one_kind_is_called_another() -> None:
+    saved, now = ({"tokenizer": {"kind": "huggingface", "json": text}} for text in ("{}", "[]"))
+    with pytest.raises(ValueError, match=r"was another 'huggingface', is 'huggingface'$"):
+        check_same_data(saved, now, fitting=False)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"epoch": None}, {"batches": -1}, {"ranks": "2"}, {"batch_size": 0}, {"windows": []}]
+)
+def test_a_damaged_position_is_one_line(
+    data: Callable[..., TextDataModule], damage: dict[str, object]
+) -> None:
+    state = {**data().state_dict(), **damage}
+    (name,) = damage
+    with pytest.raises(ValueError, match=f"^the checkpoint's position in the text: {name} must be"):
+        data().load_state_dict(state)
 
 
 def test_position_without_a_trainer(data: Callable[..., TextDataModule]) -> None:

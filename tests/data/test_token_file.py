@@ -23,6 +23,9 @@ from lightning_dsmoe.data import (
     token_file,
     tokenizing,
 )
+from lightning_dsmoe.data import (
+    corpus as corpus_module,
+)
 from lightning_dsmoe.data.corpus import find_corpus
 from lightning_dsmoe.data.token_cache import default_cache_dir, open_token_file
 from lightning_dsmoe.data.token_file import SPLITS, TokenFile
@@ -40,13 +43,17 @@ def text_file(tmp_path: Path) -> Path:
 
 def open_tokens(path: Path, tokenizer: Tokenizer | None = None, **options: float) -> TokenFile:
     settings: dict[str, Any] = {"val_fraction": 0.2, "test_fraction": 0.1, **options}
-    corpus = find_corpus(str(path))
-    return open_token_file(corpus, tokenizer, **settings, cache_dir=path.parent / "cache")
+    return open_token_file(
+        find_corpus(str(path)), tokenizer, **settings, cache_dir=path.parent / "cache"
+    )
+
+
+def ids_of(tokens: TokenFile) -> list[list[int]]:
+    return [span.read(0, len(span)).tolist() for span in map(tokens.span, SPLITS)]
 
 
 def text_of(tokens: TokenFile) -> list[str]:
-    spans = [tokens.span(split) for split in ("train", "val", "test")]
-    return [tokens.tokenizer.decode(span.read(0, len(span)).tolist()) for span in spans]
+    return [tokens.tokenizer.decode(ids) for ids in ids_of(tokens)]
 
 
 @pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()])
@@ -179,6 +186,8 @@ def test_failure_leaves_nothing_behind(text_file: Path) -> None:
 @pytest.fixture
 def shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizing, "SHARD_BYTES", 30)
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 30)
+    monkeypatch.setattr(corpus_module, "LINE_BYTES", 11)
 
 
 @pytest.mark.usefixtures("shards")
@@ -186,7 +195,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_join_to_the_text(text_file: Path, num_workers: int) -> None:
     for _ in range(2):
         tokens = open_tokens(text_file, num_workers=num_workers)
-        assert [len(tokens.shards[split]) for split in SPLITS] == [6, 2, 1]
+        assert [len(tokens.shards[split]) for split in SPLITS] == [5, 2, 1]
         assert "".join(text_of(tokens)) == TEXT
         span = tokens.span("train")
         whole = span.read(0, len(span))
@@ -195,6 +204,31 @@ def test_parts_join_to_the_text(text_file: Path, num_workers: int) -> None:
         assert span.read(len(span), len(span) + 5).size == 0
         sizes = tokens.sizes["train"]
         assert (sizes.tokens, sizes.characters) == (len(span), len(text_of(tokens)[0]))
+
+
+class OneTokenAPiece(ByteTokenizer):
+    """Tells where it was given an end, as a tokenizer of words does whose word was cut."""
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([len(text.encode())])
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 30, 100])
+def test_tokens_are_those_of_one_part(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 10)
+    monkeypatch.setattr(corpus_module, "LINE_BYTES", 20)
+    (tmp_path / "other.txt").write_text("x" * 50 + "\n" + TEXT, encoding="utf-8")
+    files = tmp_path / "*.txt"
+    whole = open_tokens(files, OneTokenAPiece())
+    assert [len(shards) for shards in whole.shards.values()] == [1, 1, 1]
+    expected = ids_of(whole)
+    (whole.folder / token_file.INDEX).unlink()
+    monkeypatch.setattr(tokenizing, "SHARD_BYTES", shard_bytes)
+    parts = open_tokens(files, OneTokenAPiece())
+    assert len(parts.shards["train"]) > 2
+    assert ids_of(parts) == expected
 
 
 class Stops(ByteTokenizer):
@@ -220,16 +254,16 @@ def test_finished_parts_are_kept(text_file: Path) -> None:
         open_tokens(text_file, Stops())
     before = list(encoded)
     tokens = open_tokens(text_file, Stops())
-    assert len(encoded) == sum(len(shards) for shards in tokens.shards.values()) == 8
+    assert len(encoded) == sum(len(shards) for shards in tokens.shards.values()) == 7
     assert "".join(text_of(tokens)) == text_file.read_text()
     # One that is damaged is made again, and no other.
     path = tokens.paths("train")[2]
     good = path.read_bytes()
     path.write_bytes(b"x" * len(good))
     open_tokens(text_file, Stops())
-    assert len(encoded) == 9
+    assert len(encoded) == 8
     assert path.read_bytes() == good
-    assert len(before) < 8
+    assert len(before) < 7
 
 
 def test_what_killed_processes_left_is_deleted(text_file: Path) -> None:
@@ -252,7 +286,7 @@ def test_parts_are_few_and_those_of_another_cut_are_made_again(
     (many.folder / token_file.INDEX).unlink()
     monkeypatch.setattr(tokenizing, "MOST_SHARDS", 3)
     few = open_tokens(text_file)
-    assert [len(few.shards[split]) for split in SPLITS] == [3, 1, 1]
+    assert [len(few.shards[split]) for split in SPLITS] == [2, 1, 1]
     assert few.folder == many.folder
     assert "".join(text_of(few)) == TEXT
 
