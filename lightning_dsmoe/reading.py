@@ -79,10 +79,14 @@ def check_version(name: str, data: object, version: int) -> None:
     """Raise a ValueError unless parsed JSON is an object in the format that this version reads."""
     if not isinstance(data, dict) or "format_version" not in data:
         raise ValueError(f"{name} must be an object with a format_version")
-    if data["format_version"] != version:
+    found = data["format_version"]
+    if type(found) is not int or found != version:
+        which = (
+            "another" if type(found) is not int else "a newer" if found > version else "an older"
+        )
         raise ValueError(
-            f"{name} has format {short_repr(data['format_version'])}, this version reads "
-            f"{version}; another version of lightning_dsmoe may read it"
+            f"{name} has format {short_repr(found)}, this version reads {version}; {which} version "
+            "of lightning_dsmoe may read it"
         )
 
 

@@ -108,7 +108,7 @@ def read_checkpoint(
     checkpoint = read_any(
         path, weights_only=weights_only, checksums=checksums, map_location=map_location, mmap=mmap
     )
-    check_format(checkpoint)
+    check_format(checkpoint, str(path) if isinstance(path, str | Path) else "the checkpoint")
     return checkpoint
 
 
@@ -232,11 +232,11 @@ def check_sharing(state: Mapping[str, Tensor]) -> None:
         raise ValueError("the weights share their values: copies would be larger than the file")
 
 
-def check_format(checkpoint: Mapping[str, Any]) -> None:
+def check_format(checkpoint: Mapping[str, Any], name: str = "the checkpoint") -> None:
     """Raise a ValueError if a checkpoint is not in the format that this version reads."""
     if checkpoint.get("format_version") is None:
-        raise ValueError("this is not a checkpoint of DSMoELanguageModel: no format_version")
-    check_version("the checkpoint", checkpoint, FORMAT_VERSION)
+        raise ValueError(f"{name} is not a checkpoint of DSMoELanguageModel: no format_version")
+    check_version(name, checkpoint, FORMAT_VERSION)
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -85,8 +85,8 @@ def test_code_in_a_file_does_not_run(place: str, forge: Forge, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "has format 2, this version reads 1; another version of"),
-        ({"format_version": 0}, "has format 0, this version reads 1"),
+        ({"format_version": 2}, "has format 2, this version reads 1; a newer version of"),
+        ({"format_version": 0}, "has format 0, this version reads 1; an older"),
         ({"format_version": ...}, "not a checkpoint of DSMoELanguageModel: no format_version"),
         ({"state_dict": ...}, "is not a checkpoint: it has no state_dict of tensors"),
         ({"state_dict": [1]}, "is not a checkpoint: it has no state_dict of tensors"),

@@ -44,8 +44,8 @@ def test_an_endless_json(float_artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 3, r"has format 3, this version reads 2; another version of"),
-        ("format_version", 1, "has format 1, this version reads 2"),
+        ("format_version", 3, r"has format 3, this version reads 2; a newer version of"),
+        ("format_version", 1, "has format 1, this version reads 2; an older"),
         ("format_version", "x" * 999, "has format 'x+[.]{3}x+', this version reads 2"),
         ("format_version", ..., "must be an object with a format_version"),
         ("context", ..., "must have the fields"),
