@@ -13,8 +13,10 @@ NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed-$(shell date +%F)
 NEWEST_PIP := $(NEWEST)/bin/python -m pip --disable-pip-version-check
 
+LOCKER := .venv-lock
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-newest stress docs check format gpu clean
+.PHONY: help demo test test-fast test-newest stress docs check format lock gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,22 +48,31 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# In an environment of its own: the other one cannot be made before the lock fits pyproject.toml.
+lock: ## renew requirements-dev.lock after a change of pyproject.toml or constraints.txt
+	$(PYTHON) -m venv $(LOCKER)
+	$(LOCKER)/bin/python -m pip install --constraint constraints.txt uv
+	UV_CUSTOM_COMPILE_COMMAND='make lock' $(LOCKER)/bin/uv pip compile --quiet pyproject.toml \
+	  --group dev --constraint constraints.txt --output-file requirements-dev.lock
+
 # Not in the environment above: a machine with a GPU has a PyTorch of its own, and may have no network.
 gpu: ## measure on the GPU, with $(PYTHON)'s own packages, into OUT (PART=decode, TEXT=text.txt)
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(if $(TEXT),--text $(TEXT))
 
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) $(NEWEST) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(NEWEST) $(LOCKER) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip 25 knows dependency groups; torch comes first so that nothing later chooses another one.
-$(STAMP): pyproject.toml constraints.txt
+# The lock has the hash of every file. Only wheels, since what builds anything else has no hash there.
+# PyTorch, a different file for a CPU and for each version of CUDA, has none; what it needs is there.
+$(STAMP): pyproject.toml constraints.txt requirements-dev.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --upgrade pip setuptools
-	$(PIP) install --constraint constraints.txt torch==2.13.0 hatchling
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable . --group dev
+	$(PIP) install --require-hashes --no-deps --only-binary :all: --requirement requirements-dev.lock
+	$(PIP) install --constraint constraints.txt torch==2.13.0
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(PIP) check
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)
