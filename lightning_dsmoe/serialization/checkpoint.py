@@ -7,6 +7,7 @@ memory is allocated for them.
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, NamedTuple
@@ -23,6 +24,7 @@ from lightning_dsmoe.serialization.archive import check_archive
 FORMAT_VERSION = 1
 TEXT_FIELDS = {"tokenizer": dict | None, "context": Size | None}
 _PREFIX = "decoder."
+_MOST_LEVELS, _MOST_VALUES = 100, 10**6
 
 
 class LoadedDecoder(NamedTuple):
@@ -176,6 +178,7 @@ def read_any(
         raise ValueError(f"{path} {fault}: {reason}") from None
     if not isinstance(path, str | Path):
         path.seek(0)
+    check_nesting(str(path), loaded, most=max(_MOST_VALUES, _n_bytes(path)))
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
@@ -192,6 +195,36 @@ def read_any(
     return checkpoint
 
 
+def check_nesting(name: str, value: object, *, most: int = _MOST_VALUES) -> None:
+    """Raise a ValueError if containers are deeper than any, or hold more values than are allowed.
+
+    In a pickle one container may stand in many places, or inside itself. So a few hundred bytes can
+    describe more values than anybody could walk through, compare or print.
+    """
+    level, n = [value], 0
+    for _ in range(_MOST_LEVELS):
+        containers = [each for each in level if isinstance(each, dict | list | tuple | set)]
+        n += sum(map(len, containers))
+        if n > most:
+            break
+        level = list(chain.from_iterable(containers))  # of dictionaries, the keys
+        level += chain.from_iterable(each.values() for each in containers if isinstance(each, dict))
+        if not level:
+            return
+    raise ValueError(f"{name} nests its values too deeply or too often")
+
+
+def _n_bytes(path: str | Path | IO[Any]) -> int:
+    """Bytes of a file, or of all files in a folder: no fewer than the values written into it."""
+    if not isinstance(path, str | Path):
+        n_bytes = path.seek(0, 2)
+        path.seek(0)
+        return n_bytes
+    place = Path(path)
+    files = place.iterdir() if place.is_dir() else [place]
+    return sum(each.stat().st_size for each in files)
+
+
 def _is_whole(tensor: Tensor) -> bool:
     """Whether a tensor has all its values in the file.
 
@@ -203,23 +236,15 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in nested containers, each once.
-
-    Without recursion, as a pickle may nest containers deeper than Python's stack, or in a circle.
-    """
-    seen: dict[int, object] = {}
-    found = [value]
-    while found:
-        value = found.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            found.extend(value.values())
-        elif isinstance(value, list | tuple):
-            found.extend(value)
+    """All tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
 
 
 def check_sharing(state: Mapping[str, Tensor]) -> None:

@@ -154,10 +154,43 @@ def test_files_that_were_changed(
 
 def test_optimizer_states_that_are_larger_than_the_file(forge: Forge) -> None:
     repeated = torch.zeros(1).expand(2**40)
-    circle: list[object] = [{"state": {0: {"exp_avg": repeated}}}]
-    circle.append(circle)
     with pytest.raises(ValueError, match="optimizer's state needs plain tensors"):
-        read_checkpoint(forge(optimizer_states=circle))
+        read_checkpoint(forge(optimizer_states=[{"state": {0: {"exp_avg": repeated}}}]))
+
+
+def in_a_circle() -> list[object]:
+    circle: list[object] = []
+    circle.append(circle)
+    return circle
+
+
+def twice(levels: int) -> object:
+    """Containers that each hold the next one twice: hardly any bytes, 2 ** levels values."""
+    value: object = 0
+    for _ in range(levels):
+        part = {"class_path": "lightning_dsmoe.MixtureOfExperts", "init_args": value}
+        value = {"feed_forward": part, "attention": part}
+    return value
+
+
+def deep(levels: int) -> object:
+    value: object = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [in_a_circle(), twice(30), deep(200), [[0] * 2000] * 2000, {"a": (([1] * 2000,) * 2000,)}],
+    ids=["circle", "twice", "deep", "wide", "tuples"],
+)
+@pytest.mark.parametrize("field", ["architecture", "hyper_parameters", "tokenizer", "callbacks"])
+def test_values_without_end_are_refused_at_once(field: str, value: object, forge: Forge) -> None:
+    path = forge(**{field: value})
+    for load in (load_decoder, DSMoELanguageModel.load_from_checkpoint):
+        with pytest.raises(ValueError, match=r"forged\.ckpt nests its values too"):
+            load(path)
 
 
 def test_weights_that_share_their_values() -> None:
