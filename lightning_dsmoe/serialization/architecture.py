@@ -150,7 +150,7 @@ def _differences(before: object, now: object, name: str = "") -> list[str]:
             difference
             for key in keys
             for difference in _differences(
-                before.get(key), now.get(key), f"{name}.{key}".strip(".")
+                before.get(key), now.get(key), f"{name}.{_in_words(key)}".strip(".")
             )
         ]
     if isinstance(before, list) != isinstance(now, list) and {*PARTS_OF_LAYERS} & {name}:
@@ -163,7 +163,15 @@ def _differences(before: object, now: object, name: str = "") -> list[str]:
         ]
     if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
         return []
-    return [] if before == now else [f"{name.replace('.init_args', '')} was {before}, is {now}"]
+    if before == now:
+        return []
+    return [f"{name.replace('.init_args', '')} was {_in_words(before)}, is {_in_words(now)}"]
+
+
+def _in_words(value: object) -> str:
+    """A value as a message shows it, words without quotes."""
+    is_word = isinstance(value, str) and value.replace(".", "").isidentifier()
+    return f"{value:.200}" if is_word else shown(value)
 
 
 def _one_by_one(part: object, like: object) -> object:

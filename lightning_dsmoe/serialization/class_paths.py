@@ -48,6 +48,7 @@ PARTS_OF_LAYERS = ("attention", "feed_forward")
 """Those of which there may be a list, one for each layer."""
 MAX_EXPERTS = 4096
 MAX_SIZE = 2**24
+_MAX_NAME = 200
 _LIMITS = {"n_layers": MAX_LAYERS, "n_experts": MAX_EXPERTS, "rope_theta": 2**53}
 _WITHOUT_SIZES = ("optimizer", "lr_scheduler")
 _NUMBER = bool | int | float | None
@@ -111,6 +112,7 @@ def shortest_path(cls: type) -> str:
 
 def check_sizes(options: Mapping[str, Any]) -> None:
     """Raise a ValueError if an integer option is negative or larger than any model needs."""
+    _check_names(options)
     for name, value in options.items():
         most = _LIMITS.get(name, MAX_SIZE)
         if isinstance(value, int) and not 0 <= value <= most:
@@ -139,7 +141,14 @@ def check_hyperparameters(options: Mapping[str, Any], base: type) -> None:
     _check_options(options)
 
 
+def _check_names(options: Mapping[Any, Any]) -> None:
+    for name in options:
+        if not (isinstance(name, str) and name.isidentifier() and len(name) <= _MAX_NAME):
+            raise ValueError(f"{shown(name)} is not the name of an option")
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
+    _check_names(options)
     for name, value in options.items():
         if isinstance(value, Mapping):
             _check_part(name, value)

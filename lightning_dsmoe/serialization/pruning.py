@@ -147,7 +147,8 @@ def _remove_others(mixture: Mixture | None, experts: Numbers, where: str) -> Non
         )
     if len(experts) == len(present):
         return
-    places = [present.index(number) for number in experts]
+    place_of = {number: place for place, number in enumerate(present)}
+    places = [place_of[number] for number in experts]
     if isinstance(mixture, MixtureOfExperts):
         device = _shorten(mixture.experts, _EXPERTS, places, where)
         mixture.experts.n_experts = len(places)

@@ -420,3 +420,6 @@ def test_differences_name_every_change() -> None:
     unknown = changed(before, "norm.class_path", "gone.Norm")
     renamed = changed(before, "norm.class_path", "moved.Norm")
     assert differences(unknown, renamed) == ["norm.class_path was gone.Norm, is moved.Norm"]
+    (long,) = differences(before, {**before, "d_model": {"\n" * 10**6: ["x\n" * 10**6] * 10**4}})
+    assert len(long) < 300
+    assert "\n" not in long

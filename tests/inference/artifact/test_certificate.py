@@ -224,3 +224,16 @@ def test_other_places(path: Path, model: SparseModel, tmp_path: Path) -> None:
         load_certificate(path)
     (path / "certificate.json").write_text(json.dumps(CERTIFICATE))
     assert load_certificate(path) == CERTIFICATE
+
+
+@pytest.mark.parametrize(
+    ("card", "message"), [(b"\xff\xfe", "is not a text in UTF-8"), (None, "is larger than")]
+)
+def test_a_card_that_is_no_text_is_named(
+    model: SparseModel, path: Path, card: bytes | None, message: str
+) -> None:
+    with (path / "README.md").open("wb") as file:
+        file.write(card or b"")
+        file.truncate(2**40 if card is None else len(card))
+    with pytest.raises(ValueError, match=rf"README\.md {message}"):
+        save_certificate(path, model, CERTIFICATE)
