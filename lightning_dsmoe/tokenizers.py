@@ -3,7 +3,8 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -205,16 +206,11 @@ class HuggingFaceTokenizer(Tokenizer):
         text = str(source)
         if not _is_object(text):
             text = _read_json(Path(text))
-        try:
+        with _of_the_package("not a tokenizers JSON"):
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the package raises bare Exception, and panics are none
-            reason = " ".join(str(error).split())
-            raise ValueError(f"not a tokenizers JSON: {reason:.200}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if not numbers:
             raise ValueError("the tokenizer JSON has an empty vocabulary")
         self._vocab_size = max(numbers) + 1
@@ -225,7 +221,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.int64]:
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            with _of_the_package("the tokenizer cannot encode this text"):
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
             _utf_8(text)  # says why it is no text for the package
             raise
@@ -233,14 +230,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         numbers = [token for token in _numbers(tokens) if token < self._vocab_size]
-        return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
+        with _of_the_package("the tokenizer cannot decode these tokens"):
+            return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
 
     @property
     def beginning(self) -> list[int]:
-        marked, plain = (
-            list(self._tokenizer.encode("a", add_special_tokens=special).ids)
-            for special in (True, False)
-        )
+        with _of_the_package("the tokenizer cannot add its special tokens"):
+            marked, plain = (
+                list(self._tokenizer.encode("a", add_special_tokens=special).ids)
+                for special in (True, False)
+            )
         return tokens_before(marked, plain)
 
     @property
@@ -250,6 +249,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, str]:
         return {"kind": "huggingface", "json": self._tokenizer.to_str()}
+
+
+@contextmanager
+def _of_the_package(fault: str) -> Iterator[None]:
+    """Let what `tokenizers` raises be a ValueError: bare exceptions, and panics, which are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, TypeError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{fault}: {' '.join(str(error).split()):.200}") from error
 
 
 def tokens_before(marked: Sequence[int], plain: Sequence[int]) -> list[int]:

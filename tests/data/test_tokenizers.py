@@ -206,6 +206,36 @@ def test_bad_tokenizer_file_is_refused(tmp_path: Path, content: str | None) -> N
         load_tokenizer(path)
 
 
+NO_MARK = {"SpecialToken": {"id": "gone", "type_id": 0}}
+TEXT_ALONE = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("model", "post_processor", "use", "message"),
+    [
+        ({"unk_token": "gone"}, None, lambda t: t.encode("z"), "cannot encode this text: .*Unk"),
+        (
+            {},
+            {"type": "TemplateProcessing", "single": [NO_MARK, TEXT_ALONE], "pair": [TEXT_ALONE]}
+            | {"special_tokens": {}},
+            lambda t: t.beginning,
+            "^the tokenizer cannot add its special tokens: no entry found for key$",
+        ),
+    ],
+    ids=["exception", "panic"],
+)
+def test_what_the_package_raises_later_is_one_line(
+    model: dict[str, object],
+    post_processor: dict[str, object] | None,
+    use: Callable[[Tokenizer], object],
+    message: str,
+) -> None:
+    words = {"type": "BPE", "vocab": {"a": 0}, "merges": [], **model}
+    tokenizer = HuggingFaceTokenizer(json.dumps({"model": words, "post_processor": post_processor}))
+    with pytest.raises(ValueError, match=message):
+        use(tokenizer)
+
+
 def test_a_pipe_is_no_tokenizer_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     for path in (tmp_path / "pipe", Path("/dev/zero")):
