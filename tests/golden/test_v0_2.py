@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from lightning_dsmoe import AllExperts, SelectionPlan, Threshold, TopK
 from lightning_dsmoe.data import TextDataModule
+
+from ..training.test_sharded_checkpoints import losses
 
 FOLDER = Path(__file__).parent / "files_v0_2"
 PLAN = SelectionPlan(
@@ -12,6 +16,8 @@ PLAN = SelectionPlan(
     layers={"blocks.0.feed_forward": AllExperts(), "blocks.1.attention": TopK(1)},
 )
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} # é€\n" for i in range(20))
+LOSSES = [2.3552539, 2.3439660]
+"""Of the third and fourth step of the run that wrote the folder after two."""
 
 
 def test_plan_loads() -> None:
@@ -34,3 +40,11 @@ def test_tokens_load() -> None:
     texts = [data.tokenizer.decode(span.read(0, len(span)).tolist()) for span in spans]
     assert "".join(texts) == TEXT
     assert [len(files) for files in data._tokens().shards.values()] == [2, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
+@pytest.mark.filterwarnings("ignore:the checkpoint holds the random states:UserWarning")
+def test_folder_of_two_sharded_processes_is_resumed(tmp_path: Path) -> None:
+    found = losses(tmp_path, 1, "adamw", FOLDER / "sharded.ckpt")
+    assert found == pytest.approx(LOSSES, rel=1e-5)
