@@ -121,8 +121,11 @@ def build_decoder(description: Description) -> Decoder:
         }
         with torch.device("meta"), WithoutDrawing():
             decoder = Decoder(**options).eval()
+    except ValueError as error:  # of a part, which may show a value as long as the file
+        raise ValueError(f"{' '.join(str(error).split()):.1000}") from None
     except (AttributeError, OverflowError, RuntimeError, TypeError) as error:
-        raise ValueError(f"not an architecture: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not an architecture: {reason:.1000}") from None
     if is_pruned:
         remove_experts(decoder, Remaining.from_dict(description[_REMAINING]))
     return decoder
@@ -133,6 +136,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     An option that came to a class after a description was written has its default there.
     """
+    if not isinstance(before, dict):  # of a file, which may hold anything there
+        return [f"the architecture was {shown(before)}"]
     return _differences(_with_present_options(before), _with_present_options(now))
 
 
@@ -163,8 +168,11 @@ def _differences(before: object, now: object, name: str = "") -> list[str]:
         ]
     if name.endswith("class_path") and named_object(before) is named_object(now) is not None:
         return []
-    if before == now:
-        return []
+    try:
+        if before == now:
+            return []
+    except RuntimeError:  # of tensors, which are no options
+        pass
     return [f"{name.replace('.init_args', '')} was {_in_words(before)}, is {_in_words(now)}"]
 
 

@@ -20,6 +20,7 @@ from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.reading import Size, check_json, check_version
 from lightning_dsmoe.serialization.architecture import build_decoder
 from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.serialization.tensor_files import listed
 
 FORMAT_VERSION = 1
 TEXT_FIELDS = {"tokenizer": dict | None, "context": Size | None}
@@ -265,7 +266,7 @@ def check_format(checkpoint: Mapping[str, Any], name: str = "the checkpoint") ->
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise one ValueError that lists every tensor missing, extra, or of another shape or kind.
+    """Raise one ValueError that lists tensors missing, extra, or of another shape or kind.
 
     Floating-point types may differ, so that a model can be kept in fewer bits; others may not.
     """
@@ -279,7 +280,7 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         elif other.dtype != tensor.dtype and not are_floats:
             faults.append(f"{name} is {other.dtype}, not {tensor.dtype}")
     if faults:
-        raise ValueError(f"the weights are another model's: {'; '.join(faults)}")
+        raise ValueError(f"the weights are another model's: {listed(faults, 40)}")
 
 
 def check_embeddings(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

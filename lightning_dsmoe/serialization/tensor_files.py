@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.files import read_json
-from lightning_dsmoe.reading import Bounds, check_json
+from lightning_dsmoe.reading import Bounds, check_json, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -137,7 +137,7 @@ def _checked(
         entry = check_json(short_repr(name), fields, _TENSOR)
         if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{name:.200} is {entry['dtype']:.20}, allowed are {', '.join(DTYPES)}"
+                f"{shown(name)} is {shown(entry['dtype'])}, allowed are {', '.join(DTYPES)}"
             )
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]

@@ -423,3 +423,12 @@ def test_differences_name_every_change() -> None:
     (long,) = differences(before, {**before, "d_model": {"\n" * 10**6: ["x\n" * 10**6] * 10**4}})
     assert len(long) < 300
     assert "\n" not in long
+    for other in (True, [1], torch.zeros(2)):
+        assert differences(other, before)[0].startswith("the architecture was ")
+        assert len(differences({**before, "d_model": [torch.zeros(2)]}, before)) == 1
+        assert len(differences({**before, "d_model": torch.zeros(2)}, before)) == 1
+    gate = changed(before, "feed_forward.init_args.gate_scale", "a\nb" * 9999)
+    with pytest.raises(ValueError, match="gate_scale must be") as raised:
+        build_decoder(gate)
+    assert len(str(raised.value)) < 1001
+    assert "\n" not in str(raised.value)
