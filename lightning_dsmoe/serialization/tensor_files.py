@@ -137,7 +137,7 @@ def _checked(
         entry = check_json(short_repr(name), fields, _TENSOR)
         if entry["dtype"] not in DTYPES:
             raise ValueError(
-                f"{shown(name)} is {shown(entry['dtype'])}, allowed are {', '.join(DTYPES)}"
+                f"{name!r:.200} is {shown(entry['dtype'])}, allowed are {', '.join(DTYPES)}"
             )
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]

@@ -322,7 +322,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header(x=F32) + bytes(9), "its tensors end at byte"),
         (header(x=F32 | {"shape": [2**40]}) + bytes(8), "does not take 8 bytes"),
         (header(x=F32 | {"shape": [-2]}) + bytes(8), "must be an integer from 0"),
-        (header(x=F32 | {"dtype": "F4"}) + bytes(8), "x is F4, allowed are F64, F32"),
+        (header(x=F32 | {"dtype": "F4"}) + bytes(8), "'x' is 'F4', allowed are F64, F32"),
         (header(x=F32, y=F32) + bytes(8), "do not follow one another"),
         (header(x=F32 | {"data_offsets": [8, 16]}) + bytes(16), "do not follow one another"),
         (header(x={"dtype": "F32"}) + bytes(8), "must have the fields dtype, shape"),

@@ -82,7 +82,7 @@ def test_weights_of_another_model_are_refused_with_one_list(artifact: Path) -> N
     with pytest.raises(ValueError, match=rf"{norm} is torch\.int32, not torch\.float32$"):
         read_artifact(artifact)
     forge(**{norm: weights[norm].to(torch.float8_e4m3fn)})
-    with pytest.raises(ValueError, match=rf"{norm} is F8_E4M3, allowed are F64, F32, "):
+    with pytest.raises(ValueError, match=rf"{norm}' is 'F8_E4M3', allowed are F64, F32, "):
         read_artifact(artifact)
     codes = "blocks.0.feed_forward.experts.w_in.weight"
     if weights[codes].dtype == torch.int8:
