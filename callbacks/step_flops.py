@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lightning_dsmoe.torch_private import cpu_attention
+from lightning_dsmoe.torch_private import attention_operators
 
 
 class StepFlops:
@@ -32,7 +32,7 @@ class StepFlops:
         # The counter sees no operations in kernels of a compiled block; and what is compiled for
         # the first time under it would be taken for code that never compiles.
         self._scope.enter_context(torch.compiler.set_stance("force_eager"))
-        counter = FlopCounterMode(display=False, custom_mapping=_on_a_cpu())
+        counter = FlopCounterMode(display=False, custom_mapping=_of_attention())
         self._counter = self._scope.enter_context(counter)
         self._before = self._backward = self._total = 0
 
@@ -61,6 +61,9 @@ class StepFlops:
 
 
 def _attention(q_BHTC: Any, k_BHSC: Any, v_BHSC: Any, *_: Any, **__: Any) -> int:
+    batch_size, n_heads = q_BHTC[:2]
+    # PyTorch 2.10's function refuses keys and values of fewer heads, which serve several queries.
+    k_BHSC, v_BHSC = ((batch_size, n_heads, *shape[2:]) for shape in (k_BHSC, v_BHSC))
     count: int = sdpa_flop_count(q_BHTC, k_BHSC, v_BHSC)
     return count
 
@@ -69,11 +72,11 @@ def _attention_backward(gradient_BHTC: Any, *shapes: Any, **_: Any) -> int:
     return 2 * _attention(*shapes)
 
 
-def _on_a_cpu() -> dict[Any, Any]:
-    """Attention of CPUs, which PyTorch's counter leaves out."""
-    operators = cpu_attention()
-    return (
-        {}
-        if operators is None
-        else dict(zip(operators, (_attention, _attention_backward), strict=True))
-    )
+def _of_attention() -> dict[Any, Any]:
+    """Counts for all kinds of attention: PyTorch leaves those of CPUs out."""
+    both = _attention, _attention_backward
+    return {
+        operator: count
+        for operators in attention_operators()
+        for operator, count in zip(operators, both, strict=True)
+    }

@@ -126,12 +126,21 @@ def load_compiled(path: Path, device_index: int) -> Callable[[list[Tensor]], lis
     return run
 
 
-def cpu_attention() -> tuple[Any, Any] | None:
-    """The operators of attention on a CPU and of its backward pass, None where torch has others."""
-    name = "ops.aten._scaled_dot_product_flash_attention_for_cpu"
-    consequence = "operations of attention on a CPU are not counted"
-    forward, backward = (_optional(each, consequence) for each in (name, f"{name}_backward"))
-    return None if forward is None or backward is None else (forward, backward)
+def attention_operators() -> list[tuple[Any, Any]]:
+    """The operators of attention, on CPUs and GPUs, each with that of its backward pass."""
+    found = []
+    for kind in (
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+    ):
+        name = f"ops.aten._scaled_dot_product_{kind}"
+        consequence = "operations of this kind of attention are not counted"
+        both = _optional(name, consequence), _optional(f"{name}_backward", consequence)
+        if None not in both:
+            found.append(both)
+    return found
 
 
 def vector_bits() -> int | None:
