@@ -57,7 +57,7 @@ def table(results: dict[str, Any]) -> str:
 def figure(results: dict[str, Any], path: Path) -> None:
     """Speed over the dense twin's against batch size and against active share."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
-    left, right = drawn.subplots(1, 2)
+    left, right = drawn.subplots(1, 2, sharey=True)
     batches = results["batch_sizes"]
     decoder = ds_moe()
     for name, plan in PLANS.items():
