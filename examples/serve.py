@@ -20,13 +20,13 @@ from uuid import uuid4
 from jsonargparse import auto_cli
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lightning_dsmoe import SparseModel, load_sparse
-from lightning_dsmoe.inference.continuous_batch import MOST_TEXTS, Continuation, ContinuousBatch
+from lightning_dsmoe.inference.continuous_batch import Continuation, ContinuousBatch
 
 FIELDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
@@ -64,18 +64,20 @@ class Job:
     def __init__(self, continuation: Continuation, stops: list[str]) -> None:
         self.continuation, self.stops = continuation, stops
         self.is_wanted = True
+        self._n_told = 0  # characters
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Queue[tuple[str, bool] | Refusal]()
 
     def tell(self, refusal: Refusal | None = None) -> None:
-        """Say from the thread of the model what the text is now, or that there will be none."""
+        """Say from the thread of the model how the text goes on, or that it does not."""
         text = shown(self.continuation, self.stops)
+        piece, self._n_told = text[self._n_told :], len(text)
         has_ended = self.continuation.finish_reason is not None
-        self._loop.call_soon_threadsafe(self._news.put_nowait, refusal or (text, has_ended))
+        self._loop.call_soon_threadsafe(self._news.put_nowait, refusal or (piece, has_ended))
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text as it grows, without the stop text that ends it; "" if there is nothing new."""
-        sent, has_ended = 0, False
+        has_ended = False
         while not has_ended:
             try:
                 news = await asyncio.wait_for(self._news.get(), SECONDS_BETWEEN_LOOKS)
@@ -84,9 +86,8 @@ class Job:
                 continue
             if isinstance(news, Refusal):
                 raise news
-            text, has_ended = news
-            yield text[sent:]
-            sent = len(text)
+            piece, has_ended = news
+            yield piece
 
 
 def shown(continuation: Continuation, stops: list[str]) -> str:
@@ -112,7 +113,7 @@ class Worker:
         self._waiting, self._max_waiting = list[Job](), max_waiting
         self._is_stopped = False
         self._news = threading.Condition()  # with its lock: what waits, and whether to stop
-        # A daemon does not hold up a server that is told twice to stop, and so at once.
+        # A daemon ends with the process, also where nobody has called `stop`.
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -298,7 +299,7 @@ def app_of(model: SparseModel, name: str = "sparse", max_waiting: int = 64) -> S
             async for piece in job.pieces():
                 text += piece
                 if await request.is_disconnected():
-                    return Response(status_code=499)  # that nobody reads
+                    raise ClientDisconnect
         finally:
             job.is_wanted = False
         n_prompt, n_new = continuation.n_prompt_tokens, continuation.n_new_tokens
@@ -317,6 +318,7 @@ def app_of(model: SparseModel, name: str = "sparse", max_waiting: int = 64) -> S
         exception_handlers={
             Refusal: refused,
             HTTPException: no_such_place,
+            ClientDisconnect: gone,
             Exception: broken,
         },
         lifespan=lifespan,
@@ -336,13 +338,22 @@ async def refused(request: Request, refusal: Exception) -> Response:
     """Why there is no text; clients of OpenAI try again after the seconds that it says."""
     assert isinstance(refusal, Refusal)
     headers = {"Retry-After": "1"} if refusal.status in (429, 503) else {}
-    return JSONResponse(content_of(refusal), refusal.status, headers)
+    # Not a JSONResponse, which cannot send half of a surrogate pair: a field may be named so.
+    content = json.dumps(content_of(refusal))
+    return Response(content, refusal.status, headers, "application/json")
 
 
 async def no_such_place(request: Request, error: Exception) -> Response:
     """What is not found, or not asked for in this way."""
     assert isinstance(error, HTTPException)
-    return await refused(request, Refusal(error.detail, status=error.status_code))
+    answer = await refused(request, Refusal(error.detail, status=error.status_code))
+    answer.headers.update(error.headers or {})  # such as which methods are allowed
+    return answer
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """What nobody reads: the client left."""
+    return Response(status_code=499)
 
 
 async def broken(request: Request, error: Exception) -> Response:
@@ -376,8 +387,7 @@ def main(
     if model.tokenizer is None:
         raise SystemExit(f"{artifact} has no tokenizer, so it continues no text")
     if warm_up:
-        for n_texts in range(1, MOST_TEXTS + 1):
-            model.warm_up(n_texts)
+        ContinuousBatch(model).warm_up()
     app = app_of(model, name, max_waiting)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SECONDS_TO_END)
 

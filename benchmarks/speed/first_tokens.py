@@ -88,6 +88,8 @@ def measured(engine: Engine, plan: SelectionPlan) -> FirstTokens:
         compiled.append(taken)
         if len(compiled) > AFTER:
             break
+    if not all(engine._steps.values()) or len(compiled) < 2:
+        raise RuntimeError(f"there is no compiled step after {len(meanwhile)} tokens")
     return FirstTokens(alone, meanwhile, ready_after, compiled[1:])  # the first one loads kernels
 
 

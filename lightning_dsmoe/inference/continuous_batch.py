@@ -116,6 +116,10 @@ class ContinuousBatch:
         """How many texts can be added."""
         return MOST_TEXTS - len(self.running)
 
+    def warm_up(self) -> None:
+        """Compile now what decoding any number of texts needs, and wait for it."""
+        self._model.engine.warm_up(self._model.plan, *range(1, MOST_TEXTS + 1))
+
     @torch.inference_mode()
     def add(self, new: Sequence[Continuation]) -> None:
         """Read the prompts of new texts.

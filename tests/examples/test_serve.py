@@ -224,6 +224,7 @@ def test_a_stream_ends_with_its_reason(server: Server) -> None:
         ({"n": 2}, "n", "n must be 1"),
         ({"stream": 1}, "stream", "stream must be bool, got 1"),
         ({"best_of": 3}, "best_of", "no field 'best_of'; there are model, prompt, max_tokens"),
+        ({"\ud800": 3}, "\ud800", r"no field '\ud800'"),
     ],
 )
 def test_bad_requests_name_the_field(
@@ -251,7 +252,26 @@ def test_what_is_no_request(server: Server) -> None:
     assert server.ask({}, "/v1/chat")[0] == 404
     status, answer = server.ask({"prompt": "a" * 2**20})
     assert (status, answer["error"]["message"]) == (413, "a request has at most 1,048,576 bytes")
+    connection = server.open()
+    connection.request("GET", "/v1/completions")
+    refused = connection.getresponse()
+    assert (refused.status, refused.headers["Allow"]) == (405, "POST")
+    connection.close()
     assert server.ask({"prompt": "a", "max_tokens": 2})[0] == 200  # it goes on
+
+
+def test_a_client_that_leaves_within_its_request_is_no_error(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(serve.LOG, "error", lambda text, **_: logged.append(text))
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+    time.sleep(0.2)
+    connection.close()
+    time.sleep(0.2)
+    assert server.ask({"prompt": "a", "max_tokens": 2})[0] == 200
+    assert logged == []
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -174,11 +174,12 @@ class Engine:
             self._layouts[several] = tile_weights(self.decoder, n_sequences)
         return self._layouts[several]
 
-    def warm_up(self, plan: SelectionPlan, n_sequences: int) -> None:
+    def warm_up(self, plan: SelectionPlan, *n_sequences: int) -> None:
         """Compile now what decoding so many sequences needs, also if that has failed before."""
         self.can_compile, self._failure = True, None
-        if self.gathers(n_sequences):
-            for size in set(group_sizes(plan, n_sequences)):
+        groups = {size for n in n_sequences if self.gathers(n) for size in group_sizes(plan, n)}
+        for size in sorted({sizes_for(plan, n)[0] for n in groups}):
+            if self.can_compile:
                 self.compiled_step(plan, size)
 
     def start_warm_up(self, plan: SelectionPlan, n_sequences: int) -> bool:

@@ -487,6 +487,31 @@ def test_what_was_mended_is_compiled(
     assert compilations == [(plan, 8), (plan, 1)]
 
 
+def test_warming_up_for_many_numbers_compiles_each_step_once(
+    one_decoder: Decoder, compilations: list[tuple[SelectionPlan, int]]
+) -> None:
+    engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
+    engine.warm_up(plan, *range(1, 17))
+    assert compilations == [(plan, n) for n in (1, 2, 4, 8, 16)]
+
+
+def test_warming_up_for_many_numbers_ends_where_nothing_can_be_compiled(
+    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def refuse(*args: Any, **options: Any) -> None:
+        attempts.append(args[2])
+        raise CannotCompile("no compiler here")
+
+    monkeypatch.setattr(engine_module, "CompiledStep", refuse)
+    engine = Engine(packed(one_decoder), SwitchPoints())
+    with pytest.warns(UserWarning, match="no compiler here") as warned:
+        engine.warm_up(uniform(TopK(1)), *range(1, 17))
+    assert len(warned) == 1
+    assert attempts == [1, 2]
+
+
 def test_threads_that_meet_a_plan_together_compile_one_step(
     one_decoder: Decoder,
     compilations: list[tuple[SelectionPlan, int]],
