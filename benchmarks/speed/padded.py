@@ -5,7 +5,7 @@
 Steps are compiled for 1, 2, 4, 8 and 16 sequences. A batch of another size takes the next larger
 one, from 9 to 15 sequences one of 8 and another one. Both ways take turns in this process with a
 step of exactly so many sequences; ratios are medians over rounds of the ratio within a round, above
-1 where the exact step is faster. Ten steps are compiled first, minutes each where they are new.
+1 where the exact step is faster. Nine steps are compiled first, minutes each where they are new.
 
 Shapes: B sequences, T tokens.
 """
