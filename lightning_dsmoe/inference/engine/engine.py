@@ -110,7 +110,7 @@ class Engine:
         """
         keys = [(plan, size) for size in sizes_for(plan, n_sequences)]
         key = keys[0]
-        if key not in self._steps and COMPILING.acquire(blocking=False):
+        if self.can_compile and key not in self._steps and COMPILING.acquire(blocking=False):
             try:
                 if key not in self._steps:
                     self._prepare(key, wait=False)
@@ -177,19 +177,20 @@ class Engine:
     def warm_up(self, plan: SelectionPlan, *n_sequences: int) -> None:
         """Compile now what decoding so many sequences needs, also if that has failed before."""
         self.can_compile, self._failure = True, None
-        groups = {size for n in n_sequences if self.gathers(n) for size in group_sizes(plan, n)}
+        numbers = [n for n in n_sequences if self.gathers(plan, n)]
+        groups = {size for n in numbers for size in group_sizes(plan, n)}
         for size in sorted({sizes_for(plan, n)[0] for n in groups}):
             if self.can_compile:
                 self.compiled_step(plan, size)
 
     def start_warm_up(self, plan: SelectionPlan, n_sequences: int) -> bool:
         """Begin to compile that, and say whether decoding runs uncompiled until it is ready."""
-        if not self.gathers(n_sequences):
+        if not self.gathers(plan, n_sequences):
             return False
         keys = {(plan, sizes_for(plan, n)[0]) for n in group_sizes(plan, n_sequences)}
         for key in keys:
             self.ready_step(*key)
-        return not keys <= self._steps.keys()
+        return self.can_compile and not keys <= self._steps.keys()
 
     def open(self, batch_size: int, capacity: int, plan: SelectionPlan) -> "EngineReader":
         """Start sequences under a plan, with room for `capacity` tokens each.
@@ -232,11 +233,16 @@ class Engine:
         ]
 
     def _group_sizes(self, plan: SelectionPlan, batch_size: int) -> list[int]:
-        return group_sizes(plan, batch_size) if self.gathers(batch_size) else [batch_size]
+        return group_sizes(plan, batch_size) if self.gathers(plan, batch_size) else [batch_size]
 
-    def gathers(self, batch_size: int) -> bool:
-        """Whether single tokens of so many sequences take a compiled step."""
-        return self.can_compile and batch_size <= self.switch_points.gather_up_to
+    def gathers(self, plan: SelectionPlan, batch_size: int) -> bool:
+        """Whether single tokens of so many sequences take compiled steps, there or yet to come."""
+        if batch_size > self.switch_points.gather_up_to:
+            return False
+        return self.can_compile or all(
+            any(self._steps.get((plan, size)) for size in sizes_for(plan, n))
+            for n in group_sizes(plan, batch_size)
+        )
 
 
 class EngineReader:
@@ -252,7 +258,7 @@ class EngineReader:
         self._engine = engine
         self._caches = caches
         self.plan = plan
-        self._gathers = engine.gathers(self.n_sequences)
+        self._gathers = engine.gathers(plan, self.n_sequences)
 
     @property
     def sequences(self) -> list[tuple[DecoderCache, int]]:
@@ -280,7 +286,7 @@ class EngineReader:
         room = max(cache.capacity - cache.length for cache in self._caches)
         all_of_them = self.sequences
         self._caches = self._engine.grouped([all_of_them[at] for at in sequences], room, self.plan)
-        self._gathers = self._engine.gathers(len(sequences))
+        self._gathers = self._engine.gathers(self.plan, len(sequences))
 
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:

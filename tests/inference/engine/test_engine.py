@@ -512,6 +512,33 @@ def test_warming_up_for_many_numbers_ends_where_nothing_can_be_compiled(
     assert attempts == [1, 2]
 
 
+def test_steps_that_are_there_run_after_others_could_not_be_compiled(
+    one_decoder: Decoder,
+    compilations: list[tuple[SelectionPlan, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts = []
+
+    class Breaking(FakeStep):
+        def __init__(self, decoder: Decoder, plan: SelectionPlan, n: int, **options: Any) -> None:
+            attempts.append(n)
+            if n > 4:
+                raise CannotCompile("too little memory")
+            super().__init__(decoder, plan, n)
+
+    monkeypatch.setattr(engine_module, "CompiledStep", Breaking)
+    engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
+    assert decoded(engine, plan, 4)
+    with pytest.warns(UserWarning, match="of 8 sequences .* too little memory"):
+        assert not decoded(engine, plan, 8)
+    assert not decoded(engine, plan, 16)
+    assert decoded(engine, plan, 4)
+    assert decoded(engine, plan, 1)  # by the larger step, since no more are compiled
+    assert not decoded(engine, plan, 9)  # for which both steps would be needed
+    assert attempts == [4, 8, 16]
+    assert not engine.start_warm_up(plan, 1)
+
+
 def test_threads_that_meet_a_plan_together_compile_one_step(
     one_decoder: Decoder,
     compilations: list[tuple[SelectionPlan, int]],
