@@ -10,13 +10,15 @@ many as `--max_waiting` wait for that, and more are refused.
 import asyncio
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
+import uvicorn
 from jsonargparse import auto_cli
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -47,6 +49,7 @@ MOST_STOP_CHARACTERS = 1000  # all of them are compared with the end of a text a
 MOST_TOKENS = 4096  # of a text, if the model has no context length
 SECONDS_BETWEEN_LOOKS = 1.0  # whether a client is still there
 SECONDS_TO_END = 30  # that running requests have when the server is stopped
+SECONDS_TO_ANSWER = 5  # after that, for saying so
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -120,11 +123,15 @@ class Worker:
         """Begin to work."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the token that it is at, and all requests that it has."""
+    def end(self) -> None:
+        """End all requests, and the thread, after the token that it is at."""
         with self._news:
             self._is_stopped = True
             self._news.notify()
+
+    def stop(self) -> None:
+        """End them, and wait for that."""
+        self.end()
         self._thread.join()
 
     def put(self, job: Job) -> None:
@@ -327,6 +334,20 @@ def app_of(model: SparseModel, name: str = "sparse", max_waiting: int = 64) -> S
     return app
 
 
+class Server(uvicorn.Server):
+    """uvicorn, with an answer to requests that it would cut off when it is stopped."""
+
+    def __init__(self, app: Starlette, **options: Any) -> None:
+        seconds = SECONDS_TO_END + SECONDS_TO_ANSWER
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=seconds, **options))
+        self._worker: Worker = app.state.worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for requests, some time for their texts and then for a refusal."""
+        asyncio.get_running_loop().call_later(SECONDS_TO_END, self._worker.end)
+        await super().shutdown(sockets)
+
+
 def content_of(refusal: Refusal) -> dict[str, Any]:
     """An error as clients of OpenAI read it."""
     kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
@@ -379,8 +400,6 @@ def main(
         max_waiting: most requests that wait for a place; others get status 429.
         warm_up: compile for all numbers of texts first, rather than beside the first requests.
     """
-    import uvicorn
-
     if max_waiting < 1:
         raise SystemExit(f"max_waiting must be 1 or more, got {max_waiting}")
     model = load_sparse(artifact)
@@ -389,7 +408,8 @@ def main(
     if warm_up:
         ContinuousBatch(model).warm_up()
     app = app_of(model, name, max_waiting)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SECONDS_TO_END)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has ended
+        Server(app, host=host, port=port).run()
 
 
 if __name__ == "__main__":

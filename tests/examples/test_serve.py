@@ -14,10 +14,10 @@ import pytest
 import torch
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
-from examples import serve  # noqa: E402
-from lightning_dsmoe import (  # noqa: E402
+from examples import serve
+from lightning_dsmoe import (
     SelectionPlan,
     SparseModel,
     SwitchPoints,
@@ -25,10 +25,10 @@ from lightning_dsmoe import (  # noqa: E402
     TopK,
     compile_sparse,
 )
-from lightning_dsmoe.inference.continuous_batch import Continuation, ContinuousBatch  # noqa: E402
-from lightning_dsmoe.tokenizers import CharTokenizer  # noqa: E402
+from lightning_dsmoe.inference.continuous_batch import Continuation, ContinuousBatch
+from lightning_dsmoe.tokenizers import CharTokenizer
 
-from ..inference.conftest import rotary_glu  # noqa: E402
+from ..inference.conftest import rotary_glu
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +69,8 @@ class Server:
             self.port = found.getsockname()[1]
         app = serve.app_of(model, **options)
         self.worker: serve.Worker = app.state.worker
-        config = uvicorn.Config(app, port=self.port, log_level="error", timeout_graceful_shutdown=1)
-        self.uvicorn = uvicorn.Server(config)
+        monkeypatch.setattr(serve, "SECONDS_TO_END", 1)
+        self.uvicorn = serve.Server(app, port=self.port, log_level="error")
         self.thread = threading.Thread(target=self.uvicorn.run)
         self.thread.start()
         while not self.uvicorn.started:
@@ -318,24 +318,26 @@ def test_a_failure_of_the_model_ends_the_requests_that_it_has_met(
     assert server.ask({"prompt": "a", "max_tokens": 3})[0] == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_stopping_does_not_wait_for_long_texts(
-    model: SparseModel, monkeypatch: pytest.MonkeyPatch
+    stream: bool, model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(model, monkeypatch)
     started = threading.Event()
     step = ContinuousBatch.step
 
-    def endless(self: ContinuousBatch) -> None:
+    def slow(self: ContinuousBatch) -> None:
         started.set()
-        time.sleep(0.02)
-        for each in self.running:
-            each.n_left = 60
+        time.sleep(0.2)
         step(self)
 
-    monkeypatch.setattr(ContinuousBatch, "step", endless)
-    connection = server.start({"prompt": "a", "stream": True})
+    monkeypatch.setattr(ContinuousBatch, "step", slow)
+    connection = server.start({"prompt": "a", "max_tokens": 63, "stream": stream})
     assert started.wait(30)
     server.stop()
+    answer = connection.getresponse()
+    assert answer.status == (200 if stream else 503)
+    assert b"the server is being stopped" in answer.read()
     connection.close()
 
 
