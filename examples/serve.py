@@ -140,7 +140,8 @@ class Worker:
             if self._is_stopped:
                 raise stopping()
             self._waiting = [each for each in self._waiting if each.is_wanted]
-            if len(self._waiting) >= self._max_waiting:
+            # Those for whom there is a place wait for the next token only.
+            if len(self._waiting) >= self._max_waiting + self._batch.n_free:
                 raise Refusal(f"{len(self._waiting)} requests wait already: try later", status=429)
             self._waiting.append(job)
             self._news.notify()

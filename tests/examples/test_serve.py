@@ -371,6 +371,26 @@ def test_more_requests_than_may_wait_are_told_to_come_again(
     server.stop()
 
 
+def test_requests_that_there_are_places_for_are_not_refused(
+    model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    monkeypatch.setattr(ContinuousBatch, "n_free", property(lambda batch: 3 - len(batch.running)))
+    server = Server(model, monkeypatch, max_waiting=1)
+    fields = {"prompt": "a", "max_tokens": 3}
+    asked = [server.start(fields)]
+    assert held.started.wait(30)
+    asked += [server.start(fields) for _ in range(3)]  # two of them take places at the next token
+    wait_for(lambda: len(server.worker._waiting) == 3)
+    assert server.ask(fields)[0] == 429
+    held.go_on.set()
+    for connection in asked:
+        answer = connection.getresponse()
+        assert (answer.status, b'"length"' in answer.read()) == (200, True)
+        connection.close()
+    server.stop()
+
+
 def test_a_stopped_server_answers_those_that_wait(
     model: SparseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
