@@ -12,26 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_dsmoe import cli
 from lightning_dsmoe.cli import main
 from lightning_dsmoe.commands import train
 
 pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-m", "lightning_dsmoe"]
-
-
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-dsmoe"])
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    printed = capsys.readouterr().out
-    for name, tool in cli.TOOLS.items():
-        assert tool.__doc__
-        assert f"    {name} " in printed
-        assert tool.__doc__.split()[:3] == printed.partition(f"    {name} ")[2].split()[:3]
-    for word in ("fit", "validate", "test", "predict", "--debug", "--import"):
-        assert word in printed
 
 
 def test_a_reader_that_leaves_early_ends_it_quietly() -> None:

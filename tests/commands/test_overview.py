@@ -9,6 +9,11 @@ from lightning_dsmoe.commands.tools import TOOLS
 def test_each_command_has_a_sentence(cli: Any) -> None:
     shown = cli("--help").out
     assert shown == overview() + "\n"
+    for word in ("--debug", "--import", "--help"):
+        assert word in shown
+    for name, tool in TOOLS.items():
+        assert tool.__doc__
+        assert tool.__doc__.split()[:3] == shown.partition(f"    {name} ")[2].split()[:3]
     for name in (*TRAINING, *TOOLS):
         [line] = [line for line in shown.splitlines() if line.startswith(f"    {name} ")]
         assert line[24].isupper()

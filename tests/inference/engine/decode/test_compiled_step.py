@@ -234,20 +234,19 @@ def test_a_model_that_has_generated_can_be_copied(kernels: None, long_tokens: Te
     assert torch.equal(drawn(twin, long_tokens[:1, :4]), expected)
 
 
-def test_without_a_compiler_it_says_so_once_and_gives_the_same(
+def test_without_a_compiler_it_gives_the_same_and_warm_up_says_so(
     no_compiler: None, no_kernels: None, long_tokens: Tensor
 ) -> None:
     decoder = rotary_mlp()
     model = compile_sparse(decoder, TOP_K)
-    message = "decoding of 1 sequence runs uncompiled, more slowly: no C\\+\\+ compiler was found"
-    with pytest.warns(UserWarning, match=message):
-        first = drawn(model, long_tokens[:1, :6])
-    for prompts, found in (
-        (long_tokens[:1, :6], first),
-        (long_tokens[:1, :6], drawn(model, long_tokens[:1, :6])),  # here a warning is an error
-        (long_tokens[:2, :6], drawn(model, long_tokens[:2, :6])),
-    ):
+    message = "decoding of {} runs uncompiled, more slowly: no C\\+\\+ compiler was found"
+    for n, sequences in (1, "1 sequence"), (1, "1 sequence"), (2, "2 sequences"):
+        prompts = long_tokens[:n, :6]
+        with pytest.warns(UserWarning, match=message.format(sequences)):
+            found = drawn(model, prompts)
         assert torch.equal(found, drawn(decoder, prompts, plan=TOP_K))
+        again = model.generate(prompts, 20, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(again, found)  # here a warning is an error
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(
