@@ -64,7 +64,8 @@ def floor(package: str) -> str:
 
 def warn_of_vulnerable_packages() -> None:
     """Name vulnerable packages, by the first of the processes of a run alone."""
-    if any(int(os.environ.get(name) or 0) for name in _RANKS):
+    numbers = [os.environ.get(name, "") for name in _RANKS]
+    if any(number.isdecimal() and int(number) for number in numbers):  # others name them too
         return
     for line in vulnerable_packages():
         print(f"lightning-dsmoe: warning: {line}", file=sys.stderr)

@@ -80,3 +80,8 @@ def test_of_several_processes_only_the_first_says_so(
         monkeypatch.setenv("SLURM_PROCID", rank)
         vulnerable.warn_of_vulnerable_packages()
         assert capsys.readouterr().err.count("lightning-dsmoe: warning: ") == n_lines
+
+
+def test_a_variable_of_that_name_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "captain")
+    vulnerable.warn_of_vulnerable_packages()
