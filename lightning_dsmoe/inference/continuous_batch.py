@@ -54,7 +54,6 @@ class Continuation:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         self.text = TextStream(model.tokenizer, prompt, stop)
-        self._ends = frozenset(model.tokenizer.ends)
         self.n_prompt_tokens, self.n_left = len(self.text.tokens), max_new_tokens
         most = model.context_length
         if most is not None and self.n_prompt_tokens + max_new_tokens > most:
@@ -71,15 +70,11 @@ class Continuation:
         return len(self.text.tokens) - self.n_prompt_tokens
 
     def take(self, logits_1V: Tensor) -> int:
-        """Add the next token, from its logits, and return it; one that ends a text adds none."""
+        """Add the next token, from its logits, and return it."""
         token = int(self._sampler(logits_1V))
-        is_end = token in self._ends
-        if is_end:
-            self.text.tokens.append(token)
-        else:
-            self.text.add(token)
+        self.text.add(token)
         self.n_left -= 1
-        if is_end or self.text.ended:
+        if self.text.ended:
             self.finish_reason = "stop"
         elif self.n_left == 0:
             self.finish_reason = "length"

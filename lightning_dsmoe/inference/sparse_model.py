@@ -323,7 +323,7 @@ class SparseModel(OnHub, nn.Module):
 
         Returns:
             Prompts and continuations, in the form of the prompts. A continuation ends with the stop
-            text that it met.
+            text that it met, or before a special token of the tokenizer that ends texts.
 
         Raises:
             ValueError: if a prompt is empty or longer than the context, an option is out of range,

@@ -32,6 +32,8 @@ _LONGEST_CHARACTER = 4
 class TextGeneration:
     """Continues prompts of any lengths, each up to and with the first stop text in what is new.
 
+    A special token that ends texts (`Tokenizer.ends`) ends one as well, without a text of its own.
+
     The special tokens with which the tokenizer begins a text precede a prompt that has none; they
     are no part of the texts. Options are checked now, and tokens are computed as `texts` or
     `pieces` need them.
@@ -63,11 +65,11 @@ class TextGeneration:
         tokens = as_tokens(model, tokens)
         padding = None if bool(mask.all()) else mask.to(tokens.device)
         self._columns = new_tokens(model, tokens, max_new_tokens, mask=padding, **options)
-        self._can_stop = bool(stop)
+        self._can_stop = bool(stop) or bool(tokenizer.ends)
 
     def texts(self) -> list[str]:
         """Prompts and continuations."""
-        # Reading a token's number waits for the device. Only a stop text needs it before the end.
+        # Reading a token's number waits for the device. Only what may end early needs it at once.
         for new_B in self._columns if self._can_stop else list(self._columns):
             for text, token in zip(self._texts, new_B.tolist(), strict=True):
                 text.add(token)
@@ -171,7 +173,7 @@ class TextStream:
     """
 
     ended: bool
-    """Whether a stop text was met."""
+    """Whether a stop text or a token that ends texts was met."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, stop: Stop | None) -> None:
         self._tokenizer = tokenizer
@@ -179,6 +181,7 @@ class TextStream:
         if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop must be one text or several for prompts of text, got {stop!r}")
         self._stop = tuple(stops)
+        self._ends = frozenset(tokenizer.ends)
         tokens, marks = list(map(int, tokenizer.encode(prompt))), tokenizer.beginning
         marked = tokens[: len(marks)] == marks  # by the prompt itself
         self.tokens = tokens if marked else [*marks, *tokens]
@@ -195,10 +198,13 @@ class TextStream:
         return self.text[self._prompt_length :]
 
     def add(self, token: int) -> str:
-        """Add a token and return what it adds to the text; nothing after a stop text."""
+        """Add a token and return what it adds to the text; nothing at its end and after it."""
         if self.ended:
             return ""
         self.tokens.append(token)
+        if token in self._ends:
+            self.ended = True
+            return ""
         piece = self._next_piece()
         before = len(self.text)
         self.text += piece

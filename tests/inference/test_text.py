@@ -80,6 +80,23 @@ def test_texts_continue_as_their_tokens_do(model: SparseModel) -> None:
     assert len(seeded[0]) == 21
 
 
+def test_a_token_that_ends_texts_ends_one_and_adds_nothing(
+    model: SparseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["a", "in the end "]
+    whole = [model.generate(prompt, 12, temperature=0) for prompt in prompts]
+    end = whole[0][4]
+    monkeypatch.setattr(CharTokenizer, "ends", property(lambda _: LETTERS.encode(end).tolist()))
+    cut = [
+        prompt + text.removeprefix(prompt).partition(end)[0]
+        for prompt, text in zip(prompts, whole, strict=True)
+    ]
+    assert len(cut[0]) < len(whole[0])
+    assert [model.generate(prompt, 12, temperature=0) for prompt in prompts] == cut
+    assert model.generate(prompts, 12, temperature=0) == cut
+    assert "a" + "".join(model.stream("a", 12, temperature=0)) == cut[0]
+
+
 def test_the_beginning_of_a_text_precedes_a_prompt_and_is_not_shown() -> None:
     processors = pytest.importorskip("tokenizers").processors
     plain = HuggingFaceTokenizer(json.dumps(letter_tokens()))
