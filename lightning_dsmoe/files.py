@@ -4,6 +4,7 @@ import codecs
 import errno
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,9 +99,10 @@ def check_place(path: Path) -> None:
 
     Nothing is left behind, folders above it neither.
     """
-    if path.parts[:1] and path.parts[0].startswith("~"):  # whoever deletes a folder "~" loses more
+    first = "".join(path.parts[:1])
+    if os.path.expanduser(first) != first:  # whoever deletes a folder "~" loses more
         raise ValueError(
-            f"{path} would be a folder here that is called {path.parts[0]}: shells know ~ only at "
+            f"{path} would be a folder here that is called {first}: shells know ~ only at "
             "the beginning of a word, so put a space before it, or write the whole path"
         )
     place = path.absolute()

@@ -69,6 +69,13 @@ def test_a_folder_that_is_called_tilde_is_never_made() -> None:
             check_file(output)
 
 
+def test_a_name_that_begins_with_a_tilde_is_one_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_file("~backup of nobody.json")
+
+
 def test_an_output_that_is_also_read(tmp_path: Path) -> None:
     path, link = tmp_path / "last.ckpt", tmp_path / "link.ckpt"
     path.write_text("weights")

@@ -19,6 +19,9 @@ def keep_rows(trainer: Trainer) -> None:
 
     Args:
         trainer: a trainer that is about to resume.
+
+    Raises:
+        ValueError: if the file that is there is no table of text.
     """
     if not trainer.is_global_zero:
         return
@@ -29,9 +32,15 @@ def keep_rows(trainer: Trainer) -> None:
 
 def _keep(logger: CSVLogger, path: Path) -> None:
     if not path.is_file():
+        for aside in path.parent.glob(f".{path.name}.*"):  # of a run killed before it put it back
+            aside.rename(path)
+    if not path.is_file():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file), [])
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table to add rows to, move it elsewhere: {error}") from None
     if not columns:
         return
     aside = hidden_beside(path)

@@ -70,8 +70,8 @@ def _clean(folder: Path, resumed: Path | None) -> None:
     others = [*folder.glob(f"[!.]*{ModelCheckpoint.FILE_EXTENSION}")]
     if resumed is not None and resumed.parent == folder.resolve():
         others.append(resumed)
-    latest = max((path.stat().st_mtime_ns for path in others if path.exists()), default=0)
-    kept = [path for path in found if path.stat().st_mtime_ns > latest and is_written(path)]
+    latest = max(map(_changed, others), default=0)
+    kept = [path for path in found if _changed(path) > latest and is_written(path)]
     if kept:
         rank_zero_warn(
             "a run was killed before it could rename a whole checkpoint, newer than all others "
@@ -80,6 +80,14 @@ def _clean(folder: Path, resumed: Path | None) -> None:
     for path in found:
         if path not in kept and not _is_needed(path):
             remove(path)
+
+
+def _changed(path: Path) -> int:
+    """When it was written last, in nanoseconds; 0 if another run has just renamed it."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _is_needed(path: Path) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_dsmoe.files import hidden_beside
 from lightning_dsmoe.training.kept_rows import keep_rows
 
 
@@ -72,3 +73,22 @@ def test_files_without_rows(content: str, tmp_path: Path) -> None:
         keep_rows(resumed)
         log(resumed, 1, loss=2.0)
     assert rows(tmp_path) == [{"loss": "2.0", "step": "1"}]
+
+
+def test_a_file_of_a_run_that_was_killed_while_it_was_aside_is_found(tmp_path: Path) -> None:
+    log(trainer_in(tmp_path), 1, loss=2.0)
+    path = tmp_path / "run" / "version_0" / "metrics.csv"
+    path.rename(hidden_beside(path))
+    resumed = trainer_in(tmp_path)
+    keep_rows(resumed)
+    log(resumed, 2, loss=1.0)
+    assert [row["loss"] for row in rows(tmp_path)] == ["2.0", "1.0"]
+
+
+def test_a_file_that_is_no_text_is_refused_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "version_0" / "metrics.csv"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv is no table to add rows to"):
+        keep_rows(trainer_in(tmp_path))
+    assert path.read_bytes() == b"\xff\n"
