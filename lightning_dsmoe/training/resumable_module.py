@@ -18,7 +18,8 @@ class ResumableModule(LightningModule):
 
     It makes the optimizer and checks gradients. A callback that every subclass has, `Resumption`,
     writes and checks checkpoints, and logs the losses of whole splits, `val_loss` and `test_loss`,
-    which a subclass updates in its steps; so hooks may be overridden without `super()`.
+    which a subclass updates in its steps; so hooks may be overridden without `super()`. Only a
+    file of weights alone (`save_weights_only`) is described by `on_save_checkpoint` itself.
 
     Args:
         optimizer: factory of the optimizer, called with parameter groups.

@@ -28,9 +28,7 @@ from lightning_dsmoe.inference.engine.weights.row_major import as_row_major
 
 # Costs in multiply-accumulates, fitted to times on two cores of an AMD EPYC in float32. Over ten
 # sizes of layers and 4 to 8,192 tokens the estimate is 1.0 % slower than the better method on
-# average, see docs/lab_notes/batched.md. They hold for 8 bits too: over three layers and 1 to 64
-# tokens, timed beside other work, the estimate was 10 % slower than the better method in 8 bits and
-# 11 % in float32 (2026-11-29).
+# average, see docs/lab_notes/batched.md. 8 bits are taken to cost the same.
 _MACS_PER_WEIGHT = 20  # for reading it
 _MACS_PER_CHANNEL = 50  # for gathering a token for an expert, and adding its output
 _MACS_PER_EXPERT = 8_000_000  # for starting its kernels
