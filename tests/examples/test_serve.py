@@ -141,6 +141,14 @@ class Held:
         monkeypatch.setattr(serve, "SECONDS_BETWEEN_LOOKS", 0.01)
 
 
+def assert_all_end(asked: list[http.client.HTTPConnection]) -> None:
+    """Whether each request gets its text, of the length that it asked for."""
+    for connection in asked:
+        answer = connection.getresponse()
+        assert (answer.status, b'"length"' in answer.read()) == (200, True)
+        connection.close()
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 30
     while not condition():
@@ -364,10 +372,7 @@ def test_more_requests_than_may_wait_are_told_to_come_again(
     asked.append(server.start(fields))
     wait_for(lambda: left not in server.worker._waiting)
     held.go_on.set()
-    for connection in asked:
-        answer = connection.getresponse()
-        assert (answer.status, b'"length"' in answer.read()) == (200, True)
-        connection.close()
+    assert_all_end(asked)
     server.stop()
 
 
@@ -384,10 +389,7 @@ def test_requests_that_there_are_places_for_are_not_refused(
     wait_for(lambda: len(server.worker._waiting) == 3)
     assert server.ask(fields)[0] == 429
     held.go_on.set()
-    for connection in asked:
-        answer = connection.getresponse()
-        assert (answer.status, b'"length"' in answer.read()) == (200, True)
-        connection.close()
+    assert_all_end(asked)
     server.stop()
 
 

@@ -440,16 +440,22 @@ def test_from_the_second_switch_point_on_experts_run_on_their_own_tokens(
     assert seen == [batch * length >= first for batch, length in shapes]
 
 
-def test_a_reason_not_to_compile_is_told_once_and_no_more_is_tried_after_the_second_time(
-    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attempts = []
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of sequences for which steps were to be compiled, where no compiler is."""
+    numbers: list[int] = []
 
-    def refuse(*args: Any, **options: Any) -> None:
-        attempts.append(args[2])
+    def refuse(decoder: Decoder, plan: SelectionPlan, n: int, **options: Any) -> None:
+        numbers.append(n)
         raise CannotCompile("no compiler here")
 
     monkeypatch.setattr(engine_module, "CompiledStep", refuse)
+    return numbers
+
+
+def test_a_reason_not_to_compile_is_told_once_and_no_more_is_tried_after_the_second_time(
+    one_decoder: Decoder, attempts: list[int]
+) -> None:
     engine, plan = Engine(packed(one_decoder), SwitchPoints()), uniform(TopK(1))
     message = "of 1 sequence runs uncompiled, more slowly: no compiler here; once .* warm_up"
     with pytest.warns(UserWarning, match=message):
@@ -496,15 +502,8 @@ def test_warming_up_for_many_numbers_compiles_each_step_once(
 
 
 def test_warming_up_for_many_numbers_ends_where_nothing_can_be_compiled(
-    one_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    one_decoder: Decoder, attempts: list[int]
 ) -> None:
-    attempts = []
-
-    def refuse(*args: Any, **options: Any) -> None:
-        attempts.append(args[2])
-        raise CannotCompile("no compiler here")
-
-    monkeypatch.setattr(engine_module, "CompiledStep", refuse)
     engine = Engine(packed(one_decoder), SwitchPoints())
     with pytest.warns(UserWarning, match="no compiler here") as warned:
         engine.warm_up(uniform(TopK(1)), *range(1, 17))
