@@ -129,7 +129,7 @@ class DSMoECLI(LightningCLI):
             error = first if isinstance(first, Exception) else last
             if is_follow_up(error):
                 sys.exit(1)
-            if error is not last and str(error) in str(last):
+            if error is not last and str(error) and str(error) in str(last):
                 error = last  # which says both
             if error is not last:  # such as of a full disk, when the run was to be saved at its end
                 reason = one_line(plainly(str(last)))

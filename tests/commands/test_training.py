@@ -161,11 +161,20 @@ def test_last_is_the_newest_whole_checkpoint(
     assert f"from the checkpoint at {folder}/version_0/checkpoints/last.ckpt" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("first", "shown"), [(ValueError("the first"), "the first"), (AssertionError(), "Assertion")]
+)
 def test_the_first_error_is_shown_where_saving_fails_after_it(
-    cli: Any, config: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: Exception,
+    shown: str,
+    cli: Any,
+    config: Any,
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: Any) -> None:
-        raise ValueError("the first")
+        raise first
 
     def save(*_: Any) -> None:
         raise OSError(28, "No space left on device", "last.ckpt")
@@ -175,5 +184,5 @@ def test_the_first_error_is_shown_where_saving_fails_after_it(
     outcome = cli("fit", "-c", config("shakespeare_nano.yaml"), *tiny(tmp_path))
     assert outcome.code == 1
     [error] = outcome.errors
-    assert "the first" in error
+    assert shown in error
     assert "warning: while the run ended: [Errno 28] No space left on device" in outcome.err
