@@ -121,7 +121,8 @@ def _check_is_one(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} is a sparse model or one of transformers, not a checkpoint of fit"
         )
-    if inside := [*folder.glob("checkpoints/*.ckpt"), *folder.glob("*.ckpt")]:
+    places = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")  # of a run and its versions
+    if inside := [path for place in places for path in folder.glob(place)]:
         raise FileNotFoundError(
             f"{folder} is a folder with checkpoints, such as {sorted(inside)[-1]}: name one of them"
         )

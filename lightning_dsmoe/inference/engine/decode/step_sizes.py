@@ -36,7 +36,7 @@ def group_sizes(plan: SelectionPlan, batch_size: int) -> list[int]:
     """Numbers of sequences in each step that decodes a batch, 16 at most.
 
     More than 8 that are left by steps of 16 take a step of 8 and another one: with a step of 16 for
-    9 sequences a token took 2.4 times as long as with one of 9, with steps of 8 and 1 about as long
+    9 sequences a token took 2.1 times as long as with one of 9, with steps of 8 and 1 about as long
     (docs/how-to/serve.md). What is chosen together stays together.
 
     Examples:
