@@ -335,4 +335,5 @@ def _selection_from_dict(data: dict[str, Any]) -> Selection:
     try:
         return known[name](**options)
     except TypeError as error:
-        raise ValueError(f"{short_repr(data)} is not a selection: {error}") from None
+        reason = " ".join(str(error).split())  # which may name an option of two lines
+        raise ValueError(f"{short_repr(data)} is not a selection: {reason}") from None

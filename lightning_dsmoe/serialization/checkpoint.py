@@ -5,7 +5,6 @@ loaded, loading takes plain data only, and sizes are compared with the file's ow
 memory is allocated for them.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.reading import Size, check_json, check_version
 from lightning_dsmoe.serialization.architecture import build_decoder
-from lightning_dsmoe.serialization.archive import check_archive
+from lightning_dsmoe.serialization.archive import check_archive, check_is_data
 from lightning_dsmoe.serialization.tensor_files import listed
 
 FORMAT_VERSION = 1
@@ -161,6 +160,8 @@ def read_any(
             loaded = read_folder(Path(str(path)), weights_only=weights_only)
         else:
             check_archive(path, checksums=checksums)
+            if weights_only:
+                check_is_data(path)
             fault = "cannot be read"
             loaded = torch.load(
                 path,
@@ -176,8 +177,7 @@ def read_any(
         reason = " ".join(str(error).partition("\n")[0].split()) or type(error).__name__
         if isinstance(error, UnpicklingError):
             fault = "holds more than data, which could run code when it is read"
-            reason = (re.findall(r"GLOBAL ([\w.]+)", str(error)) or [reason])[0]
-        raise ValueError(f"{path} {fault}: {reason}") from None
+        raise ValueError(f"{path} {fault}: {reason:.500}") from None
     if not isinstance(path, str | Path):
         path.seek(0)
     check_nesting(str(path), loaded, most=max(_MOST_VALUES, _n_bytes(path)))

@@ -70,6 +70,7 @@ def load_checked(
     described: dict[str, Any] = {}
     if options.get("hparams_file") is None:
         described = _given_in_python(cls, checkpoint)
+        _check_arguments(cls, checkpoint, {**described, **options})
     load = partial(load, path, weights_only=weights_only, **{**described, **options})
     is_untrusted = weights_only and options.keys() <= {"hparams_file", "strict"}
     try:
@@ -86,6 +87,11 @@ def load_checked(
     except ArgumentError as error:  # of jsonargparse, which builds models of the command line
         reason = " ".join(str(error).split())
         raise ValueError(f"hyper-parameters that fit no {cls.__name__}: {reason:.500}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of PyTorch, for sizes or a device that a file says wrongly
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no {cls.__name__} can be built from {path}: {reason:.500}") from error
 
 
 def _given_in_python(cls: type[LightningModule], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,30 @@ def _given_in_python(cls: type[LightningModule], checkpoint: Mapping[str, Any]) 
         arguments["attention_selection"] = selections.attention
     taken = inspect.signature(cls).parameters.keys() - kept.keys()
     return {name: value for name, value in arguments.items() if name in taken}
+
+
+def _check_arguments(
+    cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Refuse a file that lacks arguments of the model, as one without hyper-parameters does."""
+    kept = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
+    names = set(given)
+    if kept is not None:
+        for key in (cls.CHECKPOINT_HYPER_PARAMS_KEY, *CHECKPOINT_PAST_HPARAMS_KEYS):
+            names |= checkpoint.get(key, {}).keys()
+    if "_instantiator" in names:  # jsonargparse says what is missing
+        return
+    required = [
+        name
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if missing := [name for name in required if name not in names]:
+        raise ValueError(
+            f"the checkpoint does not say {', '.join(missing)} of {cls.__name__}: pass "
+            "them to load_from_checkpoint if you know them"
+        )
 
 
 def use_safe_checkpoint_io(trainer: Trainer | None) -> None:

@@ -222,6 +222,12 @@ def test_files_that_are_no_json_are_refused(text: str, tmp_path: Path) -> None:
         SelectionPlan.load(tmp_path / "plan.json")
 
 
+def test_messages_stay_in_one_line() -> None:
+    selection = {"selection": "TopK", "k": 1, "two\nlines": 2}
+    with pytest.raises(ValueError, match=r"is not a selection: .* 'two lines'$"):
+        SelectionPlan.from_dict(data_with(experts=selection))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,10 +1,10 @@
 """Files that are no checkpoint, are damaged, or hold more than data."""
 
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -27,6 +27,21 @@ def test_truncated_files(trained: Trained, tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"part\.ckpt is damaged or not a checkpoint"):
             load_decoder(path)
+
+
+@pytest.mark.timeout(30)  # a search in torch's own message would take hours
+def test_a_name_as_long_as_the_file(trained: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    name = b"c" + b"x" * 2**21 + b"\ny\n"
+    with ZipFile(trained.path) as source, ZipFile(path, "w") as target:
+        for record in source.infolist():
+            content = source.read(record)
+            if record.filename.endswith("data.pkl"):
+                content = content[:2] + name + content[2:]  # after its protocol
+            target.writestr(record.filename, content)
+    with pytest.raises(ValueError, match=r"holds more than data, .*: x+$") as error:
+        load_decoder(path)
+    assert len(str(error.value)) < 1_000
 
 
 @pytest.mark.parametrize("garbage", [b"hello", bytes(500), b"PK\3\4" + bytes(200), b"\x80\x02]."])
@@ -121,9 +136,9 @@ def test_tensors_that_are_not_whole(tensor: Tensor, forge: Forge, trained: Train
 
 
 def repacked(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+    with ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
         for name, content in records.items():
             archive.writestr(name, content)
 

@@ -113,9 +113,20 @@ def test_files_without_a_description_need_the_factories(
 ) -> None:
     model = make_one_model(expert_selection=TopK(1))
     path = save(model, architecture=None, training_plan=None)  # as of a part without its options
-    with pytest.raises(TypeError, match="attention"):
+    with pytest.raises(ValueError, match="does not say attention, feed_forward of DSMoELanguageM"):
         load(path)
     assert_equal(load(path, **factories(model)), model)
+
+
+def test_files_without_hyperparameters_name_what_is_missing(save: Save) -> None:
+    path = save()
+    checkpoint = torch.load(path)
+    del checkpoint["hyper_parameters"]
+    torch.save(checkpoint, path)
+    missing = "vocab_size, d_model, n_layers"
+    with pytest.raises(ValueError, match=rf"does not say {missing} of DSMoELanguageModel: pass"):
+        load(path)
+    assert load(path, vocab_size=97, d_model=32, n_layers=2).vocab_size == 97
 
 
 def test_a_description_names_known_classes_only(make_one_model: MakeModel, save: Save) -> None:
@@ -226,6 +237,13 @@ def test_values_that_fit_no_model(changes: dict[str, Any], message: str, save: S
     ) as e:
         load(path)
     assert "\n" not in str(e.value)
+
+
+def test_a_device_that_there_is_not(save: Save) -> None:
+    norm = {"class_path": "torch.nn.RMSNorm", "init_args": {"eps": 1e-6, "device": 99}}
+    path = save(hyper_parameters={**FROM_COMMAND_LINE, "norm": norm})
+    with pytest.raises(ValueError, match=r"^no DSMoELanguageModel can be built from .*: .*accel"):
+        load(path)
 
 
 @pytest.mark.parametrize("key", ["hyper_parameters", "hparams", "module_arguments"])
