@@ -1,5 +1,6 @@
 """Names of a module that are imported when they are first used."""
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 
@@ -9,7 +10,8 @@ _PACKAGE = "lightning_dsmoe"
 def imported_on_use(module: str, **modules: str) -> Callable[[str], object]:
     """The `__getattr__` of a module some of whose names are imported when they are first used.
 
-    So that what is quick to import does not wait for Lightning or torchmetrics, which take seconds.
+    So that what is quick to import does not wait for PyTorch, Lightning or torchmetrics, each of
+    which takes seconds.
 
     Args:
         module: name of the module.
@@ -17,7 +19,7 @@ def imported_on_use(module: str, **modules: str) -> Callable[[str], object]:
 
     Examples:
         >>> from lightning_dsmoe.imports import imported_on_use
-        >>> get = imported_on_use("my_module", ByteTokenizer="tokenizers")
+        >>> get = imported_on_use("lightning_dsmoe.data", ByteTokenizer="tokenizers")
         >>> get("ByteTokenizer")
         <class 'lightning_dsmoe.tokenizers.ByteTokenizer'>
     """
@@ -25,6 +27,8 @@ def imported_on_use(module: str, **modules: str) -> Callable[[str], object]:
     def get(name: str) -> object:
         if name not in modules:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return getattr(import_module(f"{_PACKAGE}.{modules[name]}"), name)
+        found = getattr(import_module(f"{_PACKAGE}.{modules[name]}"), name)
+        setattr(sys.modules[module], name, found)  # to be found directly from now on
+        return found
 
     return get

@@ -87,13 +87,6 @@ def test_an_old_pickle_is_read_with_a_warning() -> None:
         assert pickle.loads(old) == remaining
 
 
-def test_all_public_names_can_be_imported_at_once() -> None:
-    found: dict[str, object] = {}
-    exec("from lightning_dsmoe import *", found)
-    assert {"__version__", "Decoder", "DSMoELanguageModel", "TextDataModule", "TopK"} <= set(found)
-    assert not {"Path", "TYPE_CHECKING", "import_module", "moved"} & set(found)
-
-
 @pytest.mark.parametrize("old", MOVED)
 def test_no_old_module_name_hides_a_public_name(old: str) -> None:
     room, _, name = f"lightning_dsmoe.{old}".rpartition(".")

@@ -34,7 +34,7 @@ def certify(
     max_tokens: int | None = None,
     batch_tokens: int | None = None,
 ) -> None:
-    """Measure a sparse model against all experts and certify that, or check its certificate.
+    """Certify what a sparse model loses against all experts, or check its certificate.
 
     An artifact without a certificate gets one, in certificate.json and in its model card. An
     existing certificate is checked: plan, weights and configuration must have its hashes, and a new

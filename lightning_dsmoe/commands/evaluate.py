@@ -40,7 +40,7 @@ def evaluate(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Measure a model on tasks of lm-evaluation-harness or on a text, dense and under plans.
+    """Measure a model on tasks of lm-evaluation-harness or on a text, also under plans.
 
     Each plan is a column of one table, beside all experts: the metrics with their standard errors,
     and the active share of the very tokens that the model read for them.

@@ -40,7 +40,7 @@ def import_(
     split: Split = "contiguous",
     text: str | None = None,
 ) -> None:
-    """Write a checkpoint of a model of transformers, dense or a mixture, with the same logits.
+    """Write a checkpoint of a model of transformers, which gives the same logits.
 
     The checkpoint is read by sweep, calibrate, prune, certify, report and generate. Beside it,
     under its name with .plan.json, is the plan that the model's configuration runs: the top k of a

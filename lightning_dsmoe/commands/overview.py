@@ -1,9 +1,9 @@
-"""What `lightning-dsmoe --help` prints, for which Lightning, which takes seconds, is not loaded."""
+"""What `lightning-dsmoe --help` prints, for which nothing that takes seconds is loaded."""
 
 from collections.abc import Mapping
 from textwrap import fill
 
-from lightning_dsmoe.commands.tools import TOOLS
+from lightning_dsmoe.commands.tools import SENTENCES
 
 TRAINING = {
     "fit": "Train a model, from the start or from a checkpoint.",
@@ -22,7 +22,6 @@ options of every command:
 
 def overview() -> str:
     """All commands, each with one sentence."""
-    tools = {name: (tool.__doc__ or "").partition("\n")[0] for name, tool in TOOLS.items()}
     return f"""\
 usage: lightning-dsmoe COMMAND ...
 
@@ -33,7 +32,7 @@ training and evaluation, configured by files and options:
 {_listed(TRAINING)}
 
 tools for trained models:
-{_listed(tools)}
+{_listed(SENTENCES)}
 
 {COMMON_OPTIONS}
   -h, --help            Show this, or after a command its options.

@@ -7,28 +7,29 @@ from importlib import import_module
 
 import jsonargparse
 
+SENTENCES = {
+    "upcycle": "Turn the feed-forward layers of a transformers model into mixtures of experts.",
+    "import": "Write a checkpoint of a model of transformers, which gives the same logits.",
+    "export": "Write a model as a directory that transformers reads, with the same logits.",
+    "evaluate": "Measure a model on tasks of lm-evaluation-harness or on a text, also under plans.",
+    "generate": "Generate text from a checkpoint or a sparse model.",
+    "sweep": "Measure loss and active share under some forty plans, from very sparse to dense.",
+    "calibrate": "Search for a plan: which experts to run in each layer for the lowest loss.",
+    "compile": "Write a checkpoint as a sparse model, which runs the experts of a plan only.",
+    "prune": "Write a sparse model without the experts that its plan never runs on held-out text.",
+    "certify": "Certify what a sparse model loses against all experts, or check its certificate.",
+    "report": "Write an HTML page on how a trained model uses its experts.",
+    "consolidate": "Write one checkpoint file from the folder that a sharded run saved.",
+    "configs": "List the shipped configurations, or print one.",
+}
+"""What each does, the first line of its help, for which its function is not imported."""
+
 
 class _Tools(Mapping[str, Callable[..., None]]):
     """The function of each tool by its name, imported when it is looked up."""
 
-    names = (
-        "upcycle",
-        "import",
-        "export",
-        "evaluate",
-        "generate",
-        "sweep",
-        "calibrate",
-        "compile",
-        "prune",
-        "certify",
-        "report",
-        "consolidate",
-        "configs",
-    )
-
     def __getitem__(self, name: str) -> Callable[..., None]:
-        if name not in self.names:
+        if name not in SENTENCES:
             raise KeyError(name)
         name = _named(name)
         module = import_module(f"lightning_dsmoe.commands.{name}")
@@ -36,10 +37,10 @@ class _Tools(Mapping[str, Callable[..., None]]):
         return tool
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(SENTENCES)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(SENTENCES)
 
 
 def _named(name: str) -> str:

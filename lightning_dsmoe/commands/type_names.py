@@ -6,8 +6,6 @@ from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from torch import nn
-
 _PLAINER = (
     (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
     (r"typing\.|collections\.abc\.", ""),
@@ -37,6 +35,8 @@ def in_words(hint: Any) -> list[str]:
 
 def class_names(hint: Any) -> list[str]:
     """Names of the classes that an option may be, or that its factory may make."""
+    from torch import nn  # which takes seconds, and what is called with classes has loaded
+
     names: set[str] = set()
     for base in _bases(hint):
         names |= _NORMS if base is nn.Module else _concrete(base) or {base.__name__}

@@ -29,7 +29,7 @@ def upcycle(
     into: Literal["transformers", "decoder"] = "transformers",
     trust_remote_code: bool = False,
 ) -> None:
-    """Turn the feed-forward layers of a dense model of transformers into mixtures of experts.
+    """Turn the feed-forward layers of a transformers model into mixtures of experts.
 
     The model stays one of transformers: attention and all else are untouched. With all experts on
     it gives the same logits, to rounding, if the router is zero. To train it: `fit -c

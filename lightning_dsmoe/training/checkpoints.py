@@ -87,10 +87,12 @@ def load_checked(
     except ArgumentError as error:  # of jsonargparse, which builds models of the command line
         reason = " ".join(str(error).split())
         raise ValueError(f"hyper-parameters that fit no {cls.__name__}: {reason:.500}") from None
-    except torch.OutOfMemoryError:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:  # of PyTorch, for sizes or a device that a file says wrongly
-        reason = " ".join(str(error).split())
+    except Exception as error:  # whatever Lightning and PyTorch make of a file that is not theirs
+        if not is_untrusted:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"no {cls.__name__} can be built from {path}: {reason:.500}") from error
 
 

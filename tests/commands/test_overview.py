@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_dsmoe.commands.overview import TRAINING, overview
-from lightning_dsmoe.commands.tools import TOOLS
+from lightning_dsmoe.commands.tools import SENTENCES, TOOLS
 
 
 def test_each_command_has_a_sentence(cli: Any) -> None:
@@ -12,8 +12,8 @@ def test_each_command_has_a_sentence(cli: Any) -> None:
     for word in ("--debug", "--import", "--help"):
         assert word in shown
     for name, tool in TOOLS.items():
-        assert tool.__doc__
-        assert tool.__doc__.split()[:3] == shown.partition(f"    {name} ")[2].split()[:3]
+        assert (tool.__doc__ or "").partition("\n")[0] == SENTENCES[name]
+        assert SENTENCES[name].split()[:3] == shown.partition(f"    {name} ")[2].split()[:3]
     for name in (*TRAINING, *TOOLS):
         [line] = [line for line in shown.splitlines() if line.startswith(f"    {name} ")]
         assert line[24].isupper()

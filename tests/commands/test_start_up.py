@@ -23,8 +23,6 @@ import contextlib
 from lightning_dsmoe.cli import main
 with contextlib.suppress(SystemExit):
     main(["sweep", "--ckpt_path=absent.ckpt"])
-main(["configs"])
-main(["--help"])
 """,
     "tokenizers": """
 from lightning_dsmoe.data import ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -35,6 +33,22 @@ from lightning_dsmoe.attention import MixtureOfAttentionHeads
 from lightning_dsmoe.inference import load_sparse
 """,
 }
+
+
+def test_what_answers_without_pytorch() -> None:
+    code = """
+import contextlib
+import sys
+import lightning_dsmoe
+from lightning_dsmoe.cli import main
+for words in (["configs"], ["--help"], [], ["fot"], ["fit"]):
+    with contextlib.suppress(SystemExit):
+        main(words)
+print("torch" in sys.modules)
+"""
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout.splitlines()[-1] == "False", run.stdout + run.stderr
 
 
 @pytest.mark.slow
@@ -94,6 +108,7 @@ def test_names_that_are_imported_on_use() -> None:
     assert cli.DSMoECLI is DSMoECLI
     assert data.TextDataModule is TextDataModule
     assert metrics.ActiveParameters is ActiveParameters
+    assert "ActiveParameters" in vars(metrics)  # not looked up a second time
     assert callable(metrics.expert_utilization)  # rather than the module of that name
     with pytest.raises(AttributeError, match=r"'lightning_dsmoe\.metrics' has no attribute 'Absen"):
         metrics.Absent  # noqa: B018

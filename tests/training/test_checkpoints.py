@@ -239,10 +239,25 @@ def test_values_that_fit_no_model(changes: dict[str, Any], message: str, save: S
     assert "\n" not in str(e.value)
 
 
-def test_a_device_that_there_is_not(save: Save) -> None:
-    norm = {"class_path": "torch.nn.RMSNorm", "init_args": {"eps": 1e-6, "device": 99}}
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("device", 99, "RuntimeError: .*accelerator"), ("dtype", 7, "TypeError: .*dtype")],
+)
+def test_a_norm_that_pytorch_does_not_make(
+    option: str, value: int, message: str, save: Save
+) -> None:
+    norm = {"class_path": "torch.nn.RMSNorm", "init_args": {"eps": 1e-6, option: value}}
     path = save(hyper_parameters={**FROM_COMMAND_LINE, "norm": norm})
-    with pytest.raises(ValueError, match=r"^no DSMoELanguageModel can be built from .*: .*accel"):
+    with pytest.raises(ValueError, match=rf"^no DSMoELanguageModel can be built from .*{message}"):
+        load(path)
+
+
+def test_a_file_without_the_version_of_lightning(save: Save) -> None:
+    path = save()
+    checkpoint = torch.load(path)
+    del checkpoint["pytorch-lightning_version"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"can be built from .*: KeyError: .*lightning_version"):
         load(path)
 
 
