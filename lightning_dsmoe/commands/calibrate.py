@@ -17,8 +17,8 @@ from lightning_dsmoe.units import percent
 
 def calibrate(
     ckpt_path: str,
-    budget: float | None = None,
-    max_loss_increase: str | None = None,
+    budget: float | str | None = None,
+    max_loss_increase: float | str | None = None,
     output: str = "plan.json",
     fixed: bool = False,
     **options: Any,
@@ -31,7 +31,7 @@ def calibrate(
     Args:
         ckpt_path: checkpoint of `fit`.
         budget: largest active share (share of the hidden parameters, mean over tokens), such as
-            0.2; under thresholds the measured share can be slightly larger.
+            0.2 or 20%; under thresholds the measured share can be slightly larger.
         max_loss_increase: instead of a budget, the largest increase of the loss, such as 0.5%.
         output: JSON file of the plan.
         fixed: fixed numbers of experts (top-k), the same for all tokens, instead of thresholds.
@@ -45,17 +45,24 @@ def calibrate(
     """
     if (budget is None) == (max_loss_increase is None):
         raise ValueError("calibrate needs either --budget or --max_loss_increase")
-    if budget is not None and not 0 < budget <= 1:
-        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget:g}")
+    most = None if budget is None else _share("budget", budget, "0.2 or 20%")
+    if most is not None and not 0 < most <= 1:
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
+    increase = None
+    if max_loss_increase is not None:
+        increase = _share("max_loss_increase", max_loss_increase, "0.5% or 0.005")
+        if not 0 <= increase < 10:
+            raise ValueError(
+                f"max_loss_increase must be from 0 to 1000%, got {max_loss_increase!r}"
+            )
     check_file(output, ckpt_path)
-    increase = None if max_loss_increase is None else _share(max_loss_increase)
     model, counts, text, _ = open_trained(ckpt_path, **options)
     with Console(stderr=True).status("reading the text") as status:
         found = search_plan(
             model,
             text,
             counts=counts,
-            budget=budget,
+            budget=most,
             max_loss_increase=increase,
             fixed=fixed,
             on_progress=status.update,
@@ -73,15 +80,15 @@ def calibrate(
     print(f"The plan is in {Path(output)}")
 
 
-def _share(text: str) -> float:
-    number = text.strip().removesuffix("%")
+def _share(option: str, given: float | str, example: str) -> float:
+    """A number, which may be in per cent."""
+    number, sign, rest = str(given).strip().partition("%")
     try:
-        value = float(number) / (100 if text.strip().endswith("%") else 1)
+        if rest:
+            raise ValueError
+        return float(number) / (100 if sign else 1)
     except ValueError:
-        raise ValueError(f"max_loss_increase must be like 0.5% or 0.005, got {text!r}") from None
-    if not 0 <= value < 10:
-        raise ValueError(f"max_loss_increase must be from 0 to 1000%, got {text!r}")
-    return value
+        raise ValueError(f"{option} must be like {example}, got {given!r}") from None
 
 
 def _comparison(calibrated: PlanResult, uniform: PlanResult) -> str:

@@ -28,11 +28,16 @@ def words(measuring: Callable[[str, str], list[str]]) -> list[str]:
     return measuring("calibrate", "plan.json")
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("fixed", "budget"), [(False, "0.6"), (True, "60%")])
 def test_a_plan_for_a_budget(
-    fixed: bool, cli: Callable[..., Outcome], words: list[str], tmp_path: Path, trained: Run
+    fixed: bool,
+    budget: str,
+    cli: Callable[..., Outcome],
+    words: list[str],
+    tmp_path: Path,
+    trained: Run,
 ) -> None:
-    outcome = cli(*words, "--budget=0.6", f"--fixed={str(fixed).lower()}")
+    outcome = cli(*words, f"--budget={budget}", f"--fixed={str(fixed).lower()}")
     assert outcome.code == 0, outcome.err
     plan = SelectionPlan.load(tmp_path / "plan.json")
     for selections in load_decoder(trained.checkpoint).decoder.selections(plan):
@@ -79,6 +84,9 @@ def test_a_model_with_experts_of_one_kind_alone(
         (["--budget=0.5", "--max_loss_increase=1%"], "calibrate needs either --budget or"),
         (["--budget=0.01"], "a budget of 0.01 cannot be met: one expert in each layer is 0."),
         (["--budget=1.5"], "budget must be a share above 0 and at most 1, got 1.5"),
+        (["--budget=150%"], "budget must be a share above 0 and at most 1, got 150%"),
+        (["--budget=nan"], "budget must be a share above 0 and at most 1, got nan"),
+        (["--budget=2%0"], "budget must be like 0.2 or 20%, got '2%0'"),
         (
             ["--budget=0.5", "--max_tokens=1", "--batch_tokens=16"],
             "in one window, which is too short to find a plan on and to judge it",
