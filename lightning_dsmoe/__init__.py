@@ -97,15 +97,33 @@ _MODULES = {
     "UpcycledLanguageModel": "training.upcycled_language_model",
     "YarnRopeScaling": "attention",
 }
-_PACKAGES = {module.partition(".")[0] for module in _MODULES.values()}
+_SUBMODULES = (
+    "analysis",
+    "attention",
+    "callbacks",
+    "data",
+    "decoder",
+    "experts",
+    "hugging_face",
+    "inference",
+    "losses",
+    "metrics",
+    "optimizers",
+    "routing",
+    "schedules",
+    "serialization",
+    "tokenizers",
+    "training",
+    "upcycling",
+)
 _get = imported_on_use(__name__, **_MODULES)
 
 __all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    return import_module(f"{__name__}.{name}") if name in _PACKAGES else _get(name)
+    return import_module(f"{__name__}.{name}") if name in _SUBMODULES else _get(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_PACKAGES})
+    return sorted({*globals(), *_MODULES, *_SUBMODULES})

@@ -25,11 +25,16 @@ def test_type_checkers_see_what_is_imported_on_use() -> None:
     assert set(lightning_dsmoe.__all__) <= set(dir(lightning_dsmoe))
 
 
-def test_packages_are_found_without_being_imported() -> None:
-    code = "import lightning_dsmoe\nprint(lightning_dsmoe.routing.TopK is lightning_dsmoe.TopK)"
+def test_modules_are_found_without_being_imported() -> None:
+    code = """
+import lightning_dsmoe
+print(lightning_dsmoe.routing.TopK is lightning_dsmoe.TopK)
+print([lightning_dsmoe.__getattr__(name).__name__ for name in lightning_dsmoe._SUBMODULES])
+"""
     words = [sys.executable, "-c", code]
     run = subprocess.run(words, capture_output=True, text=True, cwd=SOURCE.parents[1])
-    assert run.stdout == "True\n", run.stderr
+    names = [f"lightning_dsmoe.{name}" for name in lightning_dsmoe._SUBMODULES]
+    assert run.stdout == f"True\n{names}\n", run.stderr
 
 
 def test_a_name_that_there_is_not() -> None:
