@@ -184,10 +184,10 @@ class Worker:
 
 
 def failed(jobs: Iterable[Job], error: Exception) -> None:
-    """End requests that the model has failed at."""
+    """End requests that the model has failed at; why may name what is no client's business."""
     LOG.error("the model has failed", exc_info=error)
     for job in jobs:
-        job.tell(Refusal(str(error), status=500))
+        job.tell(Refusal("the model has failed; the server's log says why", status=500))
 
 
 def stopping() -> Refusal:
@@ -380,7 +380,7 @@ async def gone(request: Request, error: Exception) -> Response:
 
 async def broken(request: Request, error: Exception) -> Response:
     """A mistake in this file, which Starlette hands on to the server's log."""
-    return await refused(request, Refusal(str(error), status=500))
+    return await refused(request, Refusal("a fault; the server's log says why", status=500))
 
 
 def main(

@@ -318,9 +318,10 @@ def test_a_failure_of_the_model_ends_the_requests_that_it_has_met(
         patch.setattr(ContinuousBatch, "step", fail)
         status, answer = server.ask({"prompt": "a", "max_tokens": 3})
         assert (status, answer["error"]["type"]) == (500, "server_error")
-        assert answer["error"]["message"] == "the logits are not finite"
+        message = "the model has failed; the server's log says why"
+        assert answer["error"]["message"] == message
         events = server.stream({"prompt": "a"})
-        assert events[-1]["error"]["message"] == "the logits are not finite"
+        assert events[-1]["error"]["message"] == message
     assert list(map(str, logged)) == ["the logits are not finite"] * 2
     assert logged[0].__traceback__ is not None
     assert server.ask({"prompt": "a", "max_tokens": 3})[0] == 200
