@@ -57,8 +57,8 @@ __version__ = VERSION
 
 moved.find_moved_modules()
 
-# Imported when first used: the blocks can be had without Lightning, the command line can answer
-# without PyTorch, which take seconds to load.
+# Imported when first used: the blocks can be had without Lightning, and the command line can answer
+# without PyTorch. Both take seconds to load.
 _MODULES = {
     "AllExperts": "routing",
     "compile_sparse": "inference",

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ def test_all_public_names_can_be_imported_at_once() -> None:
 
 def test_type_checkers_see_what_is_imported_on_use() -> None:
     [block] = [node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.If)][1:]
-    seen = [alias.asname for node in block.body for alias in getattr(node, "names", [])]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module or "" for node in imports for alias in node.names}
     assert {"__version__", *seen} == set(lightning_dsmoe.__all__)
+    for name, module in seen.items():
+        assert getattr(lightning_dsmoe, name) is getattr(import_module(module), name)
     assert set(lightning_dsmoe.__all__) <= set(dir(lightning_dsmoe))
 
 
@@ -29,7 +33,7 @@ def test_modules_are_found_without_being_imported() -> None:
     code = """
 import lightning_dsmoe
 print(lightning_dsmoe.routing.TopK is lightning_dsmoe.TopK)
-print([lightning_dsmoe.__getattr__(name).__name__ for name in lightning_dsmoe._SUBMODULES])
+print([getattr(lightning_dsmoe, name).__name__ for name in lightning_dsmoe._SUBMODULES])
 """
     words = [sys.executable, "-c", code]
     run = subprocess.run(words, capture_output=True, text=True, cwd=SOURCE.parents[1])

@@ -35,7 +35,7 @@ def in_words(hint: Any) -> list[str]:
 
 def class_names(hint: Any) -> list[str]:
     """Names of the classes that an option may be, or that its factory may make."""
-    from torch import nn  # which takes seconds, and what is called with classes has loaded
+    from torch import nn  # takes seconds; whoever has a class to pass has loaded it
 
     names: set[str] = set()
     for base in _bases(hint):

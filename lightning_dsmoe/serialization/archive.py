@@ -53,7 +53,8 @@ def check_is_data(path: str | Path | IO[Any]) -> None:
     """Refuse a file that names functions or classes, which `torch.load` would refuse too.
 
     But torch searches its own message, which holds the name as the file has it, in a time that
-    grows with the square of its length: minutes for 300 kB.
+    grows faster than the square of its length: minutes for 300 kB. Of other values that its
+    messages may hold, which take as long, this knows nothing.
 
     Args:
         path: the file; an open one is rewound.

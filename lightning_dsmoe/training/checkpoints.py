@@ -71,6 +71,7 @@ def load_checked(
     if options.get("hparams_file") is None:
         described = _given_in_python(cls, checkpoint)
         _check_arguments(cls, checkpoint, {**described, **options})
+    _check_device(map_location)
     load = partial(load, path, weights_only=weights_only, **{**described, **options})
     is_untrusted = weights_only and options.keys() <= {"hparams_file", "strict"}
     try:
@@ -87,7 +88,9 @@ def load_checked(
     except ArgumentError as error:  # of jsonargparse, which builds models of the command line
         reason = " ".join(str(error).split())
         raise ValueError(f"hyper-parameters that fit no {cls.__name__}: {reason:.500}") from None
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (ValueError, OSError, MemoryError, ImportError):
+        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # whatever Lightning and PyTorch make of a file that is not theirs
         if not is_untrusted:
@@ -123,10 +126,21 @@ def _given_in_python(cls: type[LightningModule], checkpoint: Mapping[str, Any]) 
     return {name: value for name, value in arguments.items() if name in taken}
 
 
+def _check_device(map_location: Any) -> None:
+    """Raise a RuntimeError if a device is not there, which is no fault of the file."""
+    if not isinstance(map_location, str | torch.device):
+        return
+    try:
+        torch.empty(0, device=map_location)
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(f"map_location={str(map_location)!r}: {error}") from None
+
+
 def _check_arguments(
     cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
     """Refuse a file that lacks arguments of the model, as one without hyper-parameters does."""
+    parameters = inspect.signature(cls).parameters
     kept = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
     names = set(given)
     if kept is not None:
@@ -134,16 +148,20 @@ def _check_arguments(
             names |= checkpoint.get(key, {}).keys()
     if "_instantiator" in names:  # jsonargparse says what is missing
         return
+    # Lightning passes all of them as one argument if they were saved as one object.
+    names |= {
+        name for name in parameters if name == checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
+    }
     required = [
         name
-        for name, parameter in inspect.signature(cls).parameters.items()
+        for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if missing := [name for name in required if name not in names]:
         raise ValueError(
             f"the checkpoint does not say {', '.join(missing)} of {cls.__name__}: pass "
-            "them to load_from_checkpoint if you know them"
+            "them to load_from_checkpoint"
         )
 
 

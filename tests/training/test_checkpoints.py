@@ -129,6 +129,30 @@ def test_files_without_hyperparameters_name_what_is_missing(save: Save) -> None:
     assert load(path, vocab_size=97, d_model=32, n_layers=2).vocab_size == 97
 
 
+def test_hyperparameters_that_are_one_argument(
+    make_one_model: MakeModel, make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    parts = factories(make_one_model())
+
+    class Small(DSMoELanguageModel):
+        def __init__(self, sizes: dict[str, int]) -> None:
+            super().__init__(sizes["vocab_size"], 32, 2, **parts)
+            self.hparams.clear()
+            self.save_hyperparameters(sizes)
+
+    model = Small({"vocab_size": 50})
+    trainer = make_trainer(logger=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert_equal(Small.load_from_checkpoint(tmp_path / "model.ckpt"), model)
+
+
+def test_a_device_that_there_is_not_is_no_fault_of_the_file(save: Save) -> None:
+    path = save(hyper_parameters=FROM_COMMAND_LINE)
+    with pytest.raises(RuntimeError, match=r"^map_location='nowhere': "):
+        load(path, map_location="nowhere")
+
+
 def test_a_description_names_known_classes_only(make_one_model: MakeModel, save: Save) -> None:
     architecture = torch.load(save())["architecture"]
     architecture["attention"]["class_path"] = "antigravity.Attention"
