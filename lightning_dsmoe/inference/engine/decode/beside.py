@@ -130,7 +130,7 @@ def leave_a_core() -> Iterator[None]:
     """Compute with one thread less while another process compiles, where threads take all cores.
 
     Threads that wait for each other spin, so one that shares its core with the compiler holds up
-    all of them: of two threads on two cores a token took 516 ms instead of 48.
+    all of them: of two threads on two cores a token took 1,352 ms instead of 70.
     """
     n_threads = torch.get_num_threads()
     if n_threads == 1 or n_threads < (os.cpu_count() or 1) or not is_at_work():
