@@ -49,24 +49,31 @@ def check_archive(path: str | Path | IO[Any], *, checksums: bool = True) -> None
         raise ValueError(f"{damaged!r:.200} does not match its checksum")
 
 
-def check_is_data(path: str | Path | IO[Any]) -> None:
-    """Refuse a file that names functions or classes, which `torch.load` would refuse too.
+def load_archive(
+    path: str | Path | IO[Any], *, weights_only: bool, map_location: Any = "cpu", **options: Any
+) -> Any:
+    """`torch.load` of a file that has been checked, which is refused first if it is to run code.
 
-    But torch searches its own message, which holds the name as the file has it, in a time that
-    grows faster than the square of its length: minutes for 300 kB. Of other values that its
-    messages may hold, which take as long, this knows nothing.
+    `torch.load` refuses functions and classes itself, but searches its own message, which holds the
+    name as the file has it, in a time that grows faster than the square of its length: minutes for
+    300 kB. Of other values that its messages may hold, which take as long, this knows nothing.
 
     Args:
-        path: the file; an open one is rewound.
+        path: the file; an open one is at its beginning.
+        weights_only: refuse a file that holds more than data; off, it can run any code.
+        map_location: device for the tensors, or what else `torch.load` takes.
+        **options: further arguments of `torch.load`.
 
     Raises:
         UnpicklingError: the name of a function or class that is not data.
     """
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if not isinstance(path, str | Path):
-        path.seek(0)
-    if names:
-        raise UnpicklingError(min(names))
+    if weights_only:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not isinstance(path, str | Path):
+            path.seek(0)
+        if names:
+            raise UnpicklingError(min(names))
+    return torch.load(path, map_location=map_location, weights_only=weights_only, **options)
 
 
 def _check_records(archive: ZipFile, file_bytes: int) -> None:

@@ -18,7 +18,7 @@ from lightning_dsmoe.decoder import Decoder
 from lightning_dsmoe.finite import check_finite
 from lightning_dsmoe.reading import Size, check_json, check_version
 from lightning_dsmoe.serialization.architecture import build_decoder
-from lightning_dsmoe.serialization.archive import check_archive, check_is_data
+from lightning_dsmoe.serialization.archive import check_archive, load_archive
 from lightning_dsmoe.serialization.tensor_files import listed
 
 FORMAT_VERSION = 1
@@ -160,10 +160,8 @@ def read_any(
             loaded = read_folder(Path(str(path)), weights_only=weights_only)
         else:
             check_archive(path, checksums=checksums)
-            if weights_only:
-                check_is_data(path)
             fault = "cannot be read"
-            loaded = torch.load(
+            loaded = load_archive(
                 path,
                 map_location=map_location,
                 weights_only=weights_only,

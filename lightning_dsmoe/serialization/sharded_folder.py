@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_dsmoe.reading import shown
-from lightning_dsmoe.serialization.archive import check_archive, check_is_data
+from lightning_dsmoe.serialization.archive import check_archive, load_archive
 from lightning_dsmoe.serialization.sharded_index import Entry, Index, Place, Shard, parse_index
 
 META = "meta.pt"
@@ -81,9 +81,7 @@ def read_meta(folder: Path, *, weights_only: bool = True) -> dict[str, Any]:
     """
     _check_complete(folder)
     check_archive(folder / META)
-    if weights_only:
-        check_is_data(folder / META)
-    meta = torch.load(folder / META, map_location="cpu", weights_only=weights_only)
+    meta = load_archive(folder / META, weights_only=weights_only)
     if not isinstance(meta, dict):
         raise ValueError(f"{META} holds no dictionary")
     return meta
@@ -157,10 +155,7 @@ def _check_places(folder: Path, index: Index) -> None:
 
 def _read_entry(folder: Path, entry: Entry, *, weights_only: bool) -> Any:
     def read(shard: Shard) -> Any:
-        content = read_shard(folder, shard.place)
-        if weights_only:
-            check_is_data(content)
-        return torch.load(content, map_location="cpu", weights_only=weights_only)
+        return load_archive(read_shard(folder, shard.place), weights_only=weights_only)
 
     if entry.dtype is None:
         return read(entry.shards[0])

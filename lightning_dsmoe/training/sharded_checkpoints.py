@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from lightning_dsmoe.files import hidden_beside
 from lightning_dsmoe.folders import put_in_place, remove
 from lightning_dsmoe.serialization import sharded_folder
-from lightning_dsmoe.serialization.archive import check_is_data
+from lightning_dsmoe.serialization.archive import load_archive
 from lightning_dsmoe.serialization.checkpoint import check_state, read_any
 from lightning_dsmoe.serialization.sharded_index import Index
 from lightning_dsmoe.training.checkpoint_io import sync_folder
@@ -245,8 +245,7 @@ class _Planner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         if self.weights_only:
-            check_is_data(value)
-            torch.load(value, weights_only=True)  # raises for what torch would run next
+            load_archive(value, weights_only=True)  # raises for what torch would run next
             value.seek(0)
         super().load_bytes(read_item, value)
 
